@@ -1,0 +1,97 @@
+"""The criss-cross attention operators: inputs are checked here, then handed to the implementation."""
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _check(expected_shapes: dict[str, tuple[Tensor, list[object]]]) -> None:
+    """Raise ValueError unless each tensor is a floating-point one of the given shape, and all agree in dtype and device.
+
+    A shape's entries are sizes, or names of sizes that are free.
+    """
+    first_name, (first, _) = next(iter(expected_shapes.items()))
+    for name, (tensor, shape) in expected_shapes.items():
+        if tensor.dim() != len(shape) or any(
+            isinstance(size, int) and size != actual for size, actual in zip(shape, tensor.shape, strict=True)
+        ):
+            raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected on {first.device} as {first_name} is, got {_describe(tensor)}")
+        # Under autocast the operands may still differ here: the products inside bring them to one dtype.
+        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(tensor.device.type):
+            raise ValueError(f"{name}: expected {first.dtype} as {first_name} is, got {_describe(tensor)}")
+    for name, (tensor, _) in expected_shapes.items():
+        if tensor.shape[2] < 1 or tensor.shape[3] < 1:
+            raise ValueError(f"{name}: expected at least one row and one column, got {list(tensor.shape)}")
+
+
+def ca_weight(query: Tensor, key: Tensor) -> Tensor:
+    """Attention weights over the criss-cross path (paper, eq. 1).
+
+    Args:
+        query, key: [N, C', H, W], the same floating-point dtype and device.
+
+    Returns:
+        [N, H+W-1, H, W], summing to 1 over dim 1: entries 0..W-1 are the positions of the pixel's row, itself
+        included; entries W..H+W-2 those of its column from the top, itself left out.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
+    """
+    _check({"query": (query, ["N", "C'", "H", "W"])})
+    _check({"query": (query, ["N", "C'", "H", "W"]), "key": (key, list(query.shape))})
+    return reference.ca_weight(query, key)
+
+
+def ca_map(weight: Tensor, value: Tensor) -> Tensor:
+    """Weighted sum of the values on the criss-cross path (paper, eq. 2).
+
+    Args:
+        weight: [N, H+W-1, H, W] in the order of `ca_weight`.
+        value: [N, C, H, W], the same floating-point dtype and device.
+
+    Returns:
+        [N, C, H, W].
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
+    """
+    _check({"value": (value, ["N", "C", "H", "W"])})
+    batch, _, height, width = value.shape
+    _check({"value": (value, list(value.shape)), "weight": (weight, [batch, height + width - 1, height, width])})
+    return reference.ca_map(weight, value)
+
+
+def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Criss-cross attention: each pixel attends to the H+W-1 pixels of its row and column.
+
+    Equal to `ca_map(ca_weight(query, key), value)`; energies are not scaled.
+
+    Args:
+        query, key: [N, C', H, W].
+        value: [N, C, H, W]; C may differ from C'. All of one floating-point dtype and device.
+
+    Returns:
+        [N, C, H, W].
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
+    """
+    _check({"query": (query, ["N", "C'", "H", "W"])})
+    batch, _, height, width = query.shape
+    _check(
+        {
+            "query": (query, list(query.shape)),
+            "key": (key, list(query.shape)),
+            "value": (value, [batch, "C", height, width]),
+        }
+    )
+    return reference.criss_cross_attention(query, key, value)

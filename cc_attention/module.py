@@ -1,0 +1,31 @@
+"""The criss-cross attention module of the paper (figure 3)."""
+
+import torch
+from torch import Tensor, nn
+
+from .functional import criss_cross_attention
+
+
+class CrissCrossAttention(nn.Module):
+    """gamma * attention(x) + x, with 1x1 convolutions for query, key and value.
+
+    Args:
+        in_dim: channels of the input, at least 8; query and key have in_dim // 8 channels.
+
+    Shape: [N, in_dim, H, W] to the same. gamma starts at 0, so a new module is the identity.
+    """
+
+    def __init__(self, in_dim: int):
+        super().__init__()
+        if in_dim < 8:
+            raise ValueError(
+                f"in_dim: expected at least 8, since query and key have in_dim // 8 channels, got {in_dim}"
+            )
+        self.query_conv = nn.Conv2d(in_dim, in_dim // 8, kernel_size=1)
+        self.key_conv = nn.Conv2d(in_dim, in_dim // 8, kernel_size=1)
+        self.value_conv = nn.Conv2d(in_dim, in_dim, kernel_size=1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
+        return self.gamma * attended + x

@@ -1,0 +1,192 @@
+"""Finding the images and labels of a Cityscapes folder, and reading them."""
+
+import io
+import struct
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .labels import KNOWN_IDS
+
+SPLITS = {"train": ("train",), "val": ("val",), "test": ("test",), "trainval": ("train", "val")}
+_IMAGE_SUFFIX = "_leftImg8bit.png"
+_LABEL_SUFFIX = "_gtFine_labelIds.png"
+_LAYOUT = """expected the Cityscapes layout:
+    <data-dir>/leftImg8bit/<split>/<city>/<city>_<sequence>_<frame>_leftImg8bit.png
+    <data-dir>/gtFine/<split>/<city>/<city>_<sequence>_<frame>_gtFine_labelIds.png"""
+
+
+class DatasetError(ValueError):
+    """The data at hand cannot be used; the message names the file or folder, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image and its label image; a test image has none."""
+
+    image: Path
+    label: Path | None
+
+    @property
+    def name(self) -> str:
+        """The image's file name without its extension, by which predictions are named."""
+        return self.image.stem
+
+    @property
+    def frame(self) -> str:
+        """<city>_<sequence>_<frame>, by which the benchmark's server knows the image."""
+        return self.name.removesuffix("_leftImg8bit")
+
+
+def scan(root: str | Path, split: str) -> list[Item]:
+    """All images of a split (train, val, test or trainval), sorted; those of test without labels.
+
+    Raises:
+        DatasetError: there is no such folder, no image in it, or an image without label.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    root = Path(root)
+    items: list[Item] = []
+    for part in SPLITS[split]:
+        images = sorted((root / "leftImg8bit" / part).glob(f"*/*{_IMAGE_SUFFIX}"))
+        if not images:
+            raise DatasetError(f"{root}: no images of the split {part!r}; {_LAYOUT}\nfound: {_found(root, part)}")
+        for image in images:
+            name = image.name.removesuffix(_IMAGE_SUFFIX) + _LABEL_SUFFIX
+            label = None if part == "test" else root / "gtFine" / part / image.parent.name / name
+            items.append(Item(image, label))
+    _check_files(items, f"{root}, split {split!r}")
+    return items
+
+
+def _found(root: Path, part: str) -> str:
+    """What there is instead of the images, from the innermost expected folder that exists."""
+    for folder in (root / "leftImg8bit" / part, root / "leftImg8bit", root):
+        if folder.is_dir():
+            names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+            more = ", ..." if len(names) > 8 else ""
+            return f"{folder} holds {', '.join(names[:8]) + more if names else 'nothing'}"
+    return f"{root} is a file, not a folder" if root.exists() else f"{root} does not exist"
+
+
+def read_list(root: str | Path, list_path: str | Path) -> list[Item]:
+    """The images named in a list file: a line each, image and label relative to root, or the image alone.
+
+    Raises:
+        DatasetError: the file cannot be read, a line has another form, or a file it names does not exist.
+    """
+    root = Path(root)
+    try:
+        lines = Path(list_path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{list_path}: expected a list file (image and label path a line): {error}") from error
+    items = []
+    for number, line in enumerate(lines, start=1):
+        match line.split():
+            case []:
+                continue
+            case [image]:
+                items.append(Item(root / image, None))
+            case [image, label]:
+                items.append(Item(root / image, root / label))
+            case columns:
+                raise DatasetError(
+                    f"{list_path}, line {number}: expected 1 or 2 columns, found {len(columns)}: {line!r}"
+                )
+    if not items:
+        raise DatasetError(f"{list_path}: expected image and label paths, found no line")
+    _check_files(items, str(list_path))
+    return items
+
+
+def _check_files(items: list[Item], source: str) -> None:
+    """Every file is there, and no two images have one name, by which their predictions would overwrite each other."""
+    for what, paths in (
+        ("image", [item.image for item in items if not item.image.is_file()]),
+        ("label", [item.label for item in items if item.label is not None and not item.label.is_file()]),
+    ):
+        if paths:
+            shown = "".join(f"\n    {path}" for path in paths[:5]) + ("\n    ..." if len(paths) > 5 else "")
+            raise DatasetError(f"{source}: {len(paths)} of {len(items)} {what} files do not exist:{shown}")
+    repeated = [name for name, count in Counter(item.name for item in items).items() if count > 1]
+    if repeated:
+        raise DatasetError(f"{source}: expected every image once, found more than one named {repeated[0]}")
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of an image in pixels: rows [top, bottom) and columns [left, right)."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+class ImageFile:
+    """An image file, of which only the part that is needed is decoded.
+
+    Attributes:
+        size: (height, width) in pixels, from the header.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._data = path.read_bytes()
+            with Image.open(io.BytesIO(self._data)) as header:
+                self.size = (header.height, header.width)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DatasetError(f"{path}: expected an image file, cannot read it: {error}") from error
+
+    def _read(self, box: Box | None, modes: tuple[str, ...], convert_to: str | None) -> np.ndarray:
+        height, width = self.size
+        box = box or Box(0, height, 0, width)
+        data = self._data if box.bottom >= height else _shortened_png(self._data, box.bottom)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                if image.mode not in modes:
+                    raise DatasetError(
+                        f"{self.path}: expected an image of mode {' or '.join(modes)}, found mode {image.mode}"
+                    )
+                part = image.crop((box.left, box.top, min(box.right, width), min(box.bottom, height)))
+                return np.asarray(part.convert(convert_to) if convert_to else part)
+        except (OSError, SyntaxError, ValueError) as error:
+            if isinstance(error, DatasetError):
+                raise
+            raise DatasetError(f"{self.path}: expected an image, cannot decode it: {error}") from error
+
+    def read_colour(self, box: Box | None = None) -> np.ndarray:
+        """uint8 [height, width, 3], RGB: the part in the box, as far as it is in the image, or all of it."""
+        return self._read(box, ("RGB", "RGBA", "L", "LA", "P"), "RGB")
+
+    def read_label(self, box: Box | None = None) -> np.ndarray:
+        """uint8 [height, width], label ids: the part in the box, as far as it is in the image, or all of it.
+
+        Raises:
+            DatasetError: not a one-channel image, or an id in the part outside 0..33 and -1 (255 in 8 bits).
+        """
+        label = self._read(box, ("L", "P", "I", "I;16"), None)
+        known = KNOWN_IDS[label] if label.dtype == np.uint8 else (label >= -1) & (label <= 33)
+        if not known.all():
+            wrong = label[~known][0]
+            raise DatasetError(f"{self.path}: expected label ids 0..33 and -1, found {wrong}")
+        return label.astype(np.uint8)
+
+
+def _shortened_png(data: bytes, rows: int) -> bytes:
+    """The PNG file with only its first rows, by a smaller height in its header: the decoder stops there.
+
+    That saves the time of the rows below. A file that is no PNG, or is interlaced, is returned as it is.
+    """
+    start, kind, header, crc = data[:12], data[12:16], data[16:29], data[29:33]
+    is_png = start == b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0d" and kind == b"IHDR"
+    if not is_png or zlib.crc32(kind + header) != int.from_bytes(crc, "big") or header[12] != 0:
+        return data
+    header = header[:4] + struct.pack(">I", rows) + header[8:]
+    return start + kind + header + struct.pack(">I", zlib.crc32(kind + header)) + data[33:]

@@ -1,0 +1,204 @@
+"""Small street scenes, generated, in the exact Cityscapes layout: a data set for where there is none.
+
+    python -m dataset.scenes --output data/scenes
+
+Each scene holds sky, buildings, trees, road, sidewalk, and a few people, poles, cars; and one *ambiguous* vehicle: a grey
+box that is a bus where the scene's traffic sign is blue and a truck where it is orange. Nothing near the vehicle
+tells which. The sign stands in another third of the image, mostly in other rows than the vehicle's, always in other columns:
+only a network that carries context over the image, from outside the criss-cross path too, can name the vehicle.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .files import Box
+from .labels import LABEL_IDS, LABELS
+
+# The sign's colour, RGB, for each class of the ambiguous vehicle.
+CUES = {"bus": (30, 60, 220), "truck": (240, 130, 20)}
+# In how many scenes the sign stands in the vehicle's rows, where one criss-cross reaches it.
+_SHARED_ROWS = 0.2
+_CITIES = {"train": ("altstadt", "neustadt"), "val": ("hafen",), "test": ("ufer",)}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A generated scene: image uint8 [H, W, 3] RGB, label uint8 [H, W] ids, and where vehicle and sign are."""
+
+    image: np.ndarray
+    label: np.ndarray
+    vehicle: Box
+    sign: Box
+
+
+class _Canvas:
+    """Image and labels, painted together; coordinates are fractions of the height and width."""
+
+    def __init__(self, height: int, width: int, generator: np.random.Generator):
+        self.height, self.width, self.generator = height, width, generator
+        self.image = np.zeros((height, width, 3), dtype=np.float32)
+        self.label = np.zeros((height, width), dtype=np.uint8)
+
+    def box(self, top: float, bottom: float, left: float, right: float) -> Box:
+        """The pixels of a rectangle of fractions, at least one, within the image."""
+        t, x = (
+            min(max(round(top * self.height), 0), self.height - 1),
+            min(max(round(left * self.width), 0), self.width - 1),
+        )
+        b, r = (
+            min(max(round(bottom * self.height), t + 1), self.height),
+            min(max(round(right * self.width), x + 1), self.width),
+        )
+        return Box(t, b, x, r)
+
+    def fill(self, mask: np.ndarray | Box, name: str, colour: tuple[int, int, int], spread: float = 12) -> None:
+        """Paint a region in about the given colour and label it."""
+        region = np.s_[mask.top : mask.bottom, mask.left : mask.right] if isinstance(mask, Box) else mask
+        self.image[region] = np.array(colour, dtype=np.float32) + self.generator.normal(0, spread, 3)
+        self.label[region] = LABEL_IDS[name]
+
+    def ellipse(self, y: float, x: float, half_height: float, half_width: float) -> np.ndarray:
+        rows = (np.arange(self.height)[:, None] / self.height - y) / half_height
+        columns = (np.arange(self.width)[None, :] / self.width - x) / half_width
+        return rows**2 + columns**2 <= 1
+
+
+def make_scene(height: int, width: int, generator: np.random.Generator) -> Scene:
+    """Draw one scene of the given size, at least 48x48."""
+    if min(height, width) < 48:
+        raise ValueError(f"size: expected at least 48x48, got {height}x{width}")
+    canvas = _Canvas(height, width, generator)
+    horizon = generator.uniform(0.42, 0.5)
+    _paint_background(canvas, horizon)
+    _paint_objects(canvas, horizon)
+    vehicle, sign = _paint_vehicle_and_sign(canvas)
+    _paint_borders(canvas)
+    shade = generator.uniform(0.85, 1.15) * np.linspace(1, generator.uniform(0.8, 1.2), width)[None, :, None]
+    noise = generator.normal(0, 6, canvas.image.shape)
+    image = np.clip(canvas.image * shade + noise, 0, 255).astype(np.uint8)
+    return Scene(image, canvas.label, vehicle, sign)
+
+
+def _paint_background(canvas: _Canvas, horizon: float) -> None:
+    uniform = canvas.generator.uniform
+    canvas.fill(canvas.box(0, horizon, 0, 1), "sky", (150, 190, 230))
+    left = 0.0
+    while left < 1:
+        right = left + uniform(0.12, 0.3)
+        if uniform() < 0.75:
+            canvas.fill(canvas.box(uniform(0.05, horizon - 0.12), horizon, left, right), "building", (140, 100, 80), 20)
+        left = right
+    canvas.fill(canvas.box(horizon, 1, 0, 1), "road", (85, 80, 90), 6)
+    canvas.fill(canvas.box(horizon, horizon + 0.09, 0, 1), "sidewalk", (190, 170, 185), 6)
+    if uniform() < 0.4:
+        canvas.fill(canvas.box(horizon, horizon + 0.05, 0, 1), "terrain", (170, 190, 110), 8)
+
+
+def _paint_objects(canvas: _Canvas, horizon: float) -> None:
+    """Trees, poles, people and cars: classes that their own look tells."""
+    uniform, integers = canvas.generator.uniform, canvas.generator.integers
+    aspect = canvas.height / canvas.width
+    for _ in range(integers(1, 4)):
+        x, size = uniform(0, 1), uniform(0.08, 0.16)
+        canvas.fill(canvas.ellipse(horizon - size, x, size, size * aspect), "vegetation", (60, 110, 45), 12)
+    for _ in range(integers(1, 3)):
+        x = uniform(0.02, 0.98)
+        canvas.fill(canvas.box(horizon - uniform(0.2, 0.3), horizon + 0.06, x, x + 0.02), "pole", (60, 60, 60), 5)
+    for _ in range(integers(1, 4)):
+        x, y = uniform(0.05, 0.95), uniform(horizon, horizon + 0.05)
+        canvas.fill(canvas.box(y - 0.02, y + 0.13, x, x + 0.06 * aspect), "person", (215, 40, 90), 18)
+    for _ in range(integers(1, 3)):
+        x, y = uniform(0.36, 0.56), uniform(horizon + 0.1, 0.66)
+        canvas.fill(canvas.box(y, y + 0.13, x, x + 0.24 * aspect), "car", (30, 40, 160), 20)
+
+
+def _paint_vehicle_and_sign(canvas: _Canvas) -> tuple[Box, Box]:
+    """The ambiguous vehicle at one side, the sign that tells its class at the other."""
+    uniform = canvas.generator.uniform
+    name = "bus" if uniform() < 0.5 else "truck"
+    top, left = uniform(0.58, 0.66), uniform(0.02, 0.1)
+    bottom, right = top + 0.28, left + 0.2
+    sign_left = uniform(0.76, 0.88)
+    sign_top = uniform(top, bottom - 0.08) if uniform() < _SHARED_ROWS else uniform(0.04, 0.44)
+    vehicle = canvas.box(top, bottom, left, right)
+    sign = canvas.box(sign_top, sign_top + 0.08, sign_left, sign_left + 0.08)
+    if uniform() < 0.5:
+        vehicle, sign = (Box(b.top, b.bottom, canvas.width - b.right, canvas.width - b.left) for b in (vehicle, sign))
+    canvas.fill(vehicle, name, (165, 165, 165), 4)
+    canvas.fill(sign, "traffic sign", CUES[name], 5)
+    return vehicle, sign
+
+
+def _paint_borders(canvas: _Canvas) -> None:
+    """The void frame of Cityscapes' images: what is not evaluated."""
+    canvas.fill(canvas.box(0.97, 1, 0, 1), "ego vehicle", (30, 30, 35), 3)
+
+
+def write_data_set(
+    root: Path, counts: dict[str, int], height: int, width: int, seed: int, progress: bool = False
+) -> None:
+    """Write a data set of scenes under `root` in the Cityscapes layout; test images get no labels.
+
+    Args:
+        counts: number of images of each split.
+        height, width: size of the images.
+        seed: every image is a function of (seed, split, number).
+
+    A data set is complete when its scenes.json is there, which says how it was made. One that was made in the same
+    way is left alone; one that was interrupted is finished. Anything else in the folder is an error.
+    """
+    description = {"counts": counts, "height": height, "width": width, "seed": seed, "version": 1}
+    marker = root / "scenes.json"
+    if marker.exists():
+        found = json.loads(marker.read_text())
+        if found == description:
+            return
+        raise FileExistsError(f"{root}: expected no data set or the same, found another: {found} and not {description}")
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for label in LABELS[:-1]:
+        palette[label.id] = label.colour
+    for split_number, (split, count) in enumerate(counts.items()):
+        for number in range(count):
+            scene = make_scene(height, width, np.random.default_rng([seed, split_number, number]))
+            city = _CITIES[split][number % len(_CITIES[split])]
+            frame = f"{city}_{number:06d}_000019"
+            _write_png(root / "leftImg8bit" / split / city / f"{frame}_leftImg8bit.png", scene.image)
+            if split != "test":
+                folder = root / "gtFine" / split / city
+                _write_png(folder / f"{frame}_gtFine_labelIds.png", scene.label)
+                _write_png(folder / f"{frame}_gtFine_color.png", palette[scene.label])
+    partial = marker.with_suffix(".tmp")
+    partial.write_text(json.dumps(description) + "\n")
+    partial.replace(marker)
+
+
+def _write_png(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Generate street scenes in the Cityscapes layout.", allow_abbrev=False)
+    parser.add_argument("--output", type=Path, default=Path("data/scenes"), help="folder of the data set")
+    parser.add_argument("--train", type=int, default=240, help="number of training images")
+    parser.add_argument("--val", type=int, default=40, help="number of validation images")
+    parser.add_argument("--test", type=int, default=4, help="number of test images, without labels")
+    parser.add_argument("--height", type=int, default=96, help="of the images, in pixels")
+    parser.add_argument("--width", type=int, default=192, help="of the images, in pixels")
+    parser.add_argument("--random-seed", type=int, default=1234, help="seed of all scenes")
+    args = parser.parse_args()
+    counts = {"train": args.train, "val": args.val, "test": args.test}
+    try:
+        write_data_set(args.output, counts, args.height, args.width, args.random_seed)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"{args.output}: {args.train} training, {args.val} validation and {args.test} test scenes")
+
+
+if __name__ == "__main__":
+    main()

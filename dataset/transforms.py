@@ -1,0 +1,141 @@
+"""Augmentation and normalisation.
+
+The recipe scales an image by 0.7, 0.8, ... 2.1, pads it to the crop's size, and crops. Here the crop is drawn first,
+on the scaled image that is never made, and only what it covers is read and resized; the pixels are the same.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from .files import Box
+
+# Mean of the ImageNet backbone's training images: B, G, R in 0..255.
+IMAGE_MEAN = np.array([104.00698793, 116.66876762, 122.67891434], dtype=np.float32)
+SCALE_TENTHS = range(7, 22)
+
+
+class Span(NamedTuple):
+    """Along one axis of the scaled image: the part that the crop covers, [start, stop)."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One draw of the augmentation: the scale in tenths, the covered part, and whether it is mirrored."""
+
+    tenths: int
+    rows: Span
+    columns: Span
+    mirror: bool
+
+
+def scaled_length(length: int, tenths: int) -> int:
+    """Length of an axis after scaling, rounded as OpenCV rounds it (halves to even)."""
+    return round(length * (tenths / 10))
+
+
+def draw_crop(
+    generator: np.random.Generator,
+    image_size: tuple[int, int],
+    crop_size: tuple[int, int],
+    random_scale: bool,
+    random_mirror: bool,
+) -> Crop:
+    """Draw scale, position and mirroring; sizes are (height, width)."""
+    tenths = int(generator.choice(SCALE_TENTHS)) if random_scale else 10
+    spans = []
+    for length, crop in zip(image_size, crop_size, strict=True):
+        scaled = scaled_length(length, tenths)
+        start = int(generator.integers(0, max(scaled - crop, 0), endpoint=True))
+        spans.append(Span(start, min(start + crop, scaled)))
+    return Crop(tenths, spans[0], spans[1], random_mirror and bool(generator.integers(2)))
+
+
+class _Window(NamedTuple):
+    """Along one axis: source pixels [start, stop) and what part of their resized form is wanted."""
+
+    start: int
+    stop: int
+    resized: int
+    offset: int
+
+
+def _window(span: Span, tenths: int) -> _Window:
+    """The source pixels that determine a span of the scaled axis.
+
+    With the scale p/q in lowest terms, pixel i+p of the scaled axis samples the source where pixel i does, q further
+    on. So a window that begins at a multiple of q is sampled exactly as the whole axis is. One more block on each
+    side keeps the window's own borders out of the span.
+    """
+    divisor = math.gcd(tenths, 10)
+    p, q = tenths // divisor, 10 // divisor
+    first = max(span.start // p - 1, 0)
+    last = (span.stop - 1) // p + 2
+    return _Window(first * q, last * q, (last - first) * p, span.start - first * p)
+
+
+def source_box(crop: Crop) -> Box:
+    """The part of the source image that the crop depends on; it may reach beyond the bottom and right."""
+    rows, columns = _window(crop.rows, crop.tenths), _window(crop.columns, crop.tenths)
+    return Box(rows.start, rows.stop, columns.start, columns.stop)
+
+
+def resize_image(part: np.ndarray, crop: Crop) -> np.ndarray:
+    """The crop of the bilinearly scaled image.
+
+    part: uint8 [height, width, 3], the image within `source_box(crop)`. Returns uint8 of the covered size.
+    """
+    rows, columns = _window(crop.rows, crop.tenths), _window(crop.columns, crop.tenths)
+    bottom = rows.stop - rows.start - part.shape[0]
+    right = columns.stop - columns.start - part.shape[1]
+    if bottom or right:  # beyond the image's border resizing repeats the last pixel
+        part = cv2.copyMakeBorder(part, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
+    resized = cv2.resize(part, (columns.resized, rows.resized), interpolation=cv2.INTER_LINEAR)
+    height, width = crop.rows.stop - crop.rows.start, crop.columns.stop - crop.columns.start
+    return resized[rows.offset : rows.offset + height, columns.offset : columns.offset + width]
+
+
+def resize_label(part: np.ndarray, crop: Crop) -> np.ndarray:
+    """The crop of the label image scaled to the nearest pixel.
+
+    part: [height, width], the label image within `source_box(crop)`. Returns the covered size.
+    """
+    box = source_box(crop)
+    rows, columns = (
+        np.minimum(np.arange(span.start, span.stop) * 10 // crop.tenths - first, length - 1)
+        for span, first, length in zip((crop.rows, crop.columns), (box.top, box.left), part.shape, strict=True)
+    )
+    return part[rows].take(columns, axis=1)
+
+
+def normalise(image: np.ndarray, size: tuple[int, int] | None = None, mirror: bool = False) -> np.ndarray:
+    """uint8 RGB [height, width, 3] to float32 BGR [3, *size] with the mean subtracted, in 0..255 units.
+
+    What `size` has more than the image, at the bottom and right, is 0. Mirroring is of the padded image.
+    """
+    height, width = image.shape[:2]
+    out = np.zeros((3, *(size or (height, width))), dtype=np.float32)
+    target = out[:, :, ::-1] if mirror else out
+    for plane, mean, channel in zip(target, IMAGE_MEAN, reversed(cv2.split(image)), strict=True):
+        np.subtract(channel, mean, out=plane[:height, :width], dtype=np.float32)
+    return out
+
+
+def pad_label(label: np.ndarray, size: tuple[int, int], fill: int, mirror: bool = False) -> np.ndarray:
+    """[height, width] to `size`, with `fill` at the bottom and right; then mirrored, if so."""
+    out = np.full(size, fill, dtype=label.dtype)
+    target = out[:, ::-1] if mirror else out
+    target[: label.shape[0], : label.shape[1]] = label
+    return out
+
+
+def denormalise(image: np.ndarray) -> np.ndarray:
+    """The inverse of `normalise`: float32 BGR [3, height, width] to uint8 RGB [height, width, 3]."""
+    bgr = image.transpose(1, 2, 0) + IMAGE_MEAN
+    return np.ascontiguousarray(np.clip(np.rint(bgr), 0, 255).astype(np.uint8)[..., ::-1])

@@ -1,0 +1,107 @@
+"""Activated batch norm modules, with the constructor arguments and state-dict names of the original."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import reference
+
+
+class ABN(nn.Module):
+    """Batch norm followed by an activation: z = activation(xhat * (|weight| + eps) + bias).
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance, and to |weight|.
+        momentum: weight of the new batch in the running statistics.
+        affine: whether there are a weight (1 at the start) and a bias (0).
+        activation: leaky_relu, elu, identity, or none (the same as identity).
+        slope: leaky_relu's slope on the negative side.
+
+    Shape: [N, C, ...] to the same. In training the statistics are the batch's, and the running ones are updated
+    (running_var by the unbiased n/(n-1)); in evaluation they are the running ones.
+
+    State dict: weight, bias, running_mean, running_var. There is no num_batches_tracked.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        activation: str = "leaky_relu",
+        slope: float = 0.01,
+    ):
+        super().__init__()
+        if activation not in reference.ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.activation = activation
+        self.slope = slope
+        self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"x: expected shape [N, {self.num_features}, ...], got {list(x.shape)}")
+        return reference.activated_batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.training,
+            self.momentum,
+            self.eps,
+            self.activation,
+            self.slope,
+            self._synchronised_over(),
+        )
+
+    def _synchronised_over(self) -> dist.ProcessGroup | None:
+        """The process group that shares its statistics; None for this process alone."""
+        return None
+
+    def extra_repr(self) -> str:
+        slope = f", slope={self.slope}" if self.activation == "leaky_relu" else ""
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"activation={self.activation}{slope}"
+        )
+
+
+class InPlaceABN(ABN):
+    """ABN that may overwrite its input with its output, to save the memory of one of the two.
+
+    The input must not be used after the call. (The plain PyTorch form, which runs where there is no native one, does
+    not overwrite.)
+    """
+
+
+class InPlaceABNSync(InPlaceABN):
+    """InPlaceABN whose batch is that of all processes of a torch.distributed group.
+
+    Args:
+        group: the process group; None for all processes. The others as in `ABN`.
+
+    Where torch.distributed is not initialised, or the group is of one process, this is InPlaceABN.
+    """
+
+    def __init__(self, num_features: int, *args, group: dist.ProcessGroup | None = None, **kwargs):
+        super().__init__(num_features, *args, **kwargs)
+        self.group = group
+
+    def _synchronised_over(self) -> dist.ProcessGroup | None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.group if self.group is not None else dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None

@@ -1,0 +1,84 @@
+"""Activated batch norm by its definition, in plain PyTorch.
+
+This is what every faster implementation is compared with. Rota Bulo et al., "In-Place Activated BatchNorm for
+Memory-Optimized Training of DNNs", arXiv 1712.02616: y = xhat * (|weight| + eps) + bias, z = activation(y). The
+in-place form writes z over x and recovers x from z in the backward pass; this one leaves x alone, so it gives the
+same numbers and saves no memory.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = ("leaky_relu", "elu", "identity", "none")
+
+
+def activate(y: Tensor, activation: str, slope: float) -> Tensor:
+    """Apply the activation called `activation`; `slope` is leaky_relu's."""
+    if activation == "leaky_relu":
+        return F.leaky_relu(y, slope)
+    if activation == "elu":
+        return F.elu(y)
+    if activation in ("identity", "none"):
+        return y
+    raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def _synchronised_batch_norm(
+    x: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """Training batch norm over the batches of all processes, which may differ in size or be empty.
+
+    The variance is taken about the mean of all, which is numerically stable.
+    """
+    from torch.distributed.nn.functional import all_reduce  # differentiable; importing it needs a distributed build
+
+    per_channel = [1, -1] + [1] * (x.dim() - 2)
+    dims = [0, *range(2, x.dim())]
+    count = torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64, device=x.device)
+    dist.all_reduce(count, group=group)
+    count = count.to(x.dtype)
+    mean = all_reduce(x.sum(dims), group=group) / count
+    centred = x - mean.view(per_channel)
+    var = all_reduce(centred.square().sum(dims), group=group) / count
+    with torch.no_grad():
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    y = centred * (var + eps).rsqrt().view(per_channel)
+    if scale is not None and bias is not None:
+        y = y * scale.view(per_channel) + bias.view(per_channel)
+    return y
+
+
+def activated_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    slope: float,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Batch norm, then the activation.
+
+    x: [N, C, ...]; weight, bias (both or none) and the running statistics: [C]. In training the statistics are those
+    of the batch, over all processes of `group` if there is one, and the running ones are updated in place.
+    """
+    scale = None if weight is None else weight.abs() + eps
+    if training and group is not None:
+        y = _synchronised_batch_norm(x, scale, bias, running_mean, running_var, momentum, eps, group)
+    else:
+        y = F.batch_norm(x, running_mean, running_var, scale, bias, training, momentum, eps)
+    return activate(y, activation, slope)

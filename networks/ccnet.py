@@ -1,0 +1,49 @@
+"""CCNet: the dilated ResNet with the RCCA head and an auxiliary head."""
+
+import torch
+from torch import Tensor, nn
+
+from libs import InPlaceABNSync
+
+from .rcca import RCCAModule
+from .resnet import DilatedResNet
+
+
+class CCNet(DilatedResNet):
+    """The whole network. The backbone is inherited, not held, so that state-dict names are the original's.
+
+    Shape: images [N, 3, H, W], BGR with the mean subtracted, to [main, auxiliary] logits, each
+    [N, num_classes, h, w] with h and w about an eighth of H and W (97 for 769).
+    """
+
+    def __init__(self, backbone: str, num_classes: int, recurrence: int):
+        super().__init__(backbone)
+        layer3_channels, layer4_channels = self.out_channels
+        self.head = RCCAModule(layer4_channels, num_classes, recurrence)
+        self.dsn = nn.Sequential(
+            nn.Conv2d(layer3_channels, layer3_channels // 2, 3, padding=1),
+            InPlaceABNSync(layer3_channels // 2),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(layer3_channels // 2, num_classes, 1),
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        layer3, layer4 = self.features(images)
+        return [self.head(layer4), self.dsn(layer3)]
+
+
+def build_model(backbone: str = "resnet101", num_classes: int = 19, recurrence: int = 2) -> CCNet:
+    """Build CCNet, in channels_last memory format.
+
+    Args:
+        backbone: resnet18, resnet34, resnet50 or resnet101 (the paper's).
+        num_classes: channels of the logits.
+        recurrence: how many times criss-cross attention is applied, 0 or more; 2 in the paper.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected 1 or more, got {num_classes}")
+    model = CCNet(backbone, num_classes, recurrence)
+    return model.to(memory_format=torch.channels_last)

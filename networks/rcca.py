@@ -1,0 +1,49 @@
+"""The recurrent criss-cross attention head (paper, section 3.3 and figure 2)."""
+
+import torch
+from torch import Tensor, nn
+
+from cc_attention import CrissCrossAttention
+from libs import InPlaceABNSync
+
+
+class RCCAModule(nn.Module):
+    """Reduce the channels, apply criss-cross attention `recurrence` times with shared weights, fuse, classify.
+
+    Args:
+        in_channels: channels of the features; the attention works on a quarter of them.
+        num_classes: channels of the logits.
+        recurrence: R >= 0. With 0 there is no attention; the parameters are there nevertheless, so that state dicts
+            of every R fit.
+
+    Shape: [N, in_channels, H, W] to [N, num_classes, H, W].
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, recurrence: int):
+        super().__init__()
+        if recurrence < 0:
+            raise ValueError(f"recurrence: expected 0 or more, got {recurrence}")
+        self.recurrence = recurrence
+        channels = in_channels // 4
+        self.conva = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+            InPlaceABNSync(channels),
+        )
+        self.cca = CrissCrossAttention(channels)
+        self.convb = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            InPlaceABNSync(channels),
+        )
+        self.bottleneck = nn.Sequential(
+            nn.Conv2d(in_channels + channels, channels, 3, padding=1, bias=False),
+            InPlaceABNSync(channels),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(channels, num_classes, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conva(x)
+        for _ in range(self.recurrence):
+            out = self.cca(out)
+        out = self.convb(out)
+        return self.bottleneck(torch.cat([x, out], dim=1))

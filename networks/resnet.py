@@ -1,0 +1,127 @@
+"""Dilated residual networks: ResNets whose last two stages keep 1/8 of the input's resolution.
+
+He et al., arXiv 1512.03385, with the three-convolution stem and the dilation of the CCNet paper (section 4.2). The
+names of the parameters are those of the ImageNet models that the original starts from.
+"""
+
+from torch import Tensor, nn
+
+from libs import InPlaceABNSync
+
+
+def _norm(channels: int) -> InPlaceABNSync:
+    return InPlaceABNSync(channels, activation="identity")
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (ResNet-18 and 34)."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, downsample: nn.Module | None):
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, channels, stride, dilation)
+        self.bn1 = _norm(channels)
+        self.conv2 = _conv3x3(channels, channels, dilation=dilation)
+        self.bn2 = _norm(channels)
+        # Not in place: the backward pass of in-place batch norm reads its output.
+        self.relu = nn.ReLU()
+        self.relu_inplace = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu_inplace(out + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut (ResNet-50 and 101)."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, downsample: nn.Module | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = _norm(channels)
+        self.conv2 = _conv3x3(channels, channels, stride, dilation)
+        self.bn2 = _norm(channels)
+        self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
+        self.bn3 = _norm(channels * self.expansion)
+        self.relu = nn.ReLU()
+        self.relu_inplace = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu_inplace(out + shortcut)
+
+
+BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class DilatedResNet(nn.Module):
+    """The backbone: images [N, 3, H, W] to the features of the last two stages at 1/8.
+
+    Args:
+        name: one of BACKBONES.
+
+    Attributes:
+        out_channels: channels of (layer3, layer4).
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        if name not in BACKBONES:
+            raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
+        block, (n1, n2, n3, n4) = BACKBONES[name]
+        self.conv1, self.bn1, self.relu1 = _conv3x3(3, 64, stride=2), _norm(64), nn.ReLU()
+        self.conv2, self.bn2, self.relu2 = _conv3x3(64, 64), _norm(64), nn.ReLU()
+        self.conv3, self.bn3, self.relu3 = _conv3x3(64, 128), _norm(128), nn.ReLU()
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        self.layer1 = _make_stage(block, 128, 64, n1)
+        self.layer2 = _make_stage(block, 64 * block.expansion, 128, n2, stride=2)
+        self.layer3 = _make_stage(block, 128 * block.expansion, 256, n3, dilation=2)
+        self.layer4 = _make_stage(block, 256 * block.expansion, 512, n4, dilation=4)
+        self.out_channels = (256 * block.expansion, 512 * block.expansion)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 3, H, W] to (layer3, layer4), each [N, C, ~H/8, ~W/8]."""
+        x = self.relu1(self.bn1(self.conv1(images)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        x = self.relu3(self.bn3(self.conv3(x)))
+        layer3 = self.layer3(self.layer2(self.layer1(self.maxpool(x))))
+        return layer3, self.layer4(layer3)
+
+
+def _make_stage(
+    block: type[BasicBlock] | type[Bottleneck],
+    in_channels: int,
+    channels: int,
+    num_blocks: int,
+    stride: int = 1,
+    dilation: int = 1,
+) -> nn.Sequential:
+    out_channels = channels * block.expansion
+    downsample = None
+    if stride != 1 or in_channels != out_channels:
+        downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), _norm(out_channels))
+    blocks = [block(in_channels, channels, stride, dilation, downsample)]
+    blocks += [block(out_channels, channels, 1, dilation, None) for _ in range(num_blocks - 1)]
+    return nn.Sequential(*blocks)

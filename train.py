@@ -1,0 +1,236 @@
+"""Train CCNet.
+
+The paper's recipe, with the ImageNet backbone at dataset/resnet101-imagenet.pth:
+
+    python train.py --data-dir YOUR_CS_PATH --random-mirror --random-scale --restore-from dataset/resnet101-imagenet.pth \
+        --input-size 769,769 --batch-size 8 --learning-rate 1e-2 --weight-decay 1e-4 --num-steps 60000 --recurrence 2
+
+with online hard example mining: add --ohem --ohem-thres 0.7 --ohem-keep 100000. A run that was interrupted goes on with the same
+command and --resume.
+"""
+
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dataset import EpochSampler, Item, TrainingSet, load_batches, read_list, scan
+from libs import ABN
+from networks import build_model, load_state
+from utils.checkpoint import (
+    CheckpointError,
+    read_state_dict,
+    read_training,
+    restore_generators,
+    save_snapshot,
+    snapshot_path,
+    training_path,
+    training_steps,
+)
+from utils.commandline import CommandError, add_shared_flags, boolean, number, run, select_device
+from utils.criterion import AUXILIARY_WEIGHT, CriterionDSN, CriterionOhemDSN
+from utils.schedule import poly_learning_rate
+from utils.training_log import TrainingLog
+from utils.visualisation import training_panel
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train CCNet.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_shared_flags(parser)
+    add = parser.add_argument
+    add("--split", choices=("train", "val", "trainval"), help="images to train on; train, or trainval with --ft")
+    add("--batch-size", type=number(int, 1), default=8, help="images a step")
+    add("--num-steps", type=number(int, 0), default=40000, help="training steps")
+    add("--start-iters", type=number(int, 0), default=0, help="step of the schedule and of the data to begin at")
+    add("--learning-rate", type=number(float, 0), default=1e-2, help="at step 0, of the polynomial decay")
+    add("--power", type=number(float, 0), default=0.9, help="of the polynomial decay")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 penalty")
+    add("--random-mirror", action="store_true", help="mirror every other image")
+    add("--random-scale", action="store_true", help="scale images by 0.7 to 2.1")
+    add("--random-seed", type=number(int, 0, 2**63 - 1), default=12345, help="of initialisation, data and dropout")
+    add(
+        "--ohem", type=boolean, nargs="?", const=True, default=False, help="online hard example mining on the main loss"
+    )
+    add(
+        "--ohem-thres", type=number(float, 0, 1), default=0.6, help="true-class probability up to which a pixel is hard"
+    )
+    add("--ohem-keep", type=number(int, 0), default=200000, help="pixels of a batch kept at least")
+    add(
+        "--is-training",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="update the running means and variances; without, they are used as they are",
+    )
+    add("--ft", action="store_true", help="fine-tuning stage: train on trainval with --no-is-training")
+    add("--restore-from", type=Path, help="weights to begin with: an ImageNet backbone or a whole network")
+    add("--not-restore-last", action="store_true", help="do not restore the last, classifying layers")
+    add("--snapshot-dir", type=Path, default=Path("snapshots"), help="folder of the snapshots and the log")
+    add("--save-pred-every", type=number(int, 1), default=10000, help="steps between snapshots and between pictures")
+    add("--save-num-images", type=number(int, 0), default=2, help="images of the batch to log as pictures")
+    add("--print-frequency", type=number(int, 1), default=10, help="steps between logged losses")
+    add("--resume", action="store_true", help="go on from the newest snapshot in --snapshot-dir, if there is one")
+    return parser
+
+
+# Flags that may change when a run goes on: they say where and how fast it runs, and what one sees of it.
+_FREE_FLAGS = {
+    "data_dir", "device", "gpu", "num_workers", "print_frequency", "restore_from", "resume", "save_num_images",
+    "save_pred_every", "snapshot_dir",
+}  # fmt: skip
+
+
+def find_items(args: argparse.Namespace) -> list[Item]:
+    """The images to train on."""
+    if args.data_list is not None:
+        return read_list(args.data_dir, args.data_list)
+    return scan(args.data_dir, args.split or ("trainval" if args.ft else "train"))
+
+
+def run_flags(args: argparse.Namespace) -> dict:
+    """What defines the run, and has to be the same when it goes on."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items() if name not in _FREE_FLAGS}
+
+
+def restore(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict | None]:
+    """Load what the run begins or goes on with. Returns the step, and the training state if it goes on."""
+    steps = training_steps(args.snapshot_dir)
+    if steps and not args.resume:
+        raise CommandError(
+            f"--snapshot-dir {args.snapshot_dir}: holds a run at step {steps[-1]}; add --resume to go on with it, "
+            "or give another folder"
+        )
+    if not steps:
+        if args.restore_from is not None:
+            state = read_state_dict(args.restore_from)
+            load_state(model, state, str(args.restore_from), restore_last=not args.not_restore_last)
+        return args.start_iters, None
+    step = steps[-1]
+    training = read_training(args.snapshot_dir, step)
+    before, now = training["flags"], run_flags(args)
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        lines = [f"    --{name.replace('_', '-')}: was {before.get(name)}, is {now.get(name)}" for name in changed]
+        raise CommandError(
+            f"--resume: the run in {args.snapshot_dir} was begun with other flags; go on with the same, or give "
+            "another --snapshot-dir:\n" + "\n".join(lines)
+        )
+    load_state(
+        model, read_state_dict(snapshot_path(args.snapshot_dir, step)), str(snapshot_path(args.snapshot_dir, step))
+    )
+    try:
+        optimizer.load_state_dict(training["optimizer"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{training_path(args.snapshot_dir, step)}: the optimiser does not fit: {error}"
+        ) from error
+    return step, training
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Let every batch norm use its running statistics and leave them as they are."""
+    for module in model.modules():
+        if isinstance(module, ABN):
+            module.eval()
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of the first; the second one is as ever."""
+    received: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train, and return the exit status: 0, or 128 + the signal that ended training early."""
+    device = select_device(args.device, args.gpu)
+    items = find_items(args)
+    torch.manual_seed(args.random_seed)
+    model = build_model(args.backbone, args.num_classes, args.recurrence).to(device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    first, training = restore(args, model, optimizer)
+    if first > args.num_steps:
+        raise CommandError(f"--start-iters {first}: expected at most --num-steps {args.num_steps}")
+    if args.ohem:
+        criterion = CriterionOhemDSN(args.ohem_thres, args.ohem_keep, args.ignore_label)
+    else:
+        criterion = CriterionDSN(args.ignore_label)
+    samples = TrainingSet(
+        items, args.input_size, args.ignore_label, args.random_scale, args.random_mirror, args.random_seed
+    )
+    batches = EpochSampler(len(items), args.batch_size, first, args.num_steps, args.random_seed)
+    model.train()
+    if args.ft or not args.is_training:
+        freeze_statistics(model)
+    if training is not None:
+        restore_generators(training)
+    print(f"{args.backbone}, R={args.recurrence}, on {device}: {len(items)} images, steps {first} to {args.num_steps}")
+
+    saved = first if training is not None else None
+    log = TrainingLog(args.snapshot_dir, first, args.num_steps, args.batch_size)
+    with stop_requests() as stop:
+        step = first
+        for batch in load_batches(samples, batches, args.num_workers, pin_memory=device.type == "cuda"):
+            images = batch["image"].to(device, non_blocking=True, memory_format=torch.channels_last)
+            labels = batch["label"].to(device, non_blocking=True)
+            learning_rate = poly_learning_rate(args.learning_rate, step, args.num_steps, args.power)
+            optimizer.param_groups[0]["lr"] = learning_rate
+
+            logits = model(images)
+            main_loss, auxiliary_loss = criterion.components(logits, labels)
+            loss = main_loss + AUXILIARY_WEIGHT * auxiliary_loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+            step += 1
+            log.advance()
+            due = step % args.save_pred_every == 0 or step == args.num_steps or stop
+            if due or step % args.print_frequency == 0:  # else nothing waits for the device
+                if not math.isfinite(loss.item()):
+                    raise CommandError(f"the loss is {loss.item()} at step {step}; a lower --learning-rate may help")
+                log.scalars(step, learning_rate, loss.item(), main_loss.item(), auxiliary_loss.item())
+            if due:
+                path = save_snapshot(model, optimizer, args.snapshot_dir, step, run_flags(args))
+                saved = step
+                for i in range(min(args.save_num_images, len(images))):
+                    log.picture(
+                        step, f"image, label, prediction/{i}", training_panel(images[i], labels[i], logits[0][i])
+                    )
+                log.message(f"step {step}: {path}")
+            if stop:
+                break
+    log.close()
+    if saved is None:  # no step to do: the network as it is
+        save_snapshot(model, optimizer, args.snapshot_dir, step, run_flags(args))
+    if stop and step < args.num_steps:
+        print(f"stopped by {signal.Signals(stop[0]).name} at step {step}; go on with --resume")
+        return 128 + stop[0]
+    print(f"done: {snapshot_path(args.snapshot_dir, step)}")
+    return 0
+
+
+if __name__ == "__main__":
+    arguments = get_parser().parse_args()
+    sys.exit(run(lambda: train(arguments)))

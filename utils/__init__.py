@@ -1,0 +1,1 @@
+"""What training and evaluation share: losses, metrics, inference, schedule, checkpoints, pictures, logs."""

@@ -1,0 +1,105 @@
+"""What the command lines of train.py and evaluate.py share."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dataset import IGNORE_LABEL, NUM_CLASSES, DatasetError
+from networks import BACKBONES, StateDictError
+
+from .checkpoint import CheckpointError
+
+EXPECTED_ERRORS = (DatasetError, StateDictError, CheckpointError)
+
+
+class CommandError(RuntimeError):
+    """The command cannot do what it was asked for; the message names the flag and says why."""
+
+
+def size(text: str) -> tuple[int, int]:
+    """Parse "height,width" in pixels."""
+    try:
+        height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected height,width in pixels (e.g. 769,769), got {text!r}") from None
+    if min(height, width) < 8:
+        raise argparse.ArgumentTypeError(f"expected at least 8,8, since the network works at 1/8, got {text!r}")
+    return height, width
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """A parser of int or float within [low, high]."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, got {text!r}") from None
+        if not low <= value <= high:
+            bounds = f"{low} or more" if high == float("inf") else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"expected {bounds}, got {text!r}")
+        return value
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """Parse 1/0, true/false, yes/no."""
+    try:
+        return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"expected 1 or 0 (true/false, yes/no), got {text!r}") from None
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that mean the same in training and evaluation, with the same defaults."""
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("cityscapes"), help="folder with leftImg8bit/ and gtFine/"
+    )
+    parser.add_argument("--data-list", type=Path, help="list file (image and label path a line) instead of a split")
+    parser.add_argument(
+        "--ignore-label", type=number(int, NUM_CLASSES, 255), default=IGNORE_LABEL, help="label of void"
+    )
+    parser.add_argument("--input-size", type=size, default=(769, 769), metavar="H,W", help="size of crops and tiles")
+    parser.add_argument("--num-classes", type=number(int, NUM_CLASSES, 255), default=NUM_CLASSES, help="of the network")
+    parser.add_argument("--backbone", choices=BACKBONES, default="resnet101", help="the paper's is resnet101")
+    parser.add_argument("--recurrence", type=number(int, 0), default=2, help="R, passes of criss-cross attention")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
+    parser.add_argument("--gpu", default="None", help="index of the GPU, the first one if not given")
+    parser.add_argument("--num-workers", type=number(int, 0), default=4, help="processes that load data")
+
+
+def select_device(device: str, gpu: str) -> torch.device:
+    """The device that --device and --gpu ask for.
+
+    Raises:
+        CommandError: it is not there, or the flags contradict each other.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() or gpu != "None" else "cpu"
+    if device == "cpu":
+        if gpu != "None":
+            raise CommandError(f"--gpu {gpu}: cannot go with --device cpu")
+        return torch.device("cpu")
+    if "," in gpu:
+        raise CommandError(f"--gpu {gpu}: expected one GPU's index; training on several is not supported yet")
+    if gpu != "None" and not gpu.isdecimal():
+        raise CommandError(f"--gpu {gpu}: expected a GPU's index, 0 or more")
+    index = 0 if gpu == "None" else int(gpu)
+    if index >= torch.cuda.device_count():
+        raise CommandError(
+            f"--device {device} --gpu {gpu}: expected a GPU, found {torch.cuda.device_count()} (--device cpu)"
+        )
+    return torch.device("cuda", index)
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Run a command; what the user can mend becomes one message and exit status 2, not a stack trace."""
+    try:
+        return main() or 0
+    except (CommandError, *EXPECTED_ERRORS) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2

@@ -1,0 +1,120 @@
+"""Pictures: coloured predictions, image/label/prediction panels, and where criss-cross attention looks."""
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from cc_attention import ca_map, ca_weight
+from dataset.labels import PALETTE
+from dataset.transforms import denormalise
+from networks import CCNet
+
+from .criterion import upsample
+
+_GREEN = (0, 255, 0)
+_PANEL_WIDTH = 400
+_TITLE_HEIGHT = 18
+
+
+def palette_image(train_ids: np.ndarray) -> Image.Image:
+    """uint8 [H, W] training ids to a PNG-ready palette image: the ids as pixels, Cityscapes' colours to look at."""
+    image = Image.fromarray(train_ids)
+    image.putpalette(PALETTE.tobytes())
+    return image
+
+
+def training_panel(image: Tensor, label: Tensor, logits: Tensor) -> np.ndarray:
+    """Image, label and prediction side by side: uint8 [H, 3W, 3] RGB.
+
+    image: float32 [3, H, W] as the network gets it; label: [H, W] training ids; logits: [K, h, w]. Void is black in
+    label and prediction.
+    """
+    prediction = upsample(logits[None].float(), label.shape)[0].argmax(0)
+    label_pixels = label.cpu().numpy()
+    prediction_pixels = np.where(PALETTE[label_pixels].any(-1), prediction.cpu().numpy(), 255)
+    return np.concatenate([denormalise(image.cpu().numpy()), PALETTE[label_pixels], PALETTE[prediction_pixels]], axis=1)
+
+
+@torch.no_grad()
+def attention_passes(model: CCNet, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Run the network on one image [1, 3, H, W]: its main logits [1, K, h, w], and each pass's attention weights.
+
+    The weights, [1, h+w-1, h, w] for each of the R passes in order, are those of `ca_weight`.
+    """
+    cca = model.head.cca
+    inputs: list[Tensor] = []
+    hook = cca.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        logits = model(image)[0]
+    finally:
+        hook.remove()
+    return logits, [ca_weight(cca.query_conv(x), cca.key_conv(x)) for x in inputs]
+
+
+def composed_influence(passes: list[Tensor], row: int, column: int) -> list[Tensor]:
+    """How much each position contributes to one, through the last pass, the last two, ... all R of them.
+
+    With A_r the attention of pass r as a matrix (position by position), entry k of the result is the row of the
+    position in A_(R-k) ... A_R composed: exactly, over all paths. Each is [h, w] and sums to 1.
+    """
+    height, width = passes[0].shape[2:]
+    mass = passes[0].new_zeros(1, 1, height, width)
+    mass[0, 0, row, column] = 1
+    influences = []
+    for weight in reversed(passes):
+        # The transpose of `ca_map`: its derivative, as it is linear in the values.
+        with torch.enable_grad():
+            value = torch.zeros_like(mass, requires_grad=True)
+            (mass,) = torch.autograd.grad(ca_map(weight, value), value, mass)
+        influences.append(mass[0, 0])
+    return influences
+
+
+def attention_figure(model: CCNet, image: Tensor, pixels: list[tuple[int, int]]) -> Image.Image:
+    """The paper's figure of the attention: a line a pixel, with the image and the pixel as a green cross, where it looks with
+    R=1, R=2, ..., and the prediction.
+
+    image: float32 [1, 3, H, W] as the network gets it; pixels: (y, x) in it. The influence is shown relative to its
+    largest value, by its square root, so that small contributions can be seen.
+    """
+    logits, passes = attention_passes(model, image)
+    if not passes:
+        raise ValueError("recurrence: expected 1 or more to show attention, the network has 0")
+    height, width = image.shape[2:]
+    size = (_PANEL_WIDTH, round(_PANEL_WIDTH * height / width))
+    photograph = denormalise(image[0].cpu().numpy())
+    prediction = upsample(logits, (height, width))[0].argmax(0).cpu().numpy()
+    titles = ["image", *(f"R={r}" for r in range(1, len(passes) + 1)), "prediction"]
+    lines = [_title_line(titles, size[0])]
+    for y, x in pixels:
+        # Corners are aligned between the image and the map that attention works on.
+        row = round(y * (passes[0].shape[2] - 1) / max(height - 1, 1))
+        column = round(x * (passes[0].shape[3] - 1) / max(width - 1, 1))
+        heats = [_heat(influence, photograph) for influence in composed_influence(passes, row, column)]
+        panels = [cv2.resize(panel, size, interpolation=cv2.INTER_AREA) for panel in (photograph, *heats)]
+        panels.append(cv2.resize(PALETTE[prediction], size, interpolation=cv2.INTER_NEAREST))
+        centre = (round(x * size[0] / width), round(y * size[1] / height))
+        for panel in panels[:-1]:
+            cv2.drawMarker(panel, centre, _GREEN, cv2.MARKER_CROSS, markerSize=14, thickness=2)
+        lines.append(np.concatenate(panels, axis=1))
+    return Image.fromarray(np.concatenate(lines, axis=0))
+
+
+def _title_line(titles: list[str], panel_width: int) -> np.ndarray:
+    line = Image.new("RGB", (panel_width * len(titles), _TITLE_HEIGHT), "white")
+    draw = ImageDraw.Draw(line)
+    for number, title in enumerate(titles):
+        draw.text((number * panel_width + 6, 3), title, fill="black")
+    return np.asarray(line)
+
+
+def _heat(influence: Tensor, photograph: np.ndarray) -> np.ndarray:
+    """The influence [h, w] as colours over the grey image: uint8 [H, W, 3] RGB."""
+    height, width = photograph.shape[:2]
+    relative = (influence / influence.max()).sqrt()[None, None]
+    heat = upsample(relative, (height, width))[0, 0].cpu().numpy()
+    colours = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]
+    grey = cv2.cvtColor(cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return np.ascontiguousarray(cv2.addWeighted(colours, 0.6, grey, 0.4, 0))
