@@ -129,7 +129,7 @@ def iou_table(confusion: ConfusionMatrix, names: list[str]) -> str:
     """A Markdown table of every class's IoU and their mean, in percent."""
     rows = [
         (name, "absent" if math.isnan(iou) else f"{100 * iou:.2f}")
-        for name, iou in zip(names, confusion.iou().tolist())
+        for name, iou in zip(names, confusion.iou().tolist(), strict=True)
     ]
     rows += [
         ("**mean IoU**", f"{100 * confusion.mean_iou():.2f}"),

@@ -27,10 +27,12 @@ if [[ -n $CS_PATH ]]; then
     SNAPSHOT_DIR=${SNAPSHOT_DIR:-snapshots}
     AUGMENTATION=(--random-mirror --random-scale)
     ATTENTION=()
+    UNTRAINED=
     DEFAULT_RESTORE_FROM=dataset/resnet101-imagenet.pth
 else
     CS_PATH=data/scenes
     python -m dataset.scenes --output "$CS_PATH"
+    UNTRAINED=1
     BACKBONE=${BACKBONE:-resnet18}
     INPUT_SIZE=${INPUT_SIZE:-96,192}
     BS=${BS:-8}
@@ -84,6 +86,12 @@ TRAIN=(
     ${RESTORE_FROM:+--restore-from "$RESTORE_FROM"}
 )
 
+if [[ -n $UNTRAINED ]]; then
+    echo "== the network before training"
+    python train.py "${BOTH[@]}" "${TRAIN[@]}" "$@" --num-steps 0 --snapshot-dir "$SNAPSHOT_DIR/untrained" --resume
+    python evaluate.py "${BOTH[@]}" --restore-from "$SNAPSHOT_DIR/untrained/CS_scenes_0.pth"
+    echo "== training"
+fi
 python train.py "${BOTH[@]}" "${TRAIN[@]}" "$@" --num-steps "$STEPS" --snapshot-dir "$SNAPSHOT_DIR" --resume
 python evaluate.py "${BOTH[@]}" --restore-from "$SNAPSHOT_DIR/CS_scenes_$STEPS.pth" \
     --output-dir "$SNAPSHOT_DIR/outputs" "${ATTENTION[@]}"

@@ -2,11 +2,12 @@
 
 The paper's recipe, with the ImageNet backbone at dataset/resnet101-imagenet.pth:
 
-    python train.py --data-dir YOUR_CS_PATH --random-mirror --random-scale --restore-from dataset/resnet101-imagenet.pth \
-        --input-size 769,769 --batch-size 8 --learning-rate 1e-2 --weight-decay 1e-4 --num-steps 60000 --recurrence 2
+    python train.py --data-dir YOUR_CS_PATH --restore-from dataset/resnet101-imagenet.pth \
+        --random-mirror --random-scale --input-size 769,769 --batch-size 8 --num-steps 60000 \
+        --learning-rate 1e-2 --weight-decay 1e-4 --recurrence 2
 
-with online hard example mining: add --ohem --ohem-thres 0.7 --ohem-keep 100000. A run that was interrupted goes on with the same
-command and --resume.
+Add --ohem --ohem-thres 0.7 --ohem-keep 100000 for online hard example mining. A run that was interrupted goes on
+with the same command and --resume.
 """
 
 import argparse

@@ -11,7 +11,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _check(expected_shapes: dict[str, tuple[Tensor, list[object]]]) -> None:
-    """Raise ValueError unless each tensor is a floating-point one of the given shape, and all agree in dtype and device.
+    """Raise ValueError unless each tensor is floating-point, of its shape, and of the first one's dtype and device.
 
     A shape's entries are sizes, or names of sizes that are free.
     """

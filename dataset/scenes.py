@@ -2,10 +2,11 @@
 
     python -m dataset.scenes --output data/scenes
 
-Each scene holds sky, buildings, trees, road, sidewalk, and a few people, poles, cars; and one *ambiguous* vehicle: a grey
-box that is a bus where the scene's traffic sign is blue and a truck where it is orange. Nothing near the vehicle
-tells which. The sign stands in another third of the image, mostly in other rows than the vehicle's, always in other columns:
-only a network that carries context over the image, from outside the criss-cross path too, can name the vehicle.
+Each scene holds sky, buildings, trees, road, sidewalk, and a few people, poles and cars; and one *ambiguous*
+vehicle: a grey box that is a bus where the scene's traffic sign is blue and a truck where it is orange. Nothing near
+the vehicle tells which. The sign stands at the other side of the image, always in other columns than the vehicle and
+mostly in other rows: only a network that carries context over the image, from outside the criss-cross path too, can
+name the vehicle.
 """
 
 import argparse

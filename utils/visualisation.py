@@ -73,8 +73,8 @@ def composed_influence(passes: list[Tensor], row: int, column: int) -> list[Tens
 
 
 def attention_figure(model: CCNet, image: Tensor, pixels: list[tuple[int, int]]) -> Image.Image:
-    """The paper's figure of the attention: a line a pixel, with the image and the pixel as a green cross, where it looks with
-    R=1, R=2, ..., and the prediction.
+    """The paper's figure of the attention, a line a pixel: the image with the pixel as a green cross, where it looks
+    with R=1, R=2, ..., and the prediction.
 
     image: float32 [1, 3, H, W] as the network gets it; pixels: (y, x) in it. The influence is shown relative to its
     largest value, by its square root, so that small contributions can be seen.
