@@ -1,6 +1,7 @@
 """What the command lines of train.py and evaluate.py share."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recurrence", type=number(int, 0), default=2, help="R, passes of criss-cross attention")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--gpu", default="None", help="index of the GPU, the first one if not given")
-    parser.add_argument("--num-workers", type=number(int, 0), default=4, help="processes that load data")
+    parser.add_argument("--num-workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), help="processes that load data")
 
 
 def select_device(device: str, gpu: str) -> torch.device:

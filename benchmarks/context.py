@@ -1,0 +1,160 @@
+"""Why the attention is applied twice: accuracy on objects whose class only a far part of the image tells.
+
+    python benchmarks/context.py
+
+trains one small network with R = 0, 1 and 2 on generated scenes and measures, on new scenes, how often the pixels of
+the ambiguous vehicle (bus or truck, dataset/scenes.py) get the right one of the two. The backbone is shallow: without attention no
+pixel counted here can be reached by the sign that tells the class, which is verified, so R=0 can only guess (0.5).
+With R=1 a pixel sees its own row and column; with R=2 everything.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dataset import IGNORE_LABEL, NUM_CLASSES
+from dataset.labels import CLASS_NAMES, id_to_train_id_table
+from dataset.scenes import Scene, make_scene
+from dataset.transforms import normalise
+from networks.rcca import RCCAModule
+from utils.criterion import CriterionDSN, upsample
+
+_SIZE = 96
+_SCENES = {"training": 1600, "test": 300}
+_CLASSES = torch.tensor([CLASS_NAMES.index("bus"), CLASS_NAMES.index("truck")])
+
+
+class ShallowNetwork(nn.Module):
+    """Three convolutions of stride 2 and the RCCA head of the paper; logits [N, 19, H, W]."""
+
+    def __init__(self, recurrence: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for in_channels, out_channels in ((3, 32), (32, 64), (64, 256)):
+            layers += [nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), nn.ReLU()]
+        self.backbone = nn.Sequential(*layers)
+        self.head = RCCAModule(256, NUM_CLASSES, recurrence)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return upsample(self.head(self.backbone(images / 64)), images.shape[2:])
+
+
+def make_scenes(split: int, count: int) -> tuple[list[Scene], Tensor, Tensor]:
+    """Scenes, their images [count, 3, 96, 96] and labels [count, 96, 96]."""
+    train_ids = id_to_train_id_table()
+    scenes = [make_scene(_SIZE, _SIZE, np.random.default_rng([split, number])) for number in range(count)]
+    images = torch.from_numpy(np.stack([normalise(scene.image) for scene in scenes]))
+    labels = torch.from_numpy(np.stack([train_ids[scene.label] for scene in scenes])).long()
+    return scenes, images, labels
+
+
+def reach_without_attention() -> int:
+    """How far, in pixels, an input pixel can be from an output pixel that depends on it, for R=0: by derivatives."""
+    network = ShallowNetwork(0).eval()
+    reach = 0
+    for position in range(_SIZE // 2 - 8, _SIZE // 2 + 8):
+        image = torch.rand(1, 3, _SIZE, _SIZE, requires_grad=True)
+        logits = network(image)
+        (gradient,) = torch.autograd.grad(logits[0, :, position, position].abs().sum(), image)
+        touched = gradient[0].abs().amax(0).nonzero()
+        reach = max(reach, int((touched - position).abs().max()))
+    return reach
+
+
+def out_of_reach(scene: Scene, reach: int) -> np.ndarray:
+    """bool [96, 96]: pixels of the vehicle from which the whole sign is farther than `reach`."""
+    rows, columns = np.mgrid[:_SIZE, :_SIZE]
+    sign, vehicle = scene.sign, scene.vehicle
+    distance = np.maximum(
+        np.maximum(sign.top - rows, rows - sign.bottom + 1), np.maximum(sign.left - columns, columns - sign.right + 1)
+    )
+    within = (rows >= vehicle.top) & (rows < vehicle.bottom) & (columns >= vehicle.left) & (columns < vehicle.right)
+    return within & (distance > reach)
+
+
+def train(network: ShallowNetwork, images: Tensor, labels: Tensor, steps: int, batch_size: int) -> None:
+    criterion = CriterionDSN(IGNORE_LABEL)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
+    generator = torch.Generator().manual_seed(0)
+    network.train()
+    for _ in range(steps):
+        chosen = torch.randint(len(images), (batch_size,), generator=generator)
+        loss = criterion.main_loss(network(images[chosen]), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def accuracy(network: ShallowNetwork, images: Tensor, labels: Tensor, counted: Tensor) -> float:
+    """Part of the counted pixels for which the right one of bus and truck has the larger logit."""
+    network.eval()
+    right = 0
+    for batch in torch.arange(len(images)).split(50):
+        chosen = _CLASSES[network(images[batch])[:, _CLASSES].argmax(1)]
+        right += int(((chosen == labels[batch]) & counted[batch]).sum())
+    return right / int(counted.sum())
+
+
+def plot(results: dict[int, list[float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+    names = [f"R={recurrence}" for recurrence in results]
+    means = [float(np.mean(values)) for values in results.values()]
+    axes.bar(names, means, color=["#9aa0a6", "#7aa6d8", "#1f5fa8"][: len(names)], width=0.6)
+    for number, values in enumerate(results.values()):
+        axes.plot([number] * len(values), values, "k.", markersize=5)
+        axes.annotate(
+            f"{means[number]:.2f}", (number, means[number]), xytext=(0, 4), textcoords="offset points", ha="center"
+        )
+    axes.axhline(0.5, color="black", linewidth=0.8, linestyle="--", label="guessing")
+    axes.set(ylim=(0, 1.1), ylabel="accuracy, bus or truck", title="Class told by a sign far away")
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Accuracy on objects told by far context, for R = 0, 1, 2.")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of each network")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=1, help="networks trained for each R")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/context.png"), help="the plot")
+    args = parser.parse_args()
+
+    _, training_images, training_labels = make_scenes(0, _SCENES["training"])
+    scenes, images, labels = make_scenes(1, _SCENES["test"])
+    reach = reach_without_attention()
+    counted = torch.from_numpy(np.stack([out_of_reach(scene, reach) for scene in scenes]))
+    counted &= torch.isin(labels, _CLASSES)
+    print(f"{_SCENES['test']} test scenes; without attention a pixel depends on what is up to {reach} pixels away")
+    print(
+        f"counted: {int(counted.sum())} of {int(torch.isin(labels, _CLASSES).sum())} vehicle pixels, out of that reach\n"
+    )
+    print("| R | accuracy | training, s |\n|--:|--:|--:|")
+    results: dict[int, list[float]] = {}
+    for recurrence in (0, 1, 2):
+        for seed in range(args.seeds):
+            torch.manual_seed(seed)
+            network = ShallowNetwork(recurrence)
+            start = time.perf_counter()
+            train(network, training_images, training_labels, args.steps, args.batch_size)
+            seconds = time.perf_counter() - start
+            results.setdefault(recurrence, []).append(accuracy(network, images, labels, counted))
+            print(f"| {recurrence} | {results[recurrence][-1]:.3f} | {seconds:.0f} |", flush=True)
+    plot(results, args.output)
+    print(f"\nplot: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

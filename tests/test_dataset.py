@@ -1,0 +1,306 @@
+"""Files, labels, augmentation and loading."""
+
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dataset import DatasetError, EpochSampler, EvaluationSet, TrainingSet, load_batches, read_list, scan
+from dataset.files import Box, ImageFile, Item
+from dataset.labels import LABELS, PALETTE, TRAIN_ID_TO_ID, id_to_train_id_table
+from dataset.transforms import (
+    IMAGE_MEAN,
+    SCALE_TENTHS,
+    Crop,
+    Span,
+    denormalise,
+    draw_crop,
+    normalise,
+    resize_image,
+    resize_label,
+    scaled_length,
+    source_box,
+)
+
+
+def test_label_table_is_that_of_cityscapesscripts():
+    from cityscapesscripts.helpers.labels import labels as official
+
+    ours = {(label.name, label.id, label.train_id, label.colour) for label in LABELS}
+    void = {-1, 255}
+    assert ours == {(o.name, o.id, None if o.trainId in void else o.trainId, o.color) for o in official}
+    table = id_to_train_id_table(200)
+    for label in official:
+        expected = 200 if label.trainId in void else label.trainId
+        assert table[label.id % 256] == expected
+        if expected != 200:
+            assert TRAIN_ID_TO_ID[label.trainId] == label.id
+            assert tuple(PALETTE[label.trainId]) == label.color
+
+
+# ---- files
+
+
+def test_scan_finds_every_split(scenes):
+    assert [len(scan(scenes, split)) for split in ("train", "val", "test", "trainval")] == [6, 3, 2, 9]
+    item = scan(scenes, "train")[0]
+    assert item.label.name == item.frame + "_gtFine_labelIds.png"
+    assert item.name == item.frame + "_leftImg8bit"
+    assert all(item.label is None for item in scan(scenes, "test"))
+
+
+def test_list_files_of_the_original(scenes, tmp_path):
+    items = scan(scenes, "val")
+    lines = [f"{item.image.relative_to(scenes)}\t{item.label.relative_to(scenes)}" for item in items]
+    (tmp_path / "val.lst").write_text("\n".join(lines) + "\n\n")
+    assert read_list(scenes, tmp_path / "val.lst") == items
+    (tmp_path / "test.lst").write_text(str(items[0].image.relative_to(scenes)))
+    assert read_list(scenes, tmp_path / "test.lst") == [Item(items[0].image, None)]
+
+
+def test_no_data_says_what_is_expected_and_found(scenes, tmp_path):
+    with pytest.raises(DatasetError, match=r"<data-dir>/leftImg8bit/<split>/<city>/(.|\n)*nowhere does not exist"):
+        scan(tmp_path / "nowhere", "train")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DatasetError, match=rf"found: {tmp_path} holds images/"):
+        scan(tmp_path, "train")
+    (tmp_path / "leftImg8bit" / "val").mkdir(parents=True)
+    with pytest.raises(DatasetError, match=r"no images of the split 'train'(.|\n)*leftImg8bit holds val/"):
+        scan(tmp_path, "trainval")
+
+
+def test_image_without_label_is_named(scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path, dirs_exist_ok=True)
+    gone = scan(tmp_path, "train")[2].label
+    gone.unlink()
+    with pytest.raises(DatasetError, match=rf"1 of 6 label files do not exist:\n *{gone}"):
+        scan(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a b c\n", "line 1: expected 1 or 2 columns, found 3"),
+        ("", "found no line"),
+        ("gone.png\n", "1 of 1 image files do not exist"),
+    ],
+)
+def test_wrong_list_files(scenes, tmp_path, text, message):
+    path = tmp_path / "x.lst"
+    path.write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        read_list(scenes, path)
+    with pytest.raises(DatasetError, match="expected a list file"):
+        read_list(scenes, tmp_path / "nowhere.lst")
+
+
+def test_repeated_names_are_refused(scenes, tmp_path):
+    path = tmp_path / "x.lst"
+    line = str(scan(scenes, "val")[0].image.relative_to(scenes))
+    path.write_text(f"{line}\n{line}\n")
+    with pytest.raises(DatasetError, match="found more than one named hafen_000000"):
+        read_list(scenes, path)
+
+
+def test_part_of_an_image_is_that_part_of_the_whole(scenes):
+    file = ImageFile(scan(scenes, "val")[0].image)
+    whole = file.read_colour()
+    assert whole.shape == (*file.size, 3)
+    assert np.array_equal(whole, cv2.imread(str(file.path))[..., ::-1])
+    for box in (Box(0, 10, 0, 64), Box(5, 30, 7, 40), Box(40, 70, 60, 90)):
+        assert np.array_equal(file.read_colour(box), whole[box.top : box.bottom, box.left : box.right])
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "interlaced"])
+def test_other_formats_are_read_in_parts_too(tmp_path, format):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    path = tmp_path / f"image.{'jpg' if format == 'jpg' else 'png'}"
+    Image.fromarray(pixels).save(path, **({"interlace": 1} if format == "interlaced" else {}))
+    file = ImageFile(path)
+    assert np.array_equal(file.read_colour(Box(3, 20, 4, 9)), file.read_colour()[3:20, 4:9])
+
+
+def test_palette_label_images_are_read_as_indices(tmp_path):
+    label = Image.fromarray(np.full((4, 4), 26, np.uint8))
+    label.putpalette(PALETTE.tobytes())
+    label.save(tmp_path / "label.png")
+    assert (ImageFile(tmp_path / "label.png").read_label() == 26).all()
+
+
+def one_item(tmp_path, image, label):
+    Image.fromarray(image).save(tmp_path / "image.png")
+    Image.fromarray(label).save(tmp_path / "label.png")
+    return Item(tmp_path / "image.png", tmp_path / "label.png")
+
+
+IMAGE = np.zeros((12, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize("make", [EvaluationSet, lambda items: TrainingSet(items, (8, 8))])
+def test_bad_files_are_named(tmp_path, make):
+    def sample(item):
+        dataset = make([item])
+        return dataset[0 if isinstance(dataset, EvaluationSet) else (0, 0)]
+
+    item = one_item(tmp_path, IMAGE, np.full((12, 16), 34, np.uint8))
+    with pytest.raises(DatasetError, match=r"label.png: expected label ids 0..33 and -1, found 34"):
+        sample(item)
+    item = one_item(tmp_path, IMAGE, np.zeros((12, 15), np.uint8))
+    with pytest.raises(DatasetError, match=r"label.png: expected the size of its image image.png, 12x16, found 12x15"):
+        sample(item)
+    item = one_item(tmp_path, IMAGE, IMAGE)
+    with pytest.raises(DatasetError, match=r"label.png: expected an image of mode L .* found mode RGB"):
+        sample(item)
+    item = one_item(tmp_path, IMAGE, np.full((12, 16), 255, np.uint8))
+    sample(item)  # license plate's -1
+    item.image.write_bytes(item.image.read_bytes()[:50])
+    with pytest.raises(DatasetError, match=r"image.png: expected an image"):
+        sample(item)
+    item.image.write_text("no image")
+    with pytest.raises(DatasetError, match=r"image.png: expected an image file"):
+        sample(item)
+
+
+# ---- augmentation
+
+
+def crop_by_definition(image, label, crop):
+    """Scale the whole, then crop, as the original does."""
+    scale = crop.tenths / 10
+    scaled = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+    rows = np.minimum(np.arange(scaled.shape[0]) * 10 // crop.tenths, label.shape[0] - 1)
+    columns = np.minimum(np.arange(scaled.shape[1]) * 10 // crop.tenths, label.shape[1] - 1)
+    part = np.s_[crop.rows.start : crop.rows.stop, crop.columns.start : crop.columns.stop]
+    return scaled[part], label[np.ix_(rows, columns)][part]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 70), st.integers(1, 70), st.integers(1, 60), st.integers(1, 60))
+def test_crop_first_gives_the_pixels_of_resize_first(seed, height, width, crop_height, crop_width):
+    generator = np.random.default_rng(seed)
+    image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    label = generator.integers(0, 34, (height, width), dtype=np.uint8)
+    crop = draw_crop(generator, (height, width), (crop_height, crop_width), True, False)
+    box = source_box(crop)
+    part = np.s_[box.top : box.bottom, box.left : box.right]
+    expected_image, expected_label = crop_by_definition(image, label, crop)
+    # OpenCV may round its interpolation weights differently at other positions: at most one grey level.
+    assert np.abs(resize_image(image[part], crop).astype(int) - expected_image).max(initial=0) <= 1
+    assert np.array_equal(resize_label(label[part], crop), expected_label)
+
+
+def test_the_sizes_are_opencvs():
+    for length in range(1, 60):
+        for tenths in SCALE_TENTHS:
+            scaled = cv2.resize(np.zeros((length, 4), np.uint8), None, fx=1, fy=tenths / 10)
+            assert scaled.shape[0] == scaled_length(length, tenths)
+
+
+def test_the_source_box_is_small():
+    """Of a 1024x2048 image at scale 2, a 769x769 crop needs about 385x385 pixels."""
+    box = source_box(Crop(20, Span(600, 1369), Span(1000, 1769), False))
+    assert (box.bottom - box.top, box.right - box.left) <= (390, 390)
+
+
+def test_distribution_of_the_augmentation():
+    generator = np.random.default_rng(1)
+    crops = [draw_crop(generator, (20, 40), (10, 10), True, True) for _ in range(6000)]
+    tenths, counts = np.unique([crop.tenths for crop in crops], return_counts=True)
+    assert list(tenths) == list(range(7, 22))
+    assert abs(counts / 6000 - 1 / 15).max() < 0.015
+    assert abs(np.mean([crop.mirror for crop in crops]) - 0.5) < 0.03
+    at_one = [crop.columns.start for crop in crops if crop.tenths == 10]
+    assert set(at_one) == set(range(31))  # every position, both ends included
+
+
+def test_no_augmentation_unless_asked_for():
+    generator = np.random.default_rng(1)
+    crops = [draw_crop(generator, (20, 40), (10, 10), False, False) for _ in range(50)]
+    assert {(crop.tenths, crop.mirror) for crop in crops} == {(10, False)}
+
+
+def test_normalised_is_bgr_without_mean_padded_with_zeros_then_mirrored():
+    image = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    expected = np.zeros((3, 5, 6), np.float32)
+    expected[:, :3, :4] = (image[..., ::-1].astype(np.float32) - IMAGE_MEAN).transpose(2, 0, 1)
+    np.testing.assert_allclose(normalise(image, (5, 6)), expected, atol=1e-5)
+    np.testing.assert_allclose(normalise(image, (5, 6), mirror=True), expected[:, :, ::-1], atol=1e-5)
+    assert np.array_equal(denormalise(normalise(image)), image)
+
+
+def test_sample_of_a_small_image_is_padded_and_consistent(tmp_path):
+    """Image and label are augmented together: where the image is red, the label is road."""
+    image = np.zeros((12, 16, 3), np.uint8)
+    image[2:7, 3:9, 0] = 255
+    label = np.where(image[..., 0] > 0, 7, 23).astype(np.uint8)
+    dataset = TrainingSet([one_item(tmp_path, image, label)], (30, 40), seed=3)
+    for epoch in range(30):
+        sample = dataset[(epoch, 0)]
+        red = sample["image"][2] > 130 - IMAGE_MEAN[2]
+        road, void = sample["label"] == 0, sample["label"] == 255
+        # The two are resized differently (bilinear, nearest), which shifts edges by up to a pixel and a half.
+        kernel = np.ones((5, 5), np.uint8)
+        for a, b in ((red, road), (road, red)):
+            assert not (a.numpy() & (cv2.dilate(b.numpy().astype(np.uint8), kernel) == 0)).any()
+        assert road.any()
+        assert (sample["image"][:, void] == 0).all()
+
+
+# ---- loading
+
+
+def batches(scenes, workers, seed=5, first=0, last=7):
+    dataset = TrainingSet(scan(scenes, "train"), (40, 48), seed=seed)
+    return list(load_batches(dataset, EpochSampler(len(dataset), 4, first, last, seed), workers))
+
+
+def same(a, b):
+    return torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"]) and a["name"] == b["name"]
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(scenes):
+    alone = batches(scenes, 0)
+    for workers in (1, 2):
+        assert all(same(a, b) for a, b in zip(alone, batches(scenes, workers), strict=True))
+
+
+def test_batches_of_a_step_do_not_depend_on_where_the_run_began(scenes):
+    assert all(same(a, b) for a, b in zip(batches(scenes, 0)[3:], batches(scenes, 0, first=3), strict=True))
+
+
+def test_batches_depend_on_the_seed_and_epochs_differ(scenes):
+    assert not same(batches(scenes, 0)[0], batches(scenes, 0, seed=6)[0])
+    dataset = TrainingSet(scan(scenes, "train"), (40, 48))
+    assert not torch.equal(dataset[(0, 1)]["image"], dataset[(1, 1)]["image"])
+
+
+def test_loading_leaves_the_global_generator_alone(scenes):
+    before = torch.get_rng_state()
+    batches(scenes, 1, last=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 9))
+def test_epochs_neither_drop_nor_repeat_an_image(num_images, batch_size, seed):
+    keys = [key for batch in EpochSampler(num_images, batch_size, 0, 40, seed) for key in batch]
+    assert len(keys) == 40 * batch_size
+    for begin in range(0, len(keys) - num_images + 1, num_images):
+        epoch = keys[begin : begin + num_images]
+        assert {e for e, _ in epoch} == {begin // num_images}
+        assert sorted(i for _, i in epoch) == list(range(num_images))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_worker_arrives_as_it_is(scenes, tmp_path, workers):
+    shutil.copytree(scenes, tmp_path, dirs_exist_ok=True)
+    broken = scan(tmp_path, "train")[3].image
+    broken.write_text("broken")
+    with pytest.raises(DatasetError) as error:
+        batches(tmp_path, workers)
+    assert str(error.value).startswith(str(broken))
+    assert "Traceback" not in str(error.value)

@@ -1,0 +1,73 @@
+"""Generated scenes: reproducible, in the Cityscapes layout, with a class that only the far sign tells."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dataset import EvaluationSet, scan
+from dataset.labels import LABEL_IDS
+from dataset.scenes import CUES, make_scene, write_data_set
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (96, 96), (96, 192)])
+def test_the_sign_tells_the_vehicle_and_nothing_else_does(height, width):
+    shared_rows = 0
+    looks = {name: [] for name in CUES}
+    for number in range(200):
+        scene = make_scene(height, width, np.random.default_rng(number))
+        vehicle, sign = scene.vehicle, scene.sign
+        ids = scene.label[vehicle.top : vehicle.bottom, vehicle.left : vehicle.right]
+        (name,) = (name for name in CUES if (ids == LABEL_IDS[name]).all())
+        assert (scene.label[sign.top : sign.bottom, sign.left : sign.right] == LABEL_IDS["traffic sign"]).all()
+        others = {LABEL_IDS[other] for other in CUES if other != name}
+        assert not others & set(np.unique(scene.label))
+        pixels = scene.image[sign.top : sign.bottom, sign.left : sign.right].mean((0, 1))
+        nearest = min(CUES, key=lambda cue: np.abs(pixels - CUES[cue]).sum())
+        assert nearest == name
+        looks[name].append(scene.image[vehicle.top : vehicle.bottom, vehicle.left : vehicle.right].mean((0, 1)))
+        assert sign.left >= vehicle.right + width // 3 or vehicle.left >= sign.right + width // 3
+        shared_rows += sign.top < vehicle.bottom and vehicle.top < sign.bottom
+    assert 0.1 < shared_rows / 200 < 0.3
+    bus, truck = (np.array(looks[name]) for name in CUES)
+    assert 60 < len(bus) < 140
+    # Their colours differ no more than two samples of one distribution do.
+    error = np.sqrt(bus.var(0) / len(bus) + truck.var(0) / len(truck))
+    assert (np.abs(bus.mean(0) - truck.mean(0)) < 4 * error).all()
+
+
+def test_a_data_set_is_reproducible_and_left_alone_when_it_is_there(tmp_path):
+    counts = {"train": 2, "val": 1, "test": 1}
+    for folder in ("a", "b"):
+        write_data_set(tmp_path / folder, counts, 48, 64, seed=3)
+    for a, b in zip(scan(tmp_path / "a", "trainval"), scan(tmp_path / "b", "trainval"), strict=True):
+        assert a.image.read_bytes() == b.image.read_bytes()
+        assert a.label.read_bytes() == b.label.read_bytes()
+    first = scan(tmp_path / "a", "train")[0].image
+    before = first.stat().st_mtime_ns
+    write_data_set(tmp_path / "a", counts, 48, 64, seed=3)
+    assert first.stat().st_mtime_ns == before
+    with pytest.raises(FileExistsError, match="expected no data set or the same"):
+        write_data_set(tmp_path / "a", counts, 48, 64, seed=4)
+
+
+def test_an_interrupted_data_set_is_finished(tmp_path):
+    counts = {"train": 2, "val": 1, "test": 1}
+    write_data_set(tmp_path, counts, 48, 64, seed=3)
+    scan(tmp_path, "val")[0].image.unlink()
+    (tmp_path / "scenes.json").unlink()
+    write_data_set(tmp_path, counts, 48, 64, seed=3)
+    assert len(scan(tmp_path, "val")) == 1
+    assert json.loads((tmp_path / "scenes.json").read_text())["seed"] == 3
+
+
+def test_the_labels_are_readable_by_the_pipeline(scenes):
+    sample = EvaluationSet(scan(scenes, "val"))[0]
+    assert sample["image"].shape == (3, 48, 64)
+    labels = set(np.unique(sample["label"]))
+    assert {0, 10, 255} <= labels  # road, sky, void
+
+
+def test_too_small_is_an_error():
+    with pytest.raises(ValueError, match="size: expected at least 48x48, got 40x96"):
+        make_scene(40, 96, np.random.default_rng(0))

@@ -1,0 +1,323 @@
+"""train.py: what its flags do, what it writes, its errors, and going on after being killed."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboardX.proto import event_pb2
+
+import train
+from dataset import scan
+from networks import build_model
+from utils.commandline import run
+from utils.schedule import poly_learning_rate
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--backbone", "resnet18", "--input-size", "33,41", "--batch-size", "2", "--num-workers", "0", "--device", "cpu"]
+
+
+def parse(scenes, snapshots, *flags):
+    return train.get_parser().parse_args(
+        ["--data-dir", str(scenes), "--snapshot-dir", str(snapshots), *SMALL, *map(str, flags)]
+    )
+
+
+def run_training(scenes, snapshots, *flags):
+    return run(lambda: train.train(parse(scenes, snapshots, *flags)))
+
+
+def weights(snapshots, step):
+    return torch.load(Path(snapshots) / f"CS_scenes_{step}.pth", weights_only=True)
+
+
+def assert_bitwise_equal(a, b):
+    assert a.keys() == b.keys()
+    differing = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not differing
+
+
+def events(folder):
+    """All events in a folder's TensorBoard files, in order."""
+    for path in sorted(Path(folder).glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            yield event_pb2.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+
+
+def test_schedule():
+    assert poly_learning_rate(0.01, 0, 100, 0.9) == 0.01
+    assert poly_learning_rate(0.01, 75, 100, 0.9) == pytest.approx(0.01 * 0.25**0.9)
+
+
+def test_defaults_are_the_originals():
+    args = train.get_parser().parse_args([])
+    expected = {
+        "batch_size": 8, "ignore_label": 255, "input_size": (769, 769), "learning_rate": 1e-2, "momentum": 0.9,
+        "not_restore_last": False, "num_classes": 19, "start_iters": 0, "num_steps": 40000, "power": 0.9,
+        "random_mirror": False, "random_scale": False, "snapshot_dir": Path("snapshots"), "weight_decay": 5e-4,
+        "ohem": False, "ohem_thres": 0.6, "ohem_keep": 200000, "ft": False, "backbone": "resnet101", "recurrence": 2,
+        "data_dir": Path("cityscapes"),
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("text", "value"), [([], True), (["1"], True), (["0"], False), (["false"], False)])
+def test_ohem_can_be_turned_on_and_off(text, value):
+    assert train.get_parser().parse_args(["--ohem", *text]).ohem is value
+
+
+def test_it_trains_and_logs(scenes, tmp_path, capsys):
+    flags = ["--num-steps", 4, "--print-frequency", 2, "--save-pred-every", 3, "--random-mirror", "--random-scale"]
+    assert run_training(scenes, tmp_path, *flags) == 0
+    assert {path.name for path in tmp_path.glob("*.pth")} == {
+        f"CS_scenes_{step}{suffix}.pth" for step in (3, 4) for suffix in ("", ".training")
+    }
+    model = build_model("resnet18")
+    before = model.conv1.weight.detach().clone()
+    model.load_state_dict(weights(tmp_path, 4))
+    assert not torch.equal(before, model.conv1.weight)
+    output = capsys.readouterr()
+    assert "4/4" in output.err
+    assert re.search(r"loss \d+\.\d+, lr \d\.\d+e-\d+, \d+\.\d+ images/s", output.err)
+    scalars, pictures = {}, {}
+    for event in events(tmp_path):
+        for value in event.summary.value:
+            if value.WhichOneof("value") == "image":
+                pictures.setdefault(event.step, []).append((value.tag, value.image.height, value.image.width))
+            else:
+                scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+    assert set(scalars) == {"learning_rate", "loss/total", "loss/main", "loss/auxiliary", "images_per_second"}
+    assert set(scalars["loss/total"]) == {2, 3, 4}
+    assert scalars["learning_rate"][2] == pytest.approx(poly_learning_rate(1e-2, 1, 4, 0.9))
+    for step, total in scalars["loss/total"].items():
+        assert total == pytest.approx(scalars["loss/main"][step] + 0.4 * scalars["loss/auxiliary"][step], rel=1e-5)
+    assert set(pictures) == {3, 4}
+    assert [(height, width) for _, height, width in pictures[3]] == [(33, 3 * 41)] * 2
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_others(scenes, tmp_path):
+    flags = ["--num-steps", 2, "--random-mirror", "--random-scale"]
+    for folder, extra in (("a", []), ("b", ["--num-workers", 2]), ("c", ["--random-seed", 9])):
+        assert run_training(scenes, tmp_path / folder, *flags, *extra) == 0
+    assert_bitwise_equal(weights(tmp_path / "a", 2), weights(tmp_path / "b", 2))
+    assert not torch.equal(weights(tmp_path / "a", 2)["conv1.weight"], weights(tmp_path / "c", 2)["conv1.weight"])
+
+
+def test_going_on_equals_going_through(scenes, tmp_path, monkeypatch):
+    """A run that is stopped by SIGTERM after its third step, against one that is not."""
+    flags = ["--num-steps", 6, "--random-mirror", "--random-scale", "--ohem", "--ohem-keep", "640"]
+    assert run_training(scenes, tmp_path / "through", *flags) == 0
+
+    real = train.poly_learning_rate
+
+    def stopping(base, step, *rest):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(base, step, *rest)
+
+    monkeypatch.setattr(train, "poly_learning_rate", stopping)
+    assert run_training(scenes, tmp_path / "stopped", *flags) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert run_training(scenes, tmp_path / "stopped", *flags, "--resume") == 0
+    assert (tmp_path / "stopped" / "CS_scenes_3.pth").exists()
+    assert_bitwise_equal(weights(tmp_path / "through", 6), weights(tmp_path / "stopped", 6))
+    before = (tmp_path / "stopped" / "CS_scenes_6.pth").stat().st_mtime_ns
+    assert run_training(scenes, tmp_path / "stopped", *flags, "--resume") == 0  # done already
+    assert (tmp_path / "stopped" / "CS_scenes_6.pth").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_step_and_started_again_gives_the_same_bits(scenes, tmp_path):
+    flags = ["--num-steps", "14", "--save-pred-every", "3", "--random-mirror", "--random-scale", "--num-workers", "2"]
+    assert run_training(scenes, tmp_path / "through", *flags) == 0
+    arguments = parse(scenes, tmp_path / "killed", *flags)
+    command = [sys.executable, "train.py", "--data-dir", str(scenes), "--snapshot-dir", str(arguments.snapshot_dir)]
+    command += [*SMALL, *flags, "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TQDM_MININTERVAL": "0"}
+    step = random.Random().randrange(4, 13)
+    print(f"to be killed at step {step}")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    shown = b""
+    while f" {step}/14 ".encode() not in shown:
+        character = process.stderr.read(1)
+        assert character, shown.decode()
+        shown += character
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    assert not (tmp_path / "killed" / "CS_scenes_14.pth").exists()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"steps (3|6|9|12) to 14", done.stdout)
+    assert_bitwise_equal(weights(tmp_path / "through", 14), weights(tmp_path / "killed", 14))
+
+
+def test_a_folder_with_a_run_is_not_written_over_and_other_flags_are_refused(scenes, tmp_path, capsys):
+    assert run_training(scenes, tmp_path, "--num-steps", 1) == 0
+    assert run_training(scenes, tmp_path, "--num-steps", 1) == 2
+    assert f"--snapshot-dir {tmp_path}: holds a run at step 1; add --resume" in capsys.readouterr().err
+    assert run_training(scenes, tmp_path, "--num-steps", 5, "--weight-decay", 0.1, "--resume") == 2
+    message = capsys.readouterr().err
+    assert "--num-steps: was 1, is 5" in message
+    assert "--weight-decay: was 0.0005, is 0.1" in message
+
+
+def test_no_steps_save_the_network_as_it_is(scenes, tmp_path):
+    assert run_training(scenes, tmp_path, "--num-steps", 0) == 0
+    torch.manual_seed(12345)
+    assert_bitwise_equal(weights(tmp_path, 0), build_model("resnet18").state_dict())
+
+
+def statistics(state):
+    return {name: tensor for name, tensor in state.items() if "running" in name}
+
+
+def test_is_training_and_ft_decide_over_the_statistics(scenes, tmp_path):
+    assert run_training(scenes, tmp_path / "0", "--num-steps", 0) == 0
+    start = weights(tmp_path / "0", 0)
+    for name, flags, frozen in (("a", [], False), ("b", ["--no-is-training"], True), ("c", ["--ft"], True)):
+        flags += ["--restore-from", tmp_path / "0" / "CS_scenes_0.pth", "--num-steps", 1]
+        assert run_training(scenes, tmp_path / name, *flags) == 0
+        after = weights(tmp_path / name, 1)
+        assert all(torch.equal(start[key], after[key]) for key in statistics(start)) is frozen
+        assert not torch.equal(start["layer1.0.bn1.weight"], after["layer1.0.bn1.weight"])
+
+
+def test_ft_trains_on_trainval(scenes, tmp_path):
+    items = {name: train.find_items(parse(scenes, tmp_path, *flags)) for name, flags in
+             {"plain": [], "ft": ["--ft"], "split": ["--ft", "--split", "val"]}.items()}  # fmt: skip
+    assert [len(found) for found in items.values()] == [6, 9, 3]
+
+
+def test_restore_from_not_restore_last_and_start_iters(scenes, tmp_path):
+    torch.manual_seed(4)
+    source = build_model("resnet18", num_classes=25)
+    torch.save(source.state_dict(), tmp_path / "25.pth")
+    flags = ["--restore-from", tmp_path / "25.pth", "--not-restore-last", "--start-iters", 3, "--num-steps", 3]
+    assert run_training(scenes, tmp_path / "out", *flags) == 0
+    after = weights(tmp_path / "out", 3)
+    assert torch.equal(after["head.conva.0.weight"], source.state_dict()["head.conva.0.weight"])
+    assert after["dsn.3.bias"].shape == (19,)
+
+
+def one_step(scenes, folder, *flags):
+    assert run_training(scenes, folder, "--num-steps", 1, *flags) == 0
+    return weights(folder, 1)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--learning-rate", 0.1], ["--weight-decay", 0.3], ["--ohem", "1", "--ohem-keep", 64, "--ohem-thres", 0.01],
+        ["--random-mirror"], ["--random-scale"], ["--batch-size", 3], ["--input-size", "40,40"], ["--recurrence", 0],
+        ["--split", "val"], ["--random-seed", 1],
+    ],
+)  # fmt: skip
+def test_flags_change_what_is_learnt(scenes, tmp_path, flags):
+    if flags[0] == "--recurrence":  # gamma starts at 0: only its gradient differs after one step
+        key = "head.cca.gamma"
+    else:
+        key = "conv1.weight"
+    plain, changed = one_step(scenes, tmp_path / "plain"), one_step(scenes, tmp_path / "changed", *flags)
+    assert not torch.equal(plain[key], changed[key])
+
+
+def test_every_flag_is_read():
+    source = "".join((ROOT / name).read_text() for name in ("train.py", "utils/commandline.py"))
+    for action in train.get_parser()._actions:
+        if action.dest != "help":
+            assert f"args.{action.dest}" in source, action.dest
+
+
+# ---- errors: one message, no stack trace
+
+
+def failing(scenes, snapshots, capsys, *flags):
+    assert run_training(scenes, snapshots, *flags) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def test_no_data(tmp_path, capsys):
+    message = failing(tmp_path / "nowhere", tmp_path, capsys)
+    assert message.startswith(f"error: {tmp_path / 'nowhere'}: no images of the split 'train'")
+    assert "leftImg8bit/<split>/<city>/" in message
+    assert "nowhere does not exist" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_file_in_the_middle_of_training(scenes, tmp_path, capsys, workers):
+    shutil.copytree(scenes, tmp_path / "data")
+    for item in scan(tmp_path / "data", "train"):
+        from PIL import Image
+
+        Image.fromarray(np.full((48, 64), 77, np.uint8)).save(item.label)
+    message = failing(tmp_path / "data", tmp_path / "out", capsys, "--num-workers", workers)
+    assert re.search(r"error: \S+_gtFine_labelIds.png: expected label ids 0..33 and -1, found 77", message)
+
+
+def test_checkpoints_that_do_not_do(scenes, tmp_path, capsys):
+    path = tmp_path / "x.pth"
+    out = tmp_path / "out"
+    assert "x.pth: expected a checkpoint, there is no such file" in failing(scenes, out, capsys, "--restore-from", path)
+    path.write_text("no checkpoint")
+    assert "x.pth: expected a checkpoint, cannot read it" in failing(scenes, out, capsys, "--restore-from", path)
+    torch.save(build_model("resnet18", num_classes=20).state_dict(), path)
+    message = failing(scenes, out, capsys, "--restore-from", path)
+    assert "head.bottleneck.3.weight: the file has [20, 128, 1, 1], the network [19, 128, 1, 1]" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input-size", "769"], "argument --input-size: expected height,width in pixels"),
+        (["--input-size", "a,b"], "argument --input-size: expected height,width in pixels"),
+        (["--input-size", "0,100"], "argument --input-size: expected at least 8,8"),
+        (["--batch-size", "0"], "argument --batch-size: expected 1 or more, got '0'"),
+        (["--learning-rate", "fast"], "argument --learning-rate: expected float, got 'fast'"),
+        (["--ohem", "maybe"], "argument --ohem: expected 1 or 0"),
+        (["--num-classes", "7"], "argument --num-classes: expected 19 to 255"),
+        (["--ignore-label", "3"], "argument --ignore-label: expected 19 to 255"),
+        (["--backbone", "vgg"], "argument --backbone: invalid choice"),
+        (["--recurence", "2"], "unrecognized arguments: --recurence"),
+    ],
+)
+def test_wrong_flags(capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        train.get_parser().parse_args(flags)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_devices(scenes, tmp_path, capsys):
+    assert "--gpu 0: cannot go with --device cpu" in failing(scenes, tmp_path, capsys, "--gpu", 0)
+    count = torch.cuda.device_count()
+    message = failing(scenes, tmp_path, capsys, "--device", "cuda", "--gpu", count)
+    assert f"expected a GPU, found {count}" in message
+    assert "expected one GPU's index" in failing(scenes, tmp_path, capsys, "--device", "cuda", "--gpu", "0,1")
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(scenes, tmp_path, capsys):
+    flags = ["--learning-rate", 1e18, "--num-steps", 5, "--save-pred-every", 1]
+    assert "the loss is" in failing(scenes, tmp_path, capsys, *flags)
+
+
+@pytest.mark.slow
+def test_errors_of_the_real_process_are_one_message(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train.py", "--data-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}: no images of the split 'train'")
+    assert "Traceback" not in done.stderr
