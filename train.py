@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -153,7 +154,7 @@ def stop_requests() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -173,10 +174,9 @@ def train(args: argparse.Namespace) -> int:
     first, training = restore(args, model, optimizer)
     if first > args.num_steps:
         raise CommandError(f"--start-iters {first}: expected at most --num-steps {args.num_steps}")
+    criterion = CriterionDSN(args.ignore_label)
     if args.ohem:
         criterion = CriterionOhemDSN(args.ohem_thres, args.ohem_keep, args.ignore_label)
-    else:
-        criterion = CriterionDSN(args.ignore_label)
     samples = TrainingSet(
         items, args.input_size, args.ignore_label, args.random_scale, args.random_mirror, args.random_seed
     )

@@ -69,8 +69,8 @@ KNOWN_IDS[[label.id % 256 for label in LABELS]] = True
 def id_to_train_id_table(ignore_label: int = IGNORE_LABEL) -> np.ndarray:
     """uint8 [256]: training id of each label id (as uint8), `ignore_label` for void ones."""
     table = np.full(256, ignore_label, dtype=np.uint8)
-    for label in CLASSES:
-        table[label.id] = label.train_id
+    for train_id, label in enumerate(CLASSES):
+        table[label.id] = train_id
     return table
 
 

@@ -124,10 +124,10 @@ def _paint_vehicle_and_sign(canvas: _Canvas) -> tuple[Box, Box]:
     name = "bus" if uniform() < 0.5 else "truck"
     top, left = uniform(0.58, 0.66), uniform(0.02, 0.1)
     bottom, right = top + 0.28, left + 0.2
-    sign_left = uniform(0.76, 0.88)
-    sign_top = uniform(top, bottom - 0.08) if uniform() < _SHARED_ROWS else uniform(0.04, 0.44)
+    sign_left = uniform(0.76, 0.86)
+    sign_top = uniform(top, bottom - 0.12) if uniform() < _SHARED_ROWS else uniform(0.03, 0.4)
     vehicle = canvas.box(top, bottom, left, right)
-    sign = canvas.box(sign_top, sign_top + 0.08, sign_left, sign_left + 0.08)
+    sign = canvas.box(sign_top, sign_top + 0.12, sign_left, sign_left + 0.12)
     if uniform() < 0.5:
         vehicle, sign = (Box(b.top, b.bottom, canvas.width - b.right, canvas.width - b.left) for b in (vehicle, sign))
     canvas.fill(vehicle, name, (165, 165, 165), 4)

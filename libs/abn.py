@@ -24,6 +24,8 @@ class ABN(nn.Module):
     State dict: weight, bias, running_mean, running_var. There is no num_batches_tracked.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
 

@@ -90,7 +90,11 @@ def _sync_case(batch):
     with torch.no_grad():
         module.weight.normal_()
         module.bias.normal_()
-    return module, 5 + torch.randn(batch, 3, 2, 4, dtype=torch.float64), torch.randn(batch, 3, 2, 4, dtype=torch.float64)
+    return (
+        module,
+        5 + torch.randn(batch, 3, 2, 4, dtype=torch.float64),
+        torch.randn(batch, 3, 2, 4, dtype=torch.float64),
+    )
 
 
 @pytest.mark.slow

@@ -115,7 +115,10 @@ def test_module_with_nonzero_gamma():
     upstream = torch.randn_like(expected)
     names, parameters = zip(*[("x", x), *((n, p) for n, p in module.named_parameters() if n != "gamma")], strict=True)
     for name, got, wanted in zip(
-        names, torch.autograd.grad(result, parameters, upstream), torch.autograd.grad(expected, parameters, upstream), strict=True
+        names,
+        torch.autograd.grad(result, parameters, upstream),
+        torch.autograd.grad(expected, parameters, upstream),
+        strict=True,
     ):
         torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"gradient of {name}: {text}")
     (gamma_gradient,) = torch.autograd.grad(module(x), module.gamma, upstream)
@@ -141,9 +144,17 @@ def test_new_module_is_the_identity_and_has_the_originals_names():
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [
-        (criss_cross_attention, [(1, 2, 3), (1, 2, 3), (1, 2, 3)], r"query: expected shape \[N, C', H, W\], got \[1, 2, 3\]"),
+        (
+            criss_cross_attention,
+            [(1, 2, 3), (1, 2, 3), (1, 2, 3)],
+            r"query: expected shape \[N, C', H, W\], got \[1, 2, 3\]",
+        ),
         (criss_cross_attention, [(1, 2, 3, 4), (1, 3, 3, 4), (1, 2, 3, 4)], r"key: expected shape \[1, 2, 3, 4\], got"),
-        (criss_cross_attention, [(1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 4, 3)], r"value: expected shape \[1, C, 3, 4\], got"),
+        (
+            criss_cross_attention,
+            [(1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 4, 3)],
+            r"value: expected shape \[1, C, 3, 4\], got",
+        ),
         (criss_cross_attention, [(1, 2, 0, 4), (1, 2, 0, 4), (1, 2, 0, 4)], r"query: expected at least one row"),
         (ca_weight, [(1, 2, 3, 4), (2, 2, 3, 4)], r"key: expected shape \[1, 2, 3, 4\], got \[2, 2, 3, 4\]"),
         (ca_map, [(1, 7, 3, 4), (1, 2, 3, 4)], r"weight: expected shape \[1, 6, 3, 4\], got \[1, 7, 3, 4\]"),
@@ -158,9 +169,9 @@ def test_wrong_dtypes_and_devices_are_named():
     x = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match=r"value: expected torch.float32 as query is, got .*float64"):
         criss_cross_attention(x, x, x.double())
-    with pytest.raises(ValueError, match="query: expected a floating-point tensor, got torch.int64"):
+    with pytest.raises(ValueError, match=r"query: expected a floating-point tensor, got torch.int64"):
         criss_cross_attention(x.long(), x.long(), x.long())
-    with pytest.raises(ValueError, match="key: expected on cpu as query is, got .* on meta"):
+    with pytest.raises(ValueError, match=r"key: expected on cpu as query is, got .* on meta"):
         ca_weight(x, x.to("meta"))
     with pytest.raises(ValueError, match="in_dim: expected at least 8"):
         CrissCrossAttention(4)

@@ -1,5 +1,6 @@
 """Prediction of whole images, and IoU."""
 
+import itertools
 import math
 
 import pytest
@@ -35,7 +36,7 @@ def test_tiles_cover_the_axis_and_overlap_by_a_third(length, tile):
     if length >= tile:
         assert starts[-1] + tile == length
         assert max(covered) == length - 1
-    assert all(b - a <= math.ceil(tile * 2 / 3) for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a <= math.ceil(tile * 2 / 3) for a, b in itertools.pairwise(starts))
     assert len(starts) == len(set(starts))
 
 

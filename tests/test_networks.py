@@ -40,7 +40,20 @@ def test_names_and_shapes_of_the_papers_network(resnet101):
     }
     assert {name: shapes.get(name) for name in expected} == expected
     tops = {name.split(".")[0] for name in shapes}
-    assert tops == {"conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "layer1", "layer2", "layer3", "layer4", "head", "dsn"}
+    assert tops == {
+        "conv1",
+        "bn1",
+        "conv2",
+        "bn2",
+        "conv3",
+        "bn3",
+        "layer1",
+        "layer2",
+        "layer3",
+        "layer4",
+        "head",
+        "dsn",
+    }
     assert not any(name.endswith("num_batches_tracked") for name in shapes)
     assert "conva.0.bias" not in shapes
 
@@ -50,7 +63,9 @@ def test_layers_of_the_papers_network(resnet101):
     assert {block.conv2.dilation for block in resnet101.layer3} == {(2, 2)}
     assert {block.conv2.dilation for block in resnet101.layer4} == {(4, 4)}
     assert resnet101.layer2[0].conv2.stride == (2, 2)
-    activations = {name: module.activation for name, module in resnet101.named_modules() if hasattr(module, "activation")}
+    activations = {
+        name: module.activation for name, module in resnet101.named_modules() if hasattr(module, "activation")
+    }
     heads = {name for name in activations if name.startswith(("head.", "dsn."))}
     assert {activations[name] for name in heads} == {"leaky_relu"}
     assert {activations[name] for name in activations.keys() - heads} == {"identity"}
@@ -132,7 +147,11 @@ def test_loads_december_2018_and_data_parallel(model):
 
 def test_loads_an_imagenet_backbone(model):
     backbone = {name: tensor for name, tensor in state_of(model).items() if not name.startswith(("head.", "dsn."))}
-    extra = {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000), "bn1.num_batches_tracked": torch.tensor(7)}
+    extra = {
+        "fc.weight": torch.zeros(1000, 512),
+        "fc.bias": torch.zeros(1000),
+        "bn1.num_batches_tracked": torch.tensor(7),
+    }
     head_before = model.head.conva[0].weight.detach().clone()
     load_state(model, {**backbone, **extra}, "imagenet.pth")
     assert_loaded(model, backbone)

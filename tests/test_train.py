@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
 import train
@@ -21,7 +22,18 @@ from utils.commandline import run
 from utils.schedule import poly_learning_rate
 
 ROOT = Path(train.__file__).parent
-SMALL = ["--backbone", "resnet18", "--input-size", "33,41", "--batch-size", "2", "--num-workers", "0", "--device", "cpu"]
+SMALL = [
+    "--backbone",
+    "resnet18",
+    "--input-size",
+    "33,41",
+    "--batch-size",
+    "2",
+    "--num-workers",
+    "0",
+    "--device",
+    "cpu",
+]
 
 
 def parse(scenes, snapshots, *flags):
@@ -224,10 +236,8 @@ def one_step(scenes, folder, *flags):
     ],
 )  # fmt: skip
 def test_flags_change_what_is_learnt(scenes, tmp_path, flags):
-    if flags[0] == "--recurrence":  # gamma starts at 0: only its gradient differs after one step
-        key = "head.cca.gamma"
-    else:
-        key = "conv1.weight"
+    # Of R only gamma's gradient depends in the first step, since gamma starts at 0.
+    key = "head.cca.gamma" if flags[0] == "--recurrence" else "conv1.weight"
     plain, changed = one_step(scenes, tmp_path / "plain"), one_step(scenes, tmp_path / "changed", *flags)
     assert not torch.equal(plain[key], changed[key])
 
@@ -260,8 +270,6 @@ def test_no_data(tmp_path, capsys):
 def test_a_bad_file_in_the_middle_of_training(scenes, tmp_path, capsys, workers):
     shutil.copytree(scenes, tmp_path / "data")
     for item in scan(tmp_path / "data", "train"):
-        from PIL import Image
-
         Image.fromarray(np.full((48, 64), 77, np.uint8)).save(item.label)
     message = failing(tmp_path / "data", tmp_path / "out", capsys, "--num-workers", workers)
     assert re.search(r"error: \S+_gtFine_labelIds.png: expected label ids 0..33 and -1, found 77", message)

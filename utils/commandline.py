@@ -70,7 +70,9 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recurrence", type=number(int, 0), default=2, help="R, passes of criss-cross attention")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--gpu", default="None", help="index of the GPU, the first one if not given")
-    parser.add_argument("--num-workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), help="processes that load data")
+    parser.add_argument(
+        "--num-workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), help="processes that load data"
+    )
 
 
 def select_device(device: str, gpu: str) -> torch.device:

@@ -39,14 +39,14 @@ def sliding_predictor(model: torch.nn.Module, tile_size: tuple[int, int]) -> Pre
     def predict(images: Tensor) -> Tensor:
         rows, columns = images.shape[2:]
         padded = F.pad(images, (0, max(width - columns, 0), 0, max(height - rows, 0)))
-        total = count = None
+        count = padded.new_zeros(padded.shape[2:])
+        total = padded.new_zeros(())
         for top in tile_starts(rows, height):
             for left in tile_starts(columns, width):
                 tile = (..., slice(top, top + height), slice(left, left + width))
                 logits = whole(padded[tile])
-                if total is None:
+                if total.dim() == 0:  # now the number of classes is known
                     total = logits.new_zeros(*logits.shape[:2], *padded.shape[2:])
-                    count = logits.new_zeros(padded.shape[2:])
                 total[tile] += logits
                 count[tile] += 1
         return (total / count)[..., :rows, :columns]
@@ -59,15 +59,14 @@ def multi_scale(predict: Predictor, scales: Sequence[float], flip: bool) -> Pred
 
     def averaged(images: Tensor) -> Tensor:
         size = images.shape[2:]
-        total = None
+        total = images.new_zeros(())
         for scale in scales:
             scaled_size = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
             scaled = images if scaled_size == tuple(size) else upsample(images, scaled_size)
             logits = predict(scaled)
             if flip:
                 logits = (logits + predict(scaled.flip(3)).flip(3)) / 2
-            logits = upsample(logits, size)
-            total = logits if total is None else total + logits
+            total = total + upsample(logits, size)
         return total / len(scales)
 
     return averaged

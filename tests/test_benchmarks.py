@@ -1,0 +1,54 @@
+"""The benchmarks do what they say, on little data."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import context, loading
+from dataset.labels import IGNORE_LABEL
+from dataset.scenes import make_scene
+
+
+def test_the_loaders_compared_give_the_same_samples(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["loading", "--images", "1", "--epochs", "1"])
+    loading.main()
+    assert capsys.readouterr().out.count("x |") == 3
+
+    def other(item, key):
+        return np.zeros((3, 769, 769), np.float32), np.zeros((769, 769), np.uint8)
+
+    items = loading.generate(tmp_path, 1)
+    with pytest.raises(SystemExit, match="other gives other samples than ours"):
+        loading.check_same({"ours": loading.crop_first(items), "other": other}, items)
+
+
+def test_without_attention_the_sign_is_out_of_reach():
+    """No derivative of a counted pixel's logits at the sign: R=0 cannot see it."""
+    reach = context.reach_without_attention()
+    network = context.ShallowNetwork(0).eval()
+    for number in range(5):
+        scene = make_scene(96, 96, np.random.default_rng(number))
+        counted = torch.from_numpy(context.out_of_reach(scene, reach))
+        assert counted.any()
+        image = torch.rand(1, 3, 96, 96, requires_grad=True)
+        (gradient,) = torch.autograd.grad((network(image)[0] * counted).abs().sum(), image)
+        sign = scene.sign
+        assert (gradient[0, :, sign.top : sign.bottom, sign.left : sign.right] == 0).all()
+        assert (gradient != 0).any()
+
+
+@pytest.mark.slow
+def test_two_passes_learn_what_none_can():
+    _, images, labels = context.make_scenes(0, 800)
+    _, test_images, test_labels = context.make_scenes(1, 100)
+    counted = test_labels != IGNORE_LABEL
+    accuracy = {}
+    for recurrence in (0, 2):
+        torch.manual_seed(0)
+        network = context.ShallowNetwork(recurrence)
+        context.train(network, images, labels, steps=250, batch_size=16)
+        accuracy[recurrence] = context.accuracy(network, test_images, test_labels, counted)
+    assert accuracy[2] > 0.9
+    assert 0.35 < accuracy[0] < 0.65

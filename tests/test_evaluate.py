@@ -1,0 +1,236 @@
+"""evaluate.py: agreement with the official evaluation, what it writes, and its errors."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import train
+from dataset import CLASS_NAMES, scan
+from dataset.labels import LABEL_IDS, TRAIN_ID_TO_ID
+from networks import build_model
+from utils.commandline import run
+
+ROOT = Path(evaluate.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained network whose batch-norm statistics have seen noise, so that it predicts many classes."""
+    torch.manual_seed(2)
+    model = build_model("resnet18")
+    with torch.no_grad():
+        for _ in range(3):
+            model(100 * torch.randn(4, 3, 48, 64))
+        model.head.cca.gamma.fill_(0.5)
+        model.head.bottleneck[3].weight.mul_(20)
+    path = tmp_path_factory.mktemp("checkpoint") / "CS_scenes_1.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def evaluation(data, checkpoint, output, *flags):
+    arguments = ["--data-dir", data, "--restore-from", checkpoint, "--output-dir", output, "--backbone", "resnet18"]
+    arguments += ["--input-size", "33,41", "--num-workers", 0, "--device", "cpu", *flags]
+    args = evaluate.get_parser().parse_args([str(argument) for argument in arguments])
+    return run(lambda: evaluate.evaluate(args))
+
+
+def official_iou(monkeypatch, predictions, items):
+    """IoU of every class by the real cityscapesscripts, from submitted files."""
+    monkeypatch.setenv("CITYSCAPES_DATASET", "/nonexistent")
+    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
+
+    official.args.evalInstLevelScore = False
+    official.args.JSONOutput = False
+    official.args.quiet = True
+    files = [str(predictions / f"{item.frame}_pred_labelIds.png") for item in items]
+    return official.evaluateImgLists(files, [str(item.label) for item in items], official.args)["classScores"]
+
+
+def assert_agrees(monkeypatch, output, items):
+    result = json.loads((output / "result.json").read_text())
+    expected = official_iou(monkeypatch, output / "submit", items)
+    present = 0
+    for name in CLASS_NAMES:
+        ours = result["classes"][name]
+        if math.isnan(expected[name]):
+            assert ours is None, name
+        else:
+            assert ours == pytest.approx(expected[name], abs=1e-9), name
+            present += 1
+    assert result["meanIU"] == pytest.approx(np.nanmean([expected[name] for name in CLASS_NAMES]), abs=1e-9)
+    return result, present
+
+
+def test_agrees_with_cityscapesscripts_on_generated_scenes(scenes, checkpoint, tmp_path, monkeypatch):
+    assert evaluation(scenes, checkpoint, tmp_path, "--submit", "--split", "trainval", "--batch-size", 4) == 0
+    result, present = assert_agrees(monkeypatch, tmp_path, scan(scenes, "trainval"))
+    assert present >= 5
+    assert 0 < result["meanIU"] < 1
+    assert result["images"] == 9
+
+
+@pytest.mark.slow
+def test_agrees_with_cityscapesscripts_on_camvid(camvid, checkpoint, tmp_path, monkeypatch):
+    flags = ["--submit", "--input-size", "240,320", "--batch-size", 2]
+    assert evaluation(camvid, checkpoint, tmp_path, *flags) == 0
+    result, present = assert_agrees(monkeypatch, tmp_path, scan(camvid, "val"))
+    assert present >= 5
+    assert result["images"] == 34
+
+
+def test_agrees_when_the_prediction_is_partly_right(scenes, checkpoint, tmp_path, monkeypatch):
+    """The truth itself with a third of it wrong: IoUs in the middle, absent classes absent."""
+    noise = np.random.default_rng(0)
+    truths = {item.name: np.asarray(Image.open(item.label)) for item in scan(scenes, "val")}
+    to_train_id = np.zeros(256, np.int64)
+    to_train_id[TRAIN_ID_TO_ID[:19]] = np.arange(19)
+
+    def predict(images):
+        names = list(truths)[len(predict.done) : len(predict.done) + len(images)]
+        predict.done += names
+        ids = torch.from_numpy(np.stack([to_train_id[truths[name]] for name in names]))
+        wrong = torch.from_numpy(noise.random(ids.shape) < 1 / 3)
+        return torch.nn.functional.one_hot(torch.where(wrong, (ids + 1) % 3, ids), 19).permute(0, 3, 1, 2).float()
+
+    predict.done = []
+    monkeypatch.setattr(evaluate, "make_predictor", lambda args, model: predict)
+    assert evaluation(scenes, checkpoint, tmp_path, "--submit", "--batch-size", 2) == 0
+    result, _ = assert_agrees(monkeypatch, tmp_path, scan(scenes, "val"))
+    assert result["classes"]["train"] is None
+    assert 0.2 < result["classes"]["sky"] < 0.9
+
+
+def test_what_it_writes(scenes, checkpoint, tmp_path, capsys):
+    assert evaluation(scenes, checkpoint, tmp_path, "--submit") == 0
+    items = scan(scenes, "val")
+    for item in items:
+        coloured = Image.open(tmp_path / "predictions" / f"{item.name}.png")
+        assert coloured.mode == "P"
+        train_ids = np.asarray(coloured)
+        submitted = np.asarray(Image.open(tmp_path / "submit" / f"{item.frame}_pred_labelIds.png"))
+        assert np.array_equal(submitted, TRAIN_ID_TO_ID[train_ids])
+        assert set(np.unique(submitted)) <= {LABEL_IDS[name] for name in CLASS_NAMES}
+        assert train_ids.shape == (48, 64)
+    assert len(list((tmp_path / "submit").iterdir())) == len(items)
+    output = capsys.readouterr().out
+    assert re.search(r"\| sky \| \d+\.\d\d \|", output)
+    assert "| train | absent |" in output
+    for name in ("report.md", "result.json", "predictions"):
+        assert str(tmp_path / name) in output
+    assert str(checkpoint) in output
+    result = json.loads((tmp_path / "result.json").read_text())
+    present = [iou for iou in result["IU_array"] if iou is not None]
+    assert result["meanIU"] == pytest.approx(sum(present) / len(present))
+    assert f"{100 * result['meanIU']:.2f}" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [[], ["--whole"], ["--scales", "0.75", "1.25", "--flip"], ["--whole", "--no-flip"]])
+def test_predictions_do_not_depend_on_the_batch_size(scenes, checkpoint, tmp_path, flags):
+    for size in (1, 2):
+        assert evaluation(scenes, checkpoint, tmp_path / str(size), "--batch-size", size, *flags) == 0
+    for item in scan(scenes, "val"):
+        one, two = (np.asarray(Image.open(tmp_path / size / "predictions" / f"{item.name}.png")) for size in "12")
+        assert (one == two).mean() > 0.999  # convolutions of other batch sizes may round differently
+
+
+def predictor_calls(scenes, checkpoint, tmp_path, monkeypatch, *flags):
+    seen = []
+
+    def record(predict, scales, flip):
+        seen.append((predict.__qualname__.split(".")[0], tuple(scales), flip))
+        return predict
+
+    monkeypatch.setattr(evaluate, "multi_scale", record)
+    assert evaluation(scenes, checkpoint, tmp_path, *flags) == 0
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ("sliding_predictor", (1.0,), False)),
+        (["--whole"], ("whole_predictor", (0.75, 1.0, 1.25, 1.5, 1.75, 2.0), True)),
+        (["--whole", "--no-flip", "--scales", "1"], ("whole_predictor", (1.0,), False)),
+        (["--flip", "--scales", "1", "2"], ("sliding_predictor", (1.0, 2.0), True)),
+    ],
+)
+def test_flags_choose_the_prediction(scenes, checkpoint, tmp_path, monkeypatch, flags, expected):
+    assert predictor_calls(scenes, checkpoint, tmp_path, monkeypatch, *flags) == expected
+
+
+def test_test_images_without_labels_are_predicted_and_not_measured(scenes, checkpoint, tmp_path, capsys):
+    assert evaluation(scenes, checkpoint, tmp_path, "--split", "test", "--submit") == 0
+    assert len(list((tmp_path / "submit").glob("ufer_00000*_000019_pred_labelIds.png"))) == 2
+    assert not (tmp_path / "result.json").exists()
+    assert "IoU" not in capsys.readouterr().out
+
+
+def test_images_of_different_sizes_in_one_batch(scenes, checkpoint, tmp_path):
+    lines = []
+    for number, size in enumerate([(48, 64), (40, 56), (40, 56)]):
+        path = tmp_path / f"image_{number}.png"
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+        lines.append(path.name)
+    (tmp_path / "images.lst").write_text("\n".join(lines))
+    flags = ["--data-list", tmp_path / "images.lst", "--batch-size", 3]
+    assert evaluation(tmp_path, checkpoint, tmp_path / "out", *flags) == 0
+    sizes = [Image.open(tmp_path / "out" / "predictions" / f"image_{number}.png").size for number in range(3)]
+    assert sizes == [(64, 48), (56, 40), (56, 40)]
+
+
+def test_attention_picture(scenes, checkpoint, tmp_path, capsys):
+    flags = ["--attention", "10,20", "--attention", "40,60", "--attention-image", "hafen_000001_000019"]
+    assert evaluation(scenes, checkpoint, tmp_path, *flags) == 0
+    path = tmp_path / "attention" / "hafen_000001_000019_leftImg8bit.png"
+    assert str(path) in capsys.readouterr().out
+    assert Image.open(path).size == (4 * 400, 18 + 2 * 300)
+
+
+def test_shared_flags_mean_the_same_in_both_scripts():
+    training, evaluating = train.get_parser().parse_args([]), evaluate.get_parser().parse_args(["--restore-from", "x"])
+    shared = vars(training).keys() & vars(evaluating).keys() - {"restore_from", "split", "batch_size"}
+    assert {"recurrence", "backbone", "num_classes", "input_size", "ignore_label", "data_dir"} <= shared
+    assert {name: getattr(training, name) for name in shared} == {name: getattr(evaluating, name) for name in shared}
+
+
+def test_every_flag_is_read():
+    source = "".join((ROOT / name).read_text() for name in ("evaluate.py", "utils/commandline.py"))
+    for action in evaluate.get_parser()._actions:
+        if action.dest != "help":
+            assert f"args.{action.dest}" in source, action.dest
+
+
+# ---- errors: one message, no stack trace
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--attention", "48,0"], "--attention 48,0: expected a pixel of"),
+        (["--attention", "1,1", "--attention-image", "nobody"], "--attention-image nobody: expected an image"),
+        (["--attention", "1,1", "--recurrence", "0"], "--attention: expected --recurrence 1 or more"),
+        (["--num-classes", "20"], "head.bottleneck.3.bias: the file has [19], the network [20]"),
+        (["--backbone", "resnet34"], "missing:"),
+        (["--data-list", "nowhere.lst"], "nowhere.lst: expected a list file"),
+        (["--restore-from", "nowhere.pth"], "nowhere.pth: expected a checkpoint, there is no such file"),
+    ],
+)
+def test_errors(scenes, checkpoint, tmp_path, capsys, flags, message):
+    assert evaluation(scenes, checkpoint, tmp_path, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_training_state_is_no_state_dict(scenes, tmp_path, capsys):
+    arguments = ["--data-dir", scenes, "--snapshot-dir", tmp_path, "--num-steps", 0, "--backbone", "resnet18"]
+    args = train.get_parser().parse_args([*map(str, arguments), "--device", "cpu"])
+    assert run(lambda: train.train(args)) == 0
+    assert evaluation(scenes, tmp_path / "CS_scenes_0.training.pth", tmp_path / "out") == 2
+    assert "expected a state dict (names to tensors), found other entries: version, step" in capsys.readouterr().err

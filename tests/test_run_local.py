@@ -1,0 +1,83 @@
+"""run_local.sh as a user runs it: in a copy of the checkout, with the packages that are installed here."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """The tracked and new files of this checkout, and its .venv if the tests run in it."""
+    environment = ROOT / ".venv"
+    if Path(sys.prefix).resolve() != environment.resolve():
+        pytest.skip(f"needs the environment that run_tests.sh sets up, {environment}; these tests run in {sys.prefix}")
+    copy = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns(".venv", ".git", "data", "snapshots", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    (copy / ".venv").symlink_to(environment)
+    return copy
+
+
+def run_local(checkout, *arguments, **environment):
+    return subprocess.run(
+        [checkout / "run_local.sh", *map(str, arguments)],
+        cwd=checkout.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_without_arguments_it_trains_and_evaluates_on_generated_scenes(checkout):
+    done = run_local(checkout, "--num-steps", 2, "--recurrence=1", BS="2", SAVE_EVERY="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = checkout / "snapshots" / "scenes"
+    tables = re.findall(r"\*\*mean IoU\*\* \| (\d+\.\d+)", done.stdout)
+    assert len(tables) == 2  # before training, and after
+    for path in (
+        "CS_scenes_2.pth",
+        "outputs/report.md",
+        "outputs/result.json",
+        "outputs/predictions/hafen_000000_000019_leftImg8bit.png",
+        "outputs/attention/hafen_000000_000019_leftImg8bit.png",
+        "untrained/CS_scenes_0.pth",
+    ):
+        assert (folder / path).is_file(), path
+    ending = done.stdout.splitlines()[-4:]
+    assert [line.split(":")[0] for line in ending] == ["report", "checkpoint", "predictions", "attention"]
+
+    again = run_local(checkout, "--num-steps", 2, "--recurrence=1", BS="2", SAVE_EVERY="1")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "steps 2 to 2" in again.stdout  # it went on where it was
+    assert "installing" not in again.stdout
+
+
+def test_with_a_path_it_runs_the_recipe(checkout, scenes):
+    flags = ["--backbone", "resnet18", "--input-size", "33,41", "--num-steps", 1, "--batch-size", 2, "--num-workers", 1]
+    done = run_local(checkout, scenes, *flags, SNAPSHOT_DIR="elsewhere", RECURRENCE="3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resnet18, R=3" in done.stdout
+    report = (checkout / "elsewhere" / "outputs" / "report.md").read_text()
+    for setting in ("- recurrence: 3", "- backbone: resnet18", "- input_size: (33, 41)", "3 images"):
+        assert setting in report
+
+
+def test_the_recipe_asks_for_the_imagenet_weights(checkout, scenes):
+    done = run_local(checkout, scenes)
+    assert done.returncode == 2
+    assert "dataset/resnet101-imagenet.pth: expected the ImageNet weights" in done.stderr
+
+
+def test_a_path_that_is_not_there(checkout):
+    done = run_local(checkout, "nowhere")
+    assert done.returncode == 2
+    assert "nowhere: expected a folder with leftImg8bit/ and gtFine/" in done.stderr
