@@ -40,7 +40,7 @@ else
     SAVE_EVERY=${SAVE_EVERY:-50}
     SNAPSHOT_DIR=${SNAPSHOT_DIR:-snapshots/scenes}
     AUGMENTATION=(--random-mirror) # whole scenes: a crop could lose the sign that tells the vehicle's class
-    ATTENTION=(--attention 72,24 --attention 20,150)
+    ATTENTION=(--attention 78,160 --attention 35,150) # on the first image: its vehicle, and a building
     DEFAULT_RESTORE_FROM=
 fi
 LR=${LR:-1e-2}
