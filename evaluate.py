@@ -24,7 +24,7 @@ from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, load_batches, read
 from dataset.labels import TRAIN_ID_TO_ID
 from networks import CCNet, build_model, load_state
 from utils.checkpoint import read_state_dict
-from utils.commandline import CommandError, add_shared_flags, number, run, select_device
+from utils.commandline import CommandError, add_shared_flags, check_ignore_label, number, run, select_device
 from utils.inference import Predictor, multi_scale, sliding_predictor, whole_predictor
 from utils.metrics import ConfusionMatrix
 from utils.visualisation import attention_figure, palette_image
@@ -161,6 +161,7 @@ def save_report(args: argparse.Namespace, confusion: ConfusionMatrix, num_images
 @torch.no_grad()
 def evaluate(args: argparse.Namespace) -> None:
     device = select_device(args.device, args.gpu)
+    check_ignore_label(args.ignore_label, args.num_classes)
     items = find_items(args)
     if args.attention and args.recurrence == 0:
         raise CommandError("--attention: expected --recurrence 1 or more, with 0 there is no attention to show")

@@ -15,16 +15,16 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataset import EpochSampler, Item, TrainingSet, load_batches, read_list, scan
 from libs import ABN
-from networks import build_model, load_state
+from networks import CCNet, build_model, load_state
 from utils.checkpoint import (
     CheckpointError,
     read_state_dict,
@@ -35,7 +35,7 @@ from utils.checkpoint import (
     training_path,
     training_steps,
 )
-from utils.commandline import CommandError, add_shared_flags, boolean, number, run, select_device
+from utils.commandline import CommandError, add_shared_flags, boolean, check_ignore_label, number, run, select_device
 from utils.criterion import AUXILIARY_WEIGHT, CriterionDSN, CriterionOhemDSN
 from utils.schedule import poly_learning_rate
 from utils.training_log import TrainingLog
@@ -114,7 +114,9 @@ def restore(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.O
     if not steps:
         if args.restore_from is not None:
             state = read_state_dict(args.restore_from)
-            load_state(model, state, str(args.restore_from), restore_last=not args.not_restore_last)
+            load_state(
+                model, state, str(args.restore_from), restore_last=not args.not_restore_last, allow_backbone=True
+            )
         return args.start_iters, None
     step = steps[-1]
     training = read_training(args.snapshot_dir, step)
@@ -162,9 +164,35 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def train_step(
+    model: CCNet,
+    criterion: CriterionDSN,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One step of SGD. Returns the losses, still on the device, and the main logits."""
+    logits = model(images)
+    main, auxiliary = criterion.components(logits, labels)
+    loss = main + AUXILIARY_WEIGHT * auxiliary
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return {"total": loss.detach(), "main": main.detach(), "auxiliary": auxiliary.detach()}, logits[0].detach()
+
+
+def finite_values(losses: dict[str, Tensor], step: int) -> dict[str, float]:
+    """The losses as numbers, which waits for the device."""
+    values = {name: loss.item() for name, loss in losses.items()}
+    if not math.isfinite(values["total"]):
+        raise CommandError(f"the loss is {values['total']} at step {step}; a lower --learning-rate may help")
+    return values
+
+
 def train(args: argparse.Namespace) -> int:
     """Train, and return the exit status: 0, or 128 + the signal that ended training early."""
     device = select_device(args.device, args.gpu)
+    check_ignore_label(args.ignore_label, args.num_classes)
     items = find_items(args)
     torch.manual_seed(args.random_seed)
     model = build_model(args.backbone, args.num_classes, args.recurrence).to(device)
@@ -174,62 +202,63 @@ def train(args: argparse.Namespace) -> int:
     first, training = restore(args, model, optimizer)
     if first > args.num_steps:
         raise CommandError(f"--start-iters {first}: expected at most --num-steps {args.num_steps}")
-    criterion = CriterionDSN(args.ignore_label)
-    if args.ohem:
-        criterion = CriterionOhemDSN(args.ohem_thres, args.ohem_keep, args.ignore_label)
-    samples = TrainingSet(
-        items, args.input_size, args.ignore_label, args.random_scale, args.random_mirror, args.random_seed
-    )
-    batches = EpochSampler(len(items), args.batch_size, first, args.num_steps, args.random_seed)
     model.train()
     if args.ft or not args.is_training:
         freeze_statistics(model)
     if training is not None:
         restore_generators(training)
+    criterion = CriterionDSN(args.ignore_label)
+    if args.ohem:
+        criterion = CriterionOhemDSN(args.ohem_thres, args.ohem_keep, args.ignore_label)
     print(f"{args.backbone}, R={args.recurrence}, on {device}: {len(items)} images, steps {first} to {args.num_steps}")
-
-    saved = first if training is not None else None
+    if first == args.num_steps and training is None:  # no step to do: the network as it is
+        save_snapshot(model, optimizer, args.snapshot_dir, first, run_flags(args))
     log = TrainingLog(args.snapshot_dir, first, args.num_steps, args.batch_size)
-    with stop_requests() as stop:
-        step = first
-        for batch in load_batches(samples, batches, args.num_workers, pin_memory=device.type == "cuda"):
-            images = batch["image"].to(device, non_blocking=True, memory_format=torch.channels_last)
-            labels = batch["label"].to(device, non_blocking=True)
-            learning_rate = poly_learning_rate(args.learning_rate, step, args.num_steps, args.power)
-            optimizer.param_groups[0]["lr"] = learning_rate
-
-            logits = model(images)
-            main_loss, auxiliary_loss = criterion.components(logits, labels)
-            loss = main_loss + AUXILIARY_WEIGHT * auxiliary_loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
-            step += 1
-            log.advance()
-            due = step % args.save_pred_every == 0 or step == args.num_steps or stop
-            if due or step % args.print_frequency == 0:  # else nothing waits for the device
-                if not math.isfinite(loss.item()):
-                    raise CommandError(f"the loss is {loss.item()} at step {step}; a lower --learning-rate may help")
-                log.scalars(step, learning_rate, loss.item(), main_loss.item(), auxiliary_loss.item())
-            if due:
-                path = save_snapshot(model, optimizer, args.snapshot_dir, step, run_flags(args))
-                saved = step
-                for i in range(min(args.save_num_images, len(images))):
-                    log.picture(
-                        step, f"image, label, prediction/{i}", training_panel(images[i], labels[i], logits[0][i])
-                    )
-                log.message(f"step {step}: {path}")
-            if stop:
-                break
-    log.close()
-    if saved is None:  # no step to do: the network as it is
-        save_snapshot(model, optimizer, args.snapshot_dir, step, run_flags(args))
+    with stop_requests() as stop, closing(log):
+        step = run_steps(args, items, model, criterion, optimizer, first, log, stop)
     if stop and step < args.num_steps:
         print(f"stopped by {signal.Signals(stop[0]).name} at step {step}; go on with --resume")
         return 128 + stop[0]
     print(f"done: {snapshot_path(args.snapshot_dir, step)}")
     return 0
+
+
+def run_steps(
+    args: argparse.Namespace,
+    items: list[Item],
+    model: CCNet,
+    criterion: CriterionDSN,
+    optimizer: torch.optim.Optimizer,
+    first: int,
+    log: TrainingLog,
+    stop: list[int],
+) -> int:
+    """The main loop, from step `first` to the last or until `stop` is not empty. Returns the step reached."""
+    device = next(model.parameters()).device
+    samples = TrainingSet(
+        items, args.input_size, args.ignore_label, args.random_scale, args.random_mirror, args.random_seed
+    )
+    batches = EpochSampler(len(items), args.batch_size, first, args.num_steps, args.random_seed)
+    step = first
+    for batch in load_batches(samples, batches, args.num_workers, pin_memory=device.type == "cuda"):
+        images = batch["image"].to(device, non_blocking=True, memory_format=torch.channels_last)
+        labels = batch["label"].to(device, non_blocking=True)
+        learning_rate = poly_learning_rate(args.learning_rate, step, args.num_steps, args.power)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        losses, logits = train_step(model, criterion, optimizer, images, labels)
+        step += 1
+        log.advance()
+        save = step % args.save_pred_every == 0 or step == args.num_steps or bool(stop)
+        if save or step % args.print_frequency == 0:  # in other steps nothing waits for the device
+            log.scalars(step, learning_rate, finite_values(losses, step))
+        if save:
+            path = save_snapshot(model, optimizer, args.snapshot_dir, step, run_flags(args))
+            for i in range(min(args.save_num_images, len(images))):
+                log.picture(step, f"image, label, prediction/{i}", training_panel(images[i], labels[i], logits[i]))
+            log.message(f"step {step}: {path}")
+        if stop:
+            break
+    return step
 
 
 if __name__ == "__main__":

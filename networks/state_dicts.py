@@ -26,7 +26,13 @@ def is_backbone_only(state: dict[str, Tensor]) -> bool:
     return not any(_rename(key).startswith(_HEADS) for key in state)
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor], source: str, restore_last: bool = True) -> None:
+def load_state(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    restore_last: bool = True,
+    allow_backbone: bool = False,
+) -> None:
     """Load a state dict of any of the original's generations, in place.
 
     `module.` prefixes are removed and old names renamed. Nothing may be missing or left over, except what that kind
@@ -37,11 +43,12 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str, restore_
         state: names to tensors.
         source: what the messages call it, its path.
         restore_last: whether to load the two last, classifying layers; if not, they may also have other shapes.
+        allow_backbone: whether an ImageNet backbone will do, which leaves the heads as they are.
 
     Raises:
         StateDictError: keys are missing or unexpected, or shapes differ. The model is unchanged then.
     """
-    backbone_only = is_backbone_only(state)
+    backbone_only = allow_backbone and is_backbone_only(state)
     found = {_rename(key): tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
     expected = model.state_dict()
     if backbone_only:

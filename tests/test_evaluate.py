@@ -228,6 +228,13 @@ def test_errors(scenes, checkpoint, tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+def test_an_imagenet_backbone_is_no_network_to_evaluate(scenes, checkpoint, tmp_path, capsys):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({name: t for name, t in state.items() if not name.startswith(("head.", "dsn."))}, tmp_path / "b.pth")
+    assert evaluation(scenes, tmp_path / "b.pth", tmp_path / "out") == 2
+    assert "head.cca.gamma" in capsys.readouterr().err
+
+
 def test_a_training_state_is_no_state_dict(scenes, tmp_path, capsys):
     arguments = ["--data-dir", scenes, "--snapshot-dir", tmp_path, "--num-steps", 0, "--backbone", "resnet18"]
     args = train.get_parser().parse_args([*map(str, arguments), "--device", "cpu"])

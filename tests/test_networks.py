@@ -153,7 +153,9 @@ def test_loads_an_imagenet_backbone(model):
         "bn1.num_batches_tracked": torch.tensor(7),
     }
     head_before = model.head.conva[0].weight.detach().clone()
-    load_state(model, {**backbone, **extra}, "imagenet.pth")
+    with pytest.raises(StateDictError, match=r"(?s)missing:.*dsn.0.bias.*unexpected:.*fc.bias"):
+        load_state(model, {**backbone, **extra}, "imagenet.pth")
+    load_state(model, {**backbone, **extra}, "imagenet.pth", allow_backbone=True)
     assert_loaded(model, backbone)
     assert torch.equal(model.head.conva[0].weight, head_before)
 
@@ -166,7 +168,7 @@ def test_missing_and_unexpected_keys_are_listed_and_nothing_is_loaded(model, kin
     state["layer1.0.bn1.waight"] = state.pop("layer1.0.bn1.weight")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(StateDictError) as error:
-        load_state(model, state, "file.pth")
+        load_state(model, state, "file.pth", allow_backbone=True)
     assert "file.pth" in str(error.value)
     assert "1 missing:\n    layer1.0.bn1.weight" in str(error.value)
     assert "1 unexpected:\n    layer1.0.bn1.waight" in str(error.value)

@@ -1,5 +1,6 @@
 """train.py: what its flags do, what it writes, its errors, and going on after being killed."""
 
+import importlib
 import os
 import random
 import re
@@ -227,6 +228,31 @@ def one_step(scenes, folder, *flags):
     return weights(folder, 1)
 
 
+def test_losses_are_read_only_when_they_are_logged(scenes, tmp_path, monkeypatch):
+    """Reading a value waits for the device."""
+    steps = []
+    real = train.finite_values
+    monkeypatch.setattr(train, "finite_values", lambda losses, step: steps.append(step) or real(losses, step))
+    reads = []
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: reads.append(tensor) or float(tensor))
+    assert run_training(scenes, tmp_path, "--num-steps", 5, "--print-frequency", 3) == 0
+    assert steps == [3, 5]
+    assert len(reads) == 2 * 3  # the three losses, twice
+
+
+def test_importing_the_scripts_parses_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["somebody-elses-program", "--their-flag"])
+    for name in ("train", "evaluate"):
+        importlib.reload(importlib.import_module(name))
+
+
+def test_files_are_always_loaded_without_running_code():
+    for path in ROOT.rglob("*.py"):
+        if ".venv" not in path.parts and path.parent != Path(__file__).parent:
+            for call in re.findall(r"torch\.load\([^\n]*", path.read_text()):
+                assert "weights_only=True" in call, path
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -306,6 +332,11 @@ def test_wrong_flags(capsys, flags, message):
         train.get_parser().parse_args(flags)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_label_of_void_is_no_class(scenes, tmp_path, capsys):
+    message = failing(scenes, tmp_path, capsys, "--ignore-label", 22, "--num-classes", 25)
+    assert "--ignore-label 22: expected --num-classes 25 or more" in message
 
 
 def test_wrong_devices(scenes, tmp_path, capsys):

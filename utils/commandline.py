@@ -75,6 +75,16 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_ignore_label(ignore_label: int, num_classes: int) -> None:
+    """The label of void is not that of a class.
+
+    Raises:
+        CommandError: it is.
+    """
+    if ignore_label < num_classes:
+        raise CommandError(f"--ignore-label {ignore_label}: expected --num-classes {num_classes} or more")
+
+
 def select_device(device: str, gpu: str) -> torch.device:
     """The device that --device and --gpu ask for.
 

@@ -38,9 +38,9 @@ class CriterionDSN(nn.Module):
 
     def components(self, preds: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of the main and of the auxiliary head, before weighting."""
-        main, auxiliary = preds
+        main, auxiliary = (upsample(logits, target.shape[1:]) for logits in preds)
         target = target.long()
-        return self.main_loss(upsample(main, target.shape[1:]), target), self._cross_entropy(auxiliary, target)
+        return self.main_loss(main, target), self._cross_entropy(auxiliary, target)
 
     def forward(self, preds: list[Tensor], target: Tensor) -> Tensor:
         main, auxiliary = self.components(preds, target)
@@ -51,7 +51,6 @@ class CriterionDSN(nn.Module):
         return self._cross_entropy(logits, target)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        logits = upsample(logits, target.shape[1:])
         losses = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="none")
         return _mean_over_valid(losses, target != self.ignore_index)
 

@@ -25,21 +25,19 @@ class TrainingLog:
     def advance(self) -> None:
         self.bar.update()
 
-    def scalars(self, step: int, learning_rate: float, loss: float, main: float, auxiliary: float) -> None:
-        """Log a step's losses and learning rate, and the images/s since the last call."""
+    def scalars(self, step: int, learning_rate: float, losses: dict[str, float]) -> None:
+        """Log a step's losses ("total" and its parts) and learning rate, and the images/s since the last call."""
         now = time.perf_counter()
         images = (step - self._since[0]) * self.batch_size
         images_per_second = images / (now - self._since[1])
         self._since = (step, now)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.2e}, {images_per_second:.2f} images/s")
-        for name, value in (
-            ("learning_rate", learning_rate),
-            ("loss/total", loss),
-            ("loss/main", main),
-            ("loss/auxiliary", auxiliary),
-            ("images_per_second", images_per_second),
-        ):
-            self.writer.add_scalar(name, value, step)
+        self.bar.set_postfix_str(
+            f"loss {losses['total']:.4f}, lr {learning_rate:.2e}, {images_per_second:.2f} images/s"
+        )
+        self.writer.add_scalar("learning_rate", learning_rate, step)
+        self.writer.add_scalar("images_per_second", images_per_second, step)
+        for name, loss in losses.items():
+            self.writer.add_scalar(f"loss/{name}", loss, step)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Log a picture, uint8 [H, W, 3] RGB."""
