@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset.scenes import write_data_set
 
@@ -23,6 +24,19 @@ def camvid() -> Path:
     if "CCNET_CAMVID" not in os.environ:
         pytest.skip("needs CamVid in the Cityscapes layout: set CCNET_CAMVID to its folder")
     return Path(os.environ["CCNET_CAMVID"])
+
+
+class _NoHostCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        assert not any(part in name for part in ("_local_scalar_dense", "nonzero", "masked_select", "item")), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_host_copies():
+    """A context that fails on what makes the host wait for the device, such as reading a value."""
+    return _NoHostCopies()
 
 
 @pytest.fixture(autouse=True)

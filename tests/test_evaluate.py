@@ -232,7 +232,7 @@ def test_an_imagenet_backbone_is_no_network_to_evaluate(scenes, checkpoint, tmp_
     state = torch.load(checkpoint, weights_only=True)
     torch.save({name: t for name, t in state.items() if not name.startswith(("head.", "dsn."))}, tmp_path / "b.pth")
     assert evaluation(scenes, tmp_path / "b.pth", tmp_path / "out") == 2
-    assert "head.cca.gamma" in capsys.readouterr().err
+    assert "    dsn.0.bias\n" in capsys.readouterr().err
 
 
 def test_a_training_state_is_no_state_dict(scenes, tmp_path, capsys):
