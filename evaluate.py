@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -16,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm import tqdm
 
 from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, load_batches, read_list, scan
+from dataset.files import ImageFile
 from dataset.labels import TRAIN_ID_TO_ID
 from networks import CCNet, build_model, load_state
 from utils.checkpoint import read_state_dict
@@ -61,8 +62,27 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def find_items(args: argparse.Namespace) -> list[Item]:
-    """The images to evaluate."""
-    return read_list(args.data_dir, args.data_list) if args.data_list is not None else scan(args.data_dir, args.split)
+    """The images to evaluate; no two have one name, by which their results would overwrite each other."""
+    items = read_list(args.data_dir, args.data_list) if args.data_list is not None else scan(args.data_dir, args.split)
+    (name, count), *_ = Counter(item.frame if args.submit else item.name for item in items).most_common(1)
+    if count > 1:
+        raise CommandError(f"{args.data_list or args.data_dir}: expected every image once, found {count} named {name}")
+    return items
+
+
+def find_attention_item(args: argparse.Namespace, items: list[Item]) -> Item:
+    """The image of --attention, in which its pixels are."""
+    if args.recurrence == 0:
+        raise CommandError("--attention: expected --recurrence 1 or more, with 0 there is no attention to show")
+    named = args.attention_image
+    item = next((i for i in items if named in (None, i.name, i.frame, i.image.name)), None)
+    if item is None:
+        raise CommandError(f"--attention-image {named}: expected an image of the data set, found none of that name")
+    height, width = ImageFile(item.image).size
+    for y, x in args.attention:
+        if not (0 <= y < height and 0 <= x < width):
+            raise CommandError(f"--attention {y},{x}: expected a pixel of {item.image}, which is {height}x{width}")
+    return item
 
 
 def make_predictor(args: argparse.Namespace, model: CCNet) -> Predictor:
@@ -106,22 +126,11 @@ def predict_all(
     return confusion
 
 
-def attention_picture(
-    args: argparse.Namespace, model: CCNet, items: list[Item], device: torch.device, output_dir: Path
-) -> Path:
-    """Write the figure of where the pixels of --attention look."""
-    named = args.attention_image
-    item = next((i for i in items if named in (None, i.name, i.frame, i.image.name)), None)
-    if item is None:
-        raise CommandError(f"--attention-image {named}: expected an image of the data set, found none of that name")
-    image: Tensor = EvaluationSet([Item(item.image, None)])[0]["image"][None].to(device)
-    height, width = image.shape[2:]
-    for y, x in args.attention:
-        if not (0 <= y < height and 0 <= x < width):
-            raise CommandError(f"--attention {y},{x}: expected a pixel of {item.image}, which is {height}x{width}")
-    path = output_dir / "attention" / f"{item.name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    attention_figure(model, image.to(memory_format=torch.channels_last), args.attention).save(path)
+def attention_picture(model: CCNet, item: Item, pixels: list[tuple[int, int]], folder: Path) -> Path:
+    """Write the figure of where the pixels look."""
+    image = EvaluationSet([Item(item.image, None)])[0]["image"][None].to(next(model.parameters()).device)
+    path = folder / f"{item.name}.png"
+    attention_figure(model, image.to(memory_format=torch.channels_last), pixels).save(path)
     return path
 
 
@@ -138,16 +147,21 @@ def iou_table(confusion: ConfusionMatrix, names: list[str]) -> str:
     return "\n".join(["| class | IoU, % |", "|:--|--:|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
+def null_if_nan(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
 def save_report(args: argparse.Namespace, confusion: ConfusionMatrix, num_images: int, output_dir: Path) -> str:
     """Write result.json and report.md; returns the table."""
     names = [*CLASS_NAMES, *(f"class {k}" for k in range(len(CLASS_NAMES), args.num_classes))]
-    ious = [None if math.isnan(iou) else iou for iou in confusion.iou().tolist()]
+    ious = [null_if_nan(iou) for iou in confusion.iou().tolist()]
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     result = {
-        "meanIU": confusion.mean_iou(),
+        "meanIU": null_if_nan(confusion.mean_iou()),
         "IU_array": ious,
         "classes": dict(zip(names, ious, strict=True)),
-        "pixel_accuracy": confusion.pixel_accuracy(),
+        "pixel_accuracy": null_if_nan(confusion.pixel_accuracy()),
         "images": num_images,
         "flags": flags,
     }
@@ -163,15 +177,15 @@ def evaluate(args: argparse.Namespace) -> None:
     device = select_device(args.device, args.gpu)
     check_ignore_label(args.ignore_label, args.num_classes)
     items = find_items(args)
-    if args.attention and args.recurrence == 0:
-        raise CommandError("--attention: expected --recurrence 1 or more, with 0 there is no attention to show")
+    attention_item = find_attention_item(args, items) if args.attention else None
     model = build_model(args.backbone, args.num_classes, args.recurrence)
     load_state(model, read_state_dict(args.restore_from), str(args.restore_from))
     model.to(device).eval()
 
     output_dir = args.output_dir or args.restore_from.parent / "outputs"
-    for folder in ("predictions", *(["submit"] if args.submit else [])):
-        (output_dir / folder).mkdir(parents=True, exist_ok=True)
+    for folder, wanted in (("predictions", True), ("submit", args.submit), ("attention", args.attention)):
+        if wanted:
+            (output_dir / folder).mkdir(parents=True, exist_ok=True)
     confusion = predict_all(args, make_predictor(args, model), items, device, output_dir)
     labelled = sum(item.label is not None for item in items)
     if labelled:
@@ -181,8 +195,9 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"predictions:  {output_dir / 'predictions'}")
     if args.submit:
         print(f"submission:   {output_dir / 'submit'}")
-    if args.attention:
-        print(f"attention:    {attention_picture(args, model, items, device, output_dir)}")
+    if attention_item is not None:
+        picture = attention_picture(model, attention_item, args.attention, output_dir / "attention")
+        print(f"attention:    {picture}")
 
 
 if __name__ == "__main__":

@@ -4,49 +4,60 @@
 #   ./run_local.sh [flags]                 a complete small run on generated street scenes, on any machine
 #   ./run_local.sh YOUR_CS_PATH [flags]    the paper's recipe on Cityscapes at YOUR_CS_PATH
 #
-# Flags go to train.py, and those that both know to evaluate.py. Each value below can be set by the environment
-# variable of its name as well, e.g. BS=4 ./run_local.sh YOUR_CS_PATH. Run again after an interruption, it goes on.
+# Flags are those of train.py; what says which network and which device goes to evaluate.py as well. Each value below
+# can also be set by the environment variable of its name, e.g. BS=4 ./run_local.sh YOUR_CS_PATH. Run again after an
+# interruption, it goes on where it was.
 set -euo pipefail
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
 
 CS_PATH=
 if [[ $# -gt 0 && $1 != -* ]]; then
-    [[ -d $1 ]] || { echo "error: $1: expected a folder with leftImg8bit/ and gtFine/, there is no such folder" >&2; exit 2; }
-    CS_PATH=$(cd "$1" && pwd)
+    [[ -d $1 ]] || fail "$1: expected a folder with leftImg8bit/ and gtFine/, there is no such folder"
+    CS_PATH=$(CDPATH= cd -- "$1" && pwd)
+    [[ -d $CS_PATH/leftImg8bit/val ]] || fail "$CS_PATH: expected leftImg8bit/val/ in it, to evaluate on after training"
     shift
 fi
+for argument in "$@"; do
+    case $argument in
+        --data-dir | --data-dir=*) fail "--data-dir: give the path as the first argument" ;;
+    esac
+done
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source utils/environment.sh
 set_up_environment requirements.txt
+for argument in "$@"; do
+    case $argument in
+        -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' run_local.sh && exec python train.py --help ;;
+    esac
+done
 
 if [[ -n $CS_PATH ]]; then
+    SCENES=
     BACKBONE=${BACKBONE:-resnet101}
     INPUT_SIZE=${INPUT_SIZE:-769,769}
     BS=${BS:-8}
     STEPS=${STEPS:-60000}
     SAVE_EVERY=${SAVE_EVERY:-1000}
     SNAPSHOT_DIR=${SNAPSHOT_DIR:-snapshots}
-    AUGMENTATION=(--random-mirror --random-scale)
-    ATTENTION=()
-    UNTRAINED=
-    DEFAULT_RESTORE_FROM=dataset/resnet101-imagenet.pth
+    RESTORE_FROM=${RESTORE_FROM-dataset/resnet101-imagenet.pth}
 else
+    SCENES=1
     CS_PATH=data/scenes
-    python -m dataset.scenes --output "$CS_PATH"
-    UNTRAINED=1
     BACKBONE=${BACKBONE:-resnet18}
     INPUT_SIZE=${INPUT_SIZE:-96,192}
     BS=${BS:-8}
     STEPS=${STEPS:-300}
     SAVE_EVERY=${SAVE_EVERY:-50}
     SNAPSHOT_DIR=${SNAPSHOT_DIR:-snapshots/scenes}
-    AUGMENTATION=(--random-mirror) # whole scenes: a crop could lose the sign that tells the vehicle's class
-    ATTENTION=(--attention 78,160 --attention 35,150) # on the first image: its vehicle, and a building
-    DEFAULT_RESTORE_FROM=
+    RESTORE_FROM=${RESTORE_FROM-}
 fi
 LR=${LR:-1e-2}
 WD=${WD:-1e-4}
 RECURRENCE=${RECURRENCE:-2}
-RESTORE_FROM=${RESTORE_FROM-$DEFAULT_RESTORE_FROM}
 OHEM=${OHEM:-0}
 OHEM_THRES=${OHEM_THRES:-0.7}
 OHEM_KEEP=${OHEM_KEEP:-100000}
@@ -64,16 +75,17 @@ last_value() { # flag, default, arguments...: the last value given for the flag
     echo "$value"
 }
 
+# A flag wins over the variable; train.py and evaluate.py have to agree on these.
 BACKBONE=$(last_value --backbone "$BACKBONE" "$@")
 RESTORE_FROM=$(last_value --restore-from "$RESTORE_FROM" "$@")
 STEPS=$(last_value --num-steps "$STEPS" "$@")
 SNAPSHOT_DIR=$(last_value --snapshot-dir "$SNAPSHOT_DIR" "$@")
-# The ImageNet weights are ResNet-101's: another backbone starts from scratch unless told what from.
-if [[ $RESTORE_FROM == dataset/resnet101-imagenet.pth && $BACKBONE != resnet101 ]]; then
-    RESTORE_FROM=
-elif [[ $RESTORE_FROM == dataset/resnet101-imagenet.pth && ! -e $RESTORE_FROM ]]; then
-    echo "error: $RESTORE_FROM: expected the ImageNet weights; README.md says where they are, RESTORE_FROM= trains from scratch" >&2
-    exit 2
+if [[ $RESTORE_FROM == dataset/resnet101-imagenet.pth ]]; then
+    if [[ $BACKBONE != resnet101 ]]; then
+        RESTORE_FROM= # the weights are ResNet-101's: another backbone starts from scratch unless told what from
+    elif [[ ! -e $RESTORE_FROM ]]; then
+        fail "$RESTORE_FROM: expected the ImageNet weights; README.md says where they are, RESTORE_FROM= trains from scratch"
+    fi
 fi
 BOTH=(--data-dir "$CS_PATH" --backbone "$BACKBONE")
 for pair in --input-size="$INPUT_SIZE" --recurrence="$RECURRENCE" --num-classes= --ignore-label= --device= --gpu= --num-workers=; do
@@ -81,17 +93,39 @@ for pair in --input-size="$INPUT_SIZE" --recurrence="$RECURRENCE" --num-classes=
     [[ -z $value ]] || BOTH+=("${pair%%=*}" "$value")
 done
 TRAIN=(
-    "${AUGMENTATION[@]}" --batch-size "$BS" --learning-rate "$LR" --weight-decay "$WD" --ohem "$OHEM"
-    --ohem-thres "$OHEM_THRES" --ohem-keep "$OHEM_KEEP" --save-pred-every "$SAVE_EVERY"
-    ${RESTORE_FROM:+--restore-from "$RESTORE_FROM"}
+    "${BOTH[@]}" --random-mirror --batch-size "$BS" --learning-rate "$LR" --weight-decay "$WD" --ohem "$OHEM"
+    --ohem-thres "$OHEM_THRES" --ohem-keep "$OHEM_KEEP" --save-pred-every "$SAVE_EVERY" --resume
 )
+EVALUATE=("${BOTH[@]}")
+[[ -z $RESTORE_FROM ]] || TRAIN+=(--restore-from "$RESTORE_FROM")
+if [[ -n $SCENES ]]; then
+    # On the first image: its vehicle, and a building.
+    EVALUATE+=(--attention 78,160 --attention 35,150)
+else
+    TRAIN+=(--random-scale) # not for scenes, of which a crop could lose the sign that tells the vehicle's class
+fi
 
-if [[ -n $UNTRAINED ]]; then
+# SIGTERM to this script alone is passed on, so that training saves before it ends; Ctrl-C reaches it anyway.
+train() {
+    python train.py "${TRAIN[@]}" "$@" &
+    local child=$! status=0
+    trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+    trap : INT
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the child
+        status=0
+        wait "$child" || status=$?
+    done
+    trap - TERM INT
+    return "$status"
+}
+
+if [[ -n $SCENES ]]; then
+    python -m dataset.scenes --output "$CS_PATH"
     echo "== the network before training"
-    python train.py "${BOTH[@]}" "${TRAIN[@]}" "$@" --num-steps 0 --snapshot-dir "$SNAPSHOT_DIR/untrained" --resume
-    python evaluate.py "${BOTH[@]}" --restore-from "$SNAPSHOT_DIR/untrained/CS_scenes_0.pth"
+    train "$@" --num-steps 0 --snapshot-dir "$SNAPSHOT_DIR/untrained"
+    python evaluate.py "${EVALUATE[@]}" --restore-from "$SNAPSHOT_DIR/untrained/CS_scenes_0.pth"
     echo "== training"
 fi
-python train.py "${BOTH[@]}" "${TRAIN[@]}" "$@" --num-steps "$STEPS" --snapshot-dir "$SNAPSHOT_DIR" --resume
-python evaluate.py "${BOTH[@]}" --restore-from "$SNAPSHOT_DIR/CS_scenes_$STEPS.pth" \
-    --output-dir "$SNAPSHOT_DIR/outputs" "${ATTENTION[@]}"
+train "$@" --num-steps "$STEPS" --snapshot-dir "$SNAPSHOT_DIR"
+python evaluate.py "${EVALUATE[@]}" --restore-from "$SNAPSHOT_DIR/CS_scenes_$STEPS.pth"

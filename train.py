@@ -36,7 +36,7 @@ from utils.checkpoint import (
     training_steps,
 )
 from utils.commandline import CommandError, add_shared_flags, boolean, check_ignore_label, number, run, select_device
-from utils.criterion import AUXILIARY_WEIGHT, CriterionDSN, CriterionOhemDSN
+from utils.criterion import CriterionDSN, CriterionOhemDSN
 from utils.schedule import poly_learning_rate
 from utils.training_log import TrainingLog
 from utils.visualisation import training_panel
@@ -149,12 +149,12 @@ def freeze_statistics(model: nn.Module) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of the first; the second one is as ever."""
+    """Collect SIGINT and SIGTERM instead of dying of them; a second SIGINT (Ctrl-C) is as ever."""
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     before: dict[int, Any] = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -162,6 +162,9 @@ def stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+_DIVERGED = "training has diverged: begin again with a lower --learning-rate and another --snapshot-dir"
 
 
 def train_step(
@@ -174,7 +177,7 @@ def train_step(
     """One step of SGD. Returns the losses, still on the device, and the main logits."""
     logits = model(images)
     main, auxiliary = criterion.components(logits, labels)
-    loss = main + AUXILIARY_WEIGHT * auxiliary
+    loss = criterion.combine(main, auxiliary)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -185,8 +188,15 @@ def finite_values(losses: dict[str, Tensor], step: int) -> dict[str, float]:
     """The losses as numbers, which waits for the device."""
     values = {name: loss.item() for name, loss in losses.items()}
     if not math.isfinite(values["total"]):
-        raise CommandError(f"the loss is {values['total']} at step {step}; a lower --learning-rate may help")
+        raise CommandError(f"the loss is {values['total']} at step {step}; {_DIVERGED}")
     return values
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """The network is worth saving: no weight or statistic is infinite or NaN."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise CommandError(f"{name} is not finite after step {step}; {_DIVERGED}")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -206,7 +216,7 @@ def train(args: argparse.Namespace) -> int:
     if args.ft or not args.is_training:
         freeze_statistics(model)
     if training is not None:
-        restore_generators(training)
+        restore_generators(training, device)
     criterion = CriterionDSN(args.ignore_label)
     if args.ohem:
         criterion = CriterionOhemDSN(args.ohem_thres, args.ohem_keep, args.ignore_label)
@@ -252,6 +262,7 @@ def run_steps(
         if save or step % args.print_frequency == 0:  # in other steps nothing waits for the device
             log.scalars(step, learning_rate, finite_values(losses, step))
         if save:
+            check_weights(model, step)
             path = save_snapshot(model, optimizer, args.snapshot_dir, step, run_flags(args))
             for i in range(min(args.save_num_images, len(images))):
                 log.picture(step, f"image, label, prediction/{i}", training_panel(images[i], labels[i], logits[i]))

@@ -57,7 +57,7 @@ def resize_then_crop(map_label: Callable[[np.ndarray], np.ndarray]) -> Loader:
         image = read(item.image, cv2.IMREAD_COLOR)
         label = map_label(read(item.label, cv2.IMREAD_GRAYSCALE))
         size = (image.shape[0], image.shape[1])
-        crop = draw_crop(np.random.default_rng([_SEED, *key]), size, _CROP, True, True)
+        crop = draw_crop(np.random.default_rng([_SEED, 1, *key]), size, _CROP, True, True)
         scale = crop.tenths / 10
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
         label = cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)

@@ -1,5 +1,6 @@
 """Cityscapes as torch datasets, and the loader whose batches depend on nothing but the seed."""
 
+import signal
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -12,6 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .files import DatasetError, ImageFile, Item
 from .labels import IGNORE_LABEL, id_to_train_id_table
 from .transforms import draw_crop, normalise, pad_label, resize_image, resize_label, source_box
+
+# Keep the streams of random numbers apart.
+_ORDER, _AUGMENTATION = 0, 1
 
 
 def _open_label(item: Item, image: ImageFile) -> ImageFile:
@@ -64,7 +68,7 @@ class TrainingSet(Dataset):
         """{"image": float32 [3, h, w], "label": uint8 [h, w] training ids, "name": str}."""
         epoch, index = key
         item = self.items[index]
-        generator = np.random.default_rng([self.seed, epoch, index])
+        generator = np.random.default_rng([self.seed, _AUGMENTATION, epoch, index])
         image = ImageFile(item.image)
         label = _open_label(item, image)
         crop = draw_crop(generator, image.size, self.crop_size, self.random_scale, self.random_mirror)
@@ -123,7 +127,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         @lru_cache(maxsize=2)
         def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+            return np.random.default_rng([self.seed, _ORDER, epoch]).permutation(self.num_images)
 
         for step in range(self.first, self.last):
             positions = range(step * self.batch_size, (step + 1) * self.batch_size)
@@ -158,8 +162,11 @@ class _Collate:
         return self.collate(samples) if error is None else error
 
 
-def _one_thread_each(worker_id: int) -> None:
+def _set_up_worker(worker_id: int) -> None:
+    """One thread each; and a signal to the whole process group is for the main process to act on."""
     cv2.setNumThreads(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_batches(
@@ -183,7 +190,7 @@ def load_batches(
         num_workers=num_workers,
         collate_fn=_Collate(collate or torch.utils.data.default_collate),
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread_each,
+        worker_init_fn=_set_up_worker,
         # Its own generator: otherwise the loader draws from the one that dropout uses.
         generator=torch.Generator(),
     )

@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +104,7 @@ def read_list(root: str | Path, list_path: str | Path) -> list[Item]:
 
 
 def _check_files(items: list[Item], source: str) -> None:
-    """Every file is there, and no two images have one name, by which their predictions would overwrite each other."""
+    """Every file is there."""
     for what, paths in (
         ("image", [item.image for item in items if not item.image.is_file()]),
         ("label", [item.label for item in items if item.label is not None and not item.label.is_file()]),
@@ -113,9 +112,6 @@ def _check_files(items: list[Item], source: str) -> None:
         if paths:
             shown = "".join(f"\n    {path}" for path in paths[:5]) + ("\n    ..." if len(paths) > 5 else "")
             raise DatasetError(f"{source}: {len(paths)} of {len(items)} {what} files do not exist:{shown}")
-    repeated = [name for name, count in Counter(item.name for item in items).items() if count > 1]
-    if repeated:
-        raise DatasetError(f"{source}: expected every image once, found more than one named {repeated[0]}")
 
 
 @dataclass(frozen=True)

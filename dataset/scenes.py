@@ -140,9 +140,7 @@ def _paint_borders(canvas: _Canvas) -> None:
     canvas.fill(canvas.box(0.97, 1, 0, 1), "ego vehicle", (30, 30, 35), 3)
 
 
-def write_data_set(
-    root: Path, counts: dict[str, int], height: int, width: int, seed: int, progress: bool = False
-) -> None:
+def write_data_set(root: Path, counts: dict[str, int], height: int, width: int, seed: int) -> None:
     """Write a data set of scenes under `root` in the Cityscapes layout; test images get no labels.
 
     Args:
@@ -150,16 +148,23 @@ def write_data_set(
         height, width: size of the images.
         seed: every image is a function of (seed, split, number).
 
-    A data set is complete when its scenes.json is there, which says how it was made. One that was made in the same
-    way is left alone; one that was interrupted is finished. Anything else in the folder is an error.
+    scenes.json says how a data set was made and whether it is complete. One that was made in the same way is left
+    alone, or finished if it was interrupted; anything else in the folder is an error.
+
+    Raises:
+        FileExistsError: the folder holds other things.
     """
-    description = {"counts": counts, "height": height, "width": width, "seed": seed, "version": 1}
+    description = {"counts": counts, "height": height, "width": width, "seed": seed, "version": 1, "complete": True}
     marker = root / "scenes.json"
     if marker.exists():
         found = json.loads(marker.read_text())
         if found == description:
             return
-        raise FileExistsError(f"{root}: expected no data set or the same, found another: {found} and not {description}")
+        if found != {**description, "complete": False}:
+            raise FileExistsError(f"{root}: expected no data set or the same, found {found} and not {description}")
+    elif root.exists() and any(root.iterdir()):
+        raise FileExistsError(f"{root}: expected an empty folder or generated scenes, found other things")
+    _write_json(marker, {**description, "complete": False})
     palette = np.zeros((256, 3), dtype=np.uint8)
     for label in LABELS[:-1]:
         palette[label.id] = label.colour
@@ -173,9 +178,14 @@ def write_data_set(
                 folder = root / "gtFine" / split / city
                 _write_png(folder / f"{frame}_gtFine_labelIds.png", scene.label)
                 _write_png(folder / f"{frame}_gtFine_color.png", palette[scene.label])
-    partial = marker.with_suffix(".tmp")
-    partial.write_text(json.dumps(description) + "\n")
-    partial.replace(marker)
+    _write_json(marker, description)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(content) + "\n")
+    partial.replace(path)
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:

@@ -1,7 +1,8 @@
 """Augmentation and normalisation.
 
 The recipe scales an image by 0.7, 0.8, ... 2.1, pads it to the crop's size, and crops. Here the crop is drawn first,
-on the scaled image that is never made, and only what it covers is read and resized; the pixels are the same.
+on the scaled image that is never made, and only what it covers is read and resized. The pixels are the same, up to
+OpenCV's rounding.
 """
 
 import math

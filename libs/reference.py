@@ -41,6 +41,8 @@ def _synchronised_batch_norm(
     """
     from torch.distributed.nn.functional import all_reduce  # differentiable; importing it needs a distributed build
 
+    dtype = x.dtype
+    x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
     per_channel = [1, -1] + [1] * (x.dim() - 2)
     dims = [0, *range(2, x.dim())]
     count = torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64, device=x.device)
@@ -55,7 +57,7 @@ def _synchronised_batch_norm(
     y = centred * (var + eps).rsqrt().view(per_channel)
     if scale is not None and bias is not None:
         y = y * scale.view(per_channel) + bias.view(per_channel)
-    return y
+    return y.to(dtype)
 
 
 def activated_batch_norm(

@@ -47,7 +47,7 @@ def test_a_snapshot_is_a_plain_state_dict_and_what_training_needs(tmp_path):
     assert (training["step"], training["flags"]) == (7, {"batch_size": 2})
     momentum = training["optimizer"]["state"][0]["momentum_buffer"]
     assert torch.equal(momentum, optimizer.state_dict()["state"][0]["momentum_buffer"])
-    restore_generators(training)
+    restore_generators(training, torch.device("cpu"))
     assert torch.equal(torch.rand(3), drawn)
 
 

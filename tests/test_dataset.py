@@ -99,14 +99,6 @@ def test_wrong_list_files(scenes, tmp_path, text, message):
         read_list(scenes, tmp_path / "nowhere.lst")
 
 
-def test_repeated_names_are_refused(scenes, tmp_path):
-    path = tmp_path / "x.lst"
-    line = str(scan(scenes, "val")[0].image.relative_to(scenes))
-    path.write_text(f"{line}\n{line}\n")
-    with pytest.raises(DatasetError, match="found more than one named hafen_000000"):
-        read_list(scenes, path)
-
-
 def test_part_of_an_image_is_that_part_of_the_whole(scenes):
     file = ImageFile(scan(scenes, "val")[0].image)
     whole = file.read_colour()

@@ -205,7 +205,7 @@ def test_every_flag_is_read():
     source = "".join((ROOT / name).read_text() for name in ("evaluate.py", "utils/commandline.py"))
     for action in evaluate.get_parser()._actions:
         if action.dest != "help":
-            assert f"args.{action.dest}" in source, action.dest
+            assert re.search(rf"args\.{action.dest}\b", source), action.dest
 
 
 # ---- errors: one message, no stack trace
@@ -226,6 +226,28 @@ def test_every_flag_is_read():
 def test_errors(scenes, checkpoint, tmp_path, capsys, flags, message):
     assert evaluation(scenes, checkpoint, tmp_path, *flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_repeated_names_are_refused(scenes, checkpoint, tmp_path, capsys):
+    line = str(scan(scenes, "val")[0].image.relative_to(scenes))
+    (tmp_path / "x.lst").write_text(f"{line}\n{line}\n")
+    assert evaluation(scenes, checkpoint, tmp_path, "--data-list", tmp_path / "x.lst") == 2
+    assert "x.lst: expected every image once, found 2 named hafen_000000" in capsys.readouterr().err
+
+
+def test_what_is_in_the_way_of_the_output_is_named(scenes, checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert evaluation(scenes, checkpoint, tmp_path / "file") == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_labels_that_are_all_void_give_null(scenes, checkpoint, tmp_path):
+    image = scan(scenes, "val")[0].image
+    Image.fromarray(np.zeros((48, 64), np.uint8)).save(tmp_path / "void.png")
+    (tmp_path / "x.lst").write_text(f"{image} {tmp_path / 'void.png'}")
+    assert evaluation("/", checkpoint, tmp_path, "--data-list", tmp_path / "x.lst") == 0
+    result = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
+    assert result["meanIU"] is None
 
 
 def test_an_imagenet_backbone_is_no_network_to_evaluate(scenes, checkpoint, tmp_path, capsys):

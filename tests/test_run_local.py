@@ -77,6 +77,42 @@ def test_the_recipe_asks_for_the_imagenet_weights(checkout, scenes):
     assert "dataset/resnet101-imagenet.pth: expected the ImageNet weights" in done.stderr
 
 
+def test_sigterm_to_the_script_alone_saves_before_it_ends(checkout):
+    """The fifth step of training sends it; evaluation does not start."""
+    program = checkout / "train.py"
+    kill = (
+        "        step += 1\n        if step == 5:\n            __import__('os').kill(__import__('os').getppid(), 15)\n"
+    )
+    program.write_text(program.read_text().replace("        step += 1\n", kill))
+    done = run_local(checkout, BS="2", STEPS="100000")
+    assert done.returncode == 128 + 15, done.stdout + done.stderr
+    assert "stopped by SIGTERM at step" in done.stdout
+    assert list((checkout / "snapshots" / "scenes").glob("CS_scenes_*.training.pth"))
+
+
+def test_help_and_flags_that_do_not_go(checkout):
+    done = run_local(checkout, "--help")
+    assert done.returncode == 0
+    assert "./run_local.sh YOUR_CS_PATH [flags]" in done.stdout
+    assert "--weight-decay" in done.stdout
+    done = run_local(checkout, "--data-dir=elsewhere")
+    assert done.returncode == 2
+    assert "--data-dir: give the path as the first argument" in done.stderr
+
+
+def test_half_an_environment_is_made_anew(checkout):
+    """A .venv without pip, as is left where python3-venv is missing."""
+    (checkout / ".venv").unlink()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", checkout / ".venv"], check=True)
+    (checkout / ".venv" / ".done-x").write_text("")
+    script = "source utils/environment.sh; _unless_done() { :; }; set_up_environment; python -m pip --version"
+    done = subprocess.run(["bash", "-euc", script], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "creating .venv" in done.stdout
+    assert str(checkout / ".venv") in done.stdout
+    assert not (checkout / ".venv" / ".done-x").exists()
+
+
 def test_a_path_that_is_not_there(checkout):
     done = run_local(checkout, "nowhere")
     assert done.returncode == 2

@@ -55,10 +55,20 @@ def test_an_interrupted_data_set_is_finished(tmp_path):
     counts = {"train": 2, "val": 1, "test": 1}
     write_data_set(tmp_path, counts, 48, 64, seed=3)
     scan(tmp_path, "val")[0].image.unlink()
-    (tmp_path / "scenes.json").unlink()
+    marker = tmp_path / "scenes.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "complete": False}))
+    with pytest.raises(FileExistsError, match="expected no data set or the same"):
+        write_data_set(tmp_path, counts, 48, 80, seed=3)
     write_data_set(tmp_path, counts, 48, 64, seed=3)
     assert len(scan(tmp_path, "val")) == 1
-    assert json.loads((tmp_path / "scenes.json").read_text())["seed"] == 3
+    assert json.loads(marker.read_text())["complete"] is True
+
+
+def test_other_peoples_folders_are_not_written_to(tmp_path):
+    (tmp_path / "leftImg8bit").mkdir()
+    with pytest.raises(FileExistsError, match="expected an empty folder or generated scenes"):
+        write_data_set(tmp_path, {"train": 1}, 48, 64, seed=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["leftImg8bit"]
 
 
 def test_the_labels_are_readable_by_the_pipeline(scenes):

@@ -19,7 +19,7 @@ from tensorboardX.proto import event_pb2
 import train
 from dataset import scan
 from networks import build_model
-from utils.commandline import run
+from utils.commandline import CommandError, run
 from utils.schedule import poly_learning_rate
 
 ROOT = Path(train.__file__).parent
@@ -149,30 +149,64 @@ def test_going_on_equals_going_through(scenes, tmp_path, monkeypatch):
     assert (tmp_path / "stopped" / "CS_scenes_6.pth").stat().st_mtime_ns == before
 
 
+def train_in_a_process(scenes, snapshots, flags, code=""):
+    """train.py in a process of its own, and process group, with `code` run before it."""
+    program = f"""
+import os, signal, sys
+import train
+from utils.commandline import run
+{code}
+sys.exit(run(lambda: train.train(train.get_parser().parse_args())))
+"""
+    command = [sys.executable, "-c", program, "--data-dir", scenes, "--snapshot-dir", snapshots, *SMALL, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+
+
+def at_step(step, action):
+    """Code that does `action` when training computes the given step's learning rate."""
+    return f"""
+real = train.poly_learning_rate
+def acting(base, step, *rest):
+    if step == {step}:
+        {action}
+    return real(base, step, *rest)
+train.poly_learning_rate = acting
+"""
+
+
 @pytest.mark.slow
 def test_killed_at_a_random_step_and_started_again_gives_the_same_bits(scenes, tmp_path):
-    flags = ["--num-steps", "14", "--save-pred-every", "3", "--random-mirror", "--random-scale", "--num-workers", "2"]
+    flags = ["--num-steps", 14, "--save-pred-every", 3, "--random-mirror", "--random-scale", "--num-workers", 2]
     assert run_training(scenes, tmp_path / "through", *flags) == 0
-    arguments = parse(scenes, tmp_path / "killed", *flags)
-    command = [sys.executable, "train.py", "--data-dir", str(scenes), "--snapshot-dir", str(arguments.snapshot_dir)]
-    command += [*SMALL, *flags, "--resume"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TQDM_MININTERVAL": "0"}
-    step = random.Random().randrange(4, 13)
-    print(f"to be killed at step {step}")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, start_new_session=True)
-    shown = b""
-    while f" {step}/14 ".encode() not in shown:
-        character = process.stderr.read(1)
-        assert character, shown.decode()
-        shown += character
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
-    assert not (tmp_path / "killed" / "CS_scenes_14.pth").exists()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"steps (3|6|9|12) to 14", done.stdout)
+    step = random.Random().randrange(3, 14)
+    print(f"killed at step {step}")
+    kill = at_step(step, "os.killpg(0, signal.SIGKILL)")
+    assert train_in_a_process(scenes, tmp_path / "killed", flags, kill).returncode == -signal.SIGKILL
+    again = train_in_a_process(scenes, tmp_path / "killed", [*flags, "--resume"])
+    assert again.returncode == 0, again.stderr
+    assert f"steps {step // 3 * 3} to 14" in again.stdout
     assert_bitwise_equal(weights(tmp_path / "through", 14), weights(tmp_path / "killed", 14))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_whole_process_group_saves_before_it_ends(scenes, tmp_path, name):
+    """As Ctrl-C, timeout and cluster schedulers send it: the data-loading workers get it as well."""
+    signal_group = at_step(2, f"os.killpg(0, signal.{name})")
+    done = train_in_a_process(scenes, tmp_path, ["--num-steps", 50, "--num-workers", 2], signal_group)
+    assert done.returncode == 128 + getattr(signal, name), done.stderr
+    assert f"stopped by {name} at step 3" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "CS_scenes_3.training.pth").exists()
 
 
 def test_a_folder_with_a_run_is_not_written_over_and_other_flags_are_refused(scenes, tmp_path, capsys):
@@ -273,7 +307,7 @@ def test_every_flag_is_read():
     source = "".join((ROOT / name).read_text() for name in ("train.py", "utils/commandline.py"))
     for action in train.get_parser()._actions:
         if action.dest != "help":
-            assert f"args.{action.dest}" in source, action.dest
+            assert re.search(rf"args\.{action.dest}\b", source), action.dest
 
 
 # ---- errors: one message, no stack trace
@@ -348,9 +382,39 @@ def test_wrong_devices(scenes, tmp_path, capsys):
     assert "expected one GPU's index" in failing(scenes, tmp_path, capsys, "--device", "cuda", "--gpu", "0,1")
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_is_saved(scenes, tmp_path, capsys):
-    flags = ["--learning-rate", 1e18, "--num-steps", 5, "--save-pred-every", 1]
-    assert "the loss is" in failing(scenes, tmp_path, capsys, *flags)
+def test_a_network_that_diverges_is_not_saved(scenes, tmp_path, capsys):
+    flags = ["--learning-rate", 1e30, "--num-steps", 5, "--save-pred-every", 1]
+    assert "training has diverged" in failing(scenes, tmp_path, capsys, *flags)
+    for path in tmp_path.glob("CS_scenes_?.pth"):
+        assert all(tensor.isfinite().all() for tensor in torch.load(path, weights_only=True).values())
+    assert "is not finite after step 3; training has diverged" in _error(lambda: train.check_weights(_with_nan(), 3))
+    loss = {"total": torch.tensor(torch.inf)}
+    assert "the loss is inf at step 3; training has diverged" in _error(lambda: train.finite_values(loss, 3))
+
+
+def _with_nan():
+    model = torch.nn.Linear(2, 2)
+    model.bias.data[1] = torch.nan
+    return model
+
+
+def _error(function):
+    with pytest.raises(CommandError) as error:
+        function()
+    return str(error.value)
+
+
+def test_a_file_in_the_way_of_the_snapshots_is_named(scenes, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in failing(scenes, tmp_path / "file", capsys)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(scenes, tmp_path):
+    """It trains, goes on, and saves what loads where there is no GPU."""
+    flags = ["--device", "cuda", "--num-workers", 1, "--ohem", "--ohem-keep", 640]
+    assert run_training(scenes, tmp_path, *flags, "--num-steps", 3) == 0
+    assert {tensor.device.type for tensor in weights(tmp_path, 3).values()} == {"cpu"}
 
 
 @pytest.mark.slow

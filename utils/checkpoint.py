@@ -88,14 +88,16 @@ def save_snapshot(
     """
     remove_interrupted(folder)
     path = snapshot_path(folder, step)
-    _save(model.state_dict(), path)
+    # On the CPU, so that the file loads where there is no such GPU.
+    _save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)
+    device = next(model.parameters()).device
     training = {
         "version": _TRAINING_VERSION,
         "step": step,
         "flags": flags,
         "optimizer": optimizer.state_dict(),
         "cpu_generator": torch.get_rng_state(),
-        "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
     _save(training, training_path(folder, step))
     for old in training_steps(folder)[:-_TRAINING_KEPT]:
@@ -123,11 +125,11 @@ def read_training(folder: Path, step: int) -> dict[str, Any]:
     return training
 
 
-def restore_generators(training: dict[str, Any]) -> None:
-    """Put torch's random generators back to where they were at the snapshot."""
+def restore_generators(training: dict[str, Any], device: torch.device) -> None:
+    """Put torch's random generators, the CPU's and the device's, back to where they were at the snapshot."""
     torch.set_rng_state(training["cpu_generator"])
-    if torch.cuda.is_available() and len(training["cuda_generators"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(training["cuda_generators"])
+    if device.type == "cuda" and training["cuda_generator"] is not None:
+        torch.cuda.set_rng_state(training["cuda_generator"], device)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -13,8 +13,6 @@ from networks import BACKBONES, StateDictError
 
 from .checkpoint import CheckpointError
 
-EXPECTED_ERRORS = (DatasetError, StateDictError, CheckpointError)
-
 
 class CommandError(RuntimeError):
     """The command cannot do what it was asked for; the message names the flag and says why."""
@@ -86,7 +84,7 @@ def check_ignore_label(ignore_label: int, num_classes: int) -> None:
 
 
 def select_device(device: str, gpu: str) -> torch.device:
-    """The device that --device and --gpu ask for.
+    """The device that --device and --gpu ask for; a GPU is made the current one.
 
     Raises:
         CommandError: it is not there, or the flags contradict each other.
@@ -106,6 +104,8 @@ def select_device(device: str, gpu: str) -> torch.device:
         raise CommandError(
             f"--device {device} --gpu {gpu}: expected a GPU, found {torch.cuda.device_count()} (--device cpu)"
         )
+    torch.cuda.set_device(index)
+    torch.backends.cudnn.benchmark = True  # crops and tiles are all of one size
     return torch.device("cuda", index)
 
 
@@ -113,6 +113,9 @@ def run(main: Callable[[], int | None]) -> int:
     """Run a command; what the user can mend becomes one message and exit status 2, not a stack trace."""
     try:
         return main() or 0
-    except (CommandError, *EXPECTED_ERRORS) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    except (CommandError, DatasetError, StateDictError, CheckpointError, OSError) as error:
+        message = str(error)
+    except torch.OutOfMemoryError as error:
+        message = f"the GPU's memory does not suffice; a smaller --batch-size or --input-size may help: {error}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2

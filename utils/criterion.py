@@ -42,9 +42,13 @@ class CriterionDSN(nn.Module):
         target = target.long()
         return self.main_loss(main, target), self._cross_entropy(auxiliary, target)
 
-    def forward(self, preds: list[Tensor], target: Tensor) -> Tensor:
-        main, auxiliary = self.components(preds, target)
+    @staticmethod
+    def combine(main: Tensor, auxiliary: Tensor) -> Tensor:
+        """The loss from its components."""
         return main + AUXILIARY_WEIGHT * auxiliary
+
+    def forward(self, preds: list[Tensor], target: Tensor) -> Tensor:
+        return self.combine(*self.components(preds, target))
 
     def main_loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Loss of the main head; logits [N, K, H, W] at the target's resolution."""
@@ -85,10 +89,10 @@ class CriterionOhemDSN(CriterionDSN):
 
     def threshold(self, logits: Tensor, target: Tensor) -> Tensor:
         """The probability up to which pixels count, a scalar. logits [N, K, H, W], target [N, H, W]."""
-        probability, valid = self._shrunk_probability(logits, target)
         k = self.min_kept // _SHRINK**2
         if k == 0:
-            return probability.new_tensor(self.thresh)
+            return logits.new_full((), self.thresh)
+        probability, valid = self._shrunk_probability(logits, target)
         # Void pixels come last in the order. With fewer than k pixels any answer will do: num_valid <= k then.
         ordered = torch.where(valid, probability, torch.inf)
         kth = ordered.flatten().kthvalue(min(k, ordered.numel())).values

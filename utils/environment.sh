@@ -3,13 +3,13 @@
 
 set_up_environment() { # requirement files...
     local python=${PYTHON:-python3}
-    if [[ ! -x .venv/bin/python ]]; then
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none yet, or half of one
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
             echo "error: expected Python 3.10 or newer, found $("$python" --version 2>&1) (PYTHON=$python)" >&2
             return 1
         }
         echo "creating .venv"
-        "$python" -m venv .venv || {
+        "$python" -m venv --clear .venv || {
             echo "error: $python -m venv failed; on Debian and Ubuntu, apt-get install python3-venv" >&2
             return 1
         }
@@ -18,23 +18,24 @@ set_up_environment() { # requirement files...
     local file
     for file in "$@"; do
         _unless_done "installing $file" "$file" -- \
-            python -m pip install --quiet --disable-pip-version-check --requirement "$file"
+            python -m pip install --quiet --disable-pip-version-check --requirement "$file" || return
     done
     _unless_done "building the operators" setup.py pyproject.toml -- \
         python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 }
 
 _unless_done() { # what, files it depends on..., --, command...
-    local what=$1 files=() stamp
+    local what=$1 files=() content stamp
     shift
     while [[ $1 != -- ]]; do
         files+=("$1")
         shift
     done
     shift
-    stamp=.venv/.done-$(cat "${files[@]}" | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
-    [[ -e $stamp ]] && return
+    content=$(cat "${files[@]}")
+    stamp=.venv/.done-${what//[^a-z]/-} # holds what the step depended on
+    [[ -e $stamp && $(cat "$stamp") == "$content" ]] && return
     echo "$what"
     "$@" || return
-    touch "$stamp"
+    printf '%s\n' "$content" >"$stamp"
 }

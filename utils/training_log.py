@@ -19,7 +19,7 @@ class TrainingLog:
     def __init__(self, folder: Path, first: int, last: int, batch_size: int):
         self.batch_size = batch_size
         self.bar = tqdm(initial=first, total=last, unit="step", dynamic_ncols=True)
-        self.writer = SummaryWriter(str(folder), purge_step=first)
+        self.writer = SummaryWriter(str(folder), purge_step=first + 1)
         self._since = (first, time.perf_counter())
 
     def advance(self) -> None:
