@@ -32,7 +32,6 @@ from utils.checkpoint import (
     restore_generators,
     save_snapshot,
     snapshot_path,
-    training_path,
     training_steps,
 )
 from utils.commandline import CommandError, add_shared_flags, boolean, check_ignore_label, number, run, select_device
@@ -111,14 +110,16 @@ def restore(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.O
             f"--snapshot-dir {args.snapshot_dir}: holds a run at step {steps[-1]}; add --resume to go on with it, "
             "or give another folder"
         )
-    if not steps:
-        if args.restore_from is not None:
-            state = read_state_dict(args.restore_from)
-            load_state(
-                model, state, str(args.restore_from), restore_last=not args.not_restore_last, allow_backbone=True
-            )
-        return args.start_iters, None
-    step = steps[-1]
+    if steps:
+        return steps[-1], resume(args, model, optimizer, steps[-1])
+    if args.restore_from is not None:
+        state = read_state_dict(args.restore_from)
+        load_state(model, state, str(args.restore_from), restore_last=not args.not_restore_last, allow_backbone=True)
+    return args.start_iters, None
+
+
+def resume(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict:
+    """Load the snapshot of a step of the run in --snapshot-dir. Returns its training state."""
     training = read_training(args.snapshot_dir, step)
     before, now = training["flags"], run_flags(args)
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
@@ -128,16 +129,13 @@ def restore(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.O
             f"--resume: the run in {args.snapshot_dir} was begun with other flags; go on with the same, or give "
             "another --snapshot-dir:\n" + "\n".join(lines)
         )
-    load_state(
-        model, read_state_dict(snapshot_path(args.snapshot_dir, step)), str(snapshot_path(args.snapshot_dir, step))
-    )
+    path = snapshot_path(args.snapshot_dir, step)
+    load_state(model, read_state_dict(path), str(path))
     try:
         optimizer.load_state_dict(training["optimizer"])
     except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{training_path(args.snapshot_dir, step)}: the optimiser does not fit: {error}"
-        ) from error
-    return step, training
+        raise CheckpointError(f"{path}: the optimiser's state beside it does not fit: {error}") from error
+    return training
 
 
 def freeze_statistics(model: nn.Module) -> None:
@@ -258,7 +256,8 @@ def run_steps(
         losses, logits = train_step(model, criterion, optimizer, images, labels)
         step += 1
         log.advance()
-        save = step % args.save_pred_every == 0 or step == args.num_steps or bool(stop)
+        stopping = bool(stop)  # read once: a signal that comes later is for the next step
+        save = step % args.save_pred_every == 0 or step == args.num_steps or stopping
         if save or step % args.print_frequency == 0:  # in other steps nothing waits for the device
             log.scalars(step, learning_rate, finite_values(losses, step))
         if save:
@@ -267,7 +266,7 @@ def run_steps(
             for i in range(min(args.save_num_images, len(images))):
                 log.picture(step, f"image, label, prediction/{i}", training_panel(images[i], labels[i], logits[i]))
             log.message(f"step {step}: {path}")
-        if stop:
+        if stopping:
             break
     return step
 
