@@ -174,7 +174,7 @@ def crop_by_definition(image, label, crop):
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32), st.integers(8, 70), st.integers(8, 70), st.integers(1, 60), st.integers(1, 60))
 def test_crop_first_gives_the_pixels_of_resize_first(seed, height, width, crop_height, crop_width):
-    """From 8 pixels on: OpenCV copies an image whose size rounds to itself, as that of four pixels scaled by 1.1 does."""
+    """From 8 pixels on: OpenCV copies an image whose size rounds to itself, as that of 4 scaled by 1.1 does."""
     generator = np.random.default_rng(seed)
     image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
     label = generator.integers(0, 34, (height, width), dtype=np.uint8)
