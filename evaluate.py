@@ -25,7 +25,15 @@ from dataset.files import ImageFile
 from dataset.labels import TRAIN_ID_TO_ID
 from networks import CCNet, build_model, load_state
 from utils.checkpoint import read_state_dict
-from utils.commandline import CommandError, add_shared_flags, check_ignore_label, number, run, select_device
+from utils.commandline import (
+    CommandError,
+    add_shared_flags,
+    check_ignore_label,
+    number,
+    plain_flags,
+    run,
+    select_device,
+)
 from utils.inference import Predictor, multi_scale, sliding_predictor, whole_predictor
 from utils.metrics import ConfusionMatrix
 from utils.visualisation import attention_figure, palette_image
@@ -156,7 +164,7 @@ def save_report(args: argparse.Namespace, confusion: ConfusionMatrix, num_images
     """Write result.json and report.md; returns the table."""
     names = [*CLASS_NAMES, *(f"class {k}" for k in range(len(CLASS_NAMES), args.num_classes))]
     ious = [null_if_nan(iou) for iou in confusion.iou().tolist()]
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    flags = plain_flags(args)
     result = {
         "meanIU": null_if_nan(confusion.mean_iou()),
         "IU_array": ious,

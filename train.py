@@ -34,7 +34,16 @@ from utils.checkpoint import (
     snapshot_path,
     training_steps,
 )
-from utils.commandline import CommandError, add_shared_flags, boolean, check_ignore_label, number, run, select_device
+from utils.commandline import (
+    CommandError,
+    add_shared_flags,
+    boolean,
+    check_ignore_label,
+    number,
+    plain_flags,
+    run,
+    select_device,
+)
 from utils.criterion import CriterionDSN, CriterionOhemDSN
 from utils.schedule import poly_learning_rate
 from utils.training_log import TrainingLog
@@ -98,8 +107,7 @@ def find_items(args: argparse.Namespace) -> list[Item]:
 
 def run_flags(args: argparse.Namespace) -> dict:
     """What defines the run, and has to be the same when it goes on."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items() if name not in _FREE_FLAGS}
+    return {name: value for name, value in plain_flags(args).items() if name not in _FREE_FLAGS}
 
 
 def restore(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict | None]:

@@ -10,17 +10,20 @@ def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
-def _check(expected_shapes: dict[str, tuple[Tensor, list[object]]]) -> None:
-    """Raise ValueError unless each tensor is floating-point, of its shape, and of the first one's dtype and device.
+def _check(*arguments: tuple[str, Tensor, str]) -> None:
+    """Raise ValueError unless the arguments, (name, tensor, dimensions), are floating-point and fit together.
 
-    A shape's entries are sizes, or names of sizes that are free.
+    Dimensions are names, as in "N C H W". One that an earlier argument has too has its size, H+W-1 what that says. All
+    have the first one's dtype and device.
     """
-    first_name, (first, _) = next(iter(expected_shapes.items()))
-    for name, (tensor, shape) in expected_shapes.items():
-        if tensor.dim() != len(shape) or any(
-            isinstance(size, int) and size != actual for size, actual in zip(shape, tensor.shape, strict=True)
+    sizes: dict[str, int] = {}
+    first_name, first, _ = arguments[0]
+    for name, tensor, dimensions in arguments:
+        expected = [sizes.get(dimension, dimension) for dimension in dimensions.split()]
+        if tensor.dim() != len(expected) or any(
+            isinstance(size, int) and size != actual for size, actual in zip(expected, tensor.shape, strict=True)
         ):
-            raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
+            raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
         if tensor.device != first.device:
@@ -28,9 +31,10 @@ def _check(expected_shapes: dict[str, tuple[Tensor, list[object]]]) -> None:
         # Under autocast the operands may still differ here: the products inside bring them to one dtype.
         if tensor.dtype != first.dtype and not torch.is_autocast_enabled(tensor.device.type):
             raise ValueError(f"{name}: expected {first.dtype} as {first_name} is, got {_describe(tensor)}")
-    for name, (tensor, _) in expected_shapes.items():
         if tensor.shape[2] < 1 or tensor.shape[3] < 1:
             raise ValueError(f"{name}: expected at least one row and one column, got {list(tensor.shape)}")
+        sizes.update(zip(dimensions.split(), tensor.shape, strict=True))
+        sizes["H+W-1"] = sizes["H"] + sizes["W"] - 1
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
@@ -46,8 +50,7 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
     """
-    _check({"query": (query, ["N", "C'", "H", "W"])})
-    _check({"query": (query, ["N", "C'", "H", "W"]), "key": (key, list(query.shape))})
+    _check(("query", query, "N C' H W"), ("key", key, "N C' H W"))
     return reference.ca_weight(query, key)
 
 
@@ -64,9 +67,7 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
     """
-    _check({"value": (value, ["N", "C", "H", "W"])})
-    batch, _, height, width = value.shape
-    _check({"value": (value, list(value.shape)), "weight": (weight, [batch, height + width - 1, height, width])})
+    _check(("value", value, "N C H W"), ("weight", weight, "N H+W-1 H W"))
     return reference.ca_map(weight, value)
 
 
@@ -85,13 +86,5 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
     """
-    _check({"query": (query, ["N", "C'", "H", "W"])})
-    batch, _, height, width = query.shape
-    _check(
-        {
-            "query": (query, list(query.shape)),
-            "key": (key, list(query.shape)),
-            "value": (value, [batch, "C", height, width]),
-        }
-    )
+    _check(("query", query, "N C' H W"), ("key", key, "N C' H W"), ("value", value, "N C H W"))
     return reference.criss_cross_attention(query, key, value)

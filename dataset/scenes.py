@@ -37,6 +37,12 @@ class Scene:
     sign: Box
 
 
+def _pixels(low: float, high: float, length: int) -> tuple[int, int]:
+    """The pixels [first, stop) of an interval of fractions of an axis: at least one, within the axis."""
+    first = min(max(round(low * length), 0), length - 1)
+    return first, min(max(round(high * length), first + 1), length)
+
+
 class _Canvas:
     """Image and labels, painted together; coordinates are fractions of the height and width."""
 
@@ -47,15 +53,7 @@ class _Canvas:
 
     def box(self, top: float, bottom: float, left: float, right: float) -> Box:
         """The pixels of a rectangle of fractions, at least one, within the image."""
-        t, x = (
-            min(max(round(top * self.height), 0), self.height - 1),
-            min(max(round(left * self.width), 0), self.width - 1),
-        )
-        b, r = (
-            min(max(round(bottom * self.height), t + 1), self.height),
-            min(max(round(right * self.width), x + 1), self.width),
-        )
-        return Box(t, b, x, r)
+        return Box(*_pixels(top, bottom, self.height), *_pixels(left, right, self.width))
 
     def fill(self, mask: np.ndarray | Box, name: str, colour: tuple[int, int, int], spread: float = 12) -> None:
         """Paint a region in about the given colour and label it."""

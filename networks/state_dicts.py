@@ -21,7 +21,7 @@ def _rename(key: str) -> str:
     return key
 
 
-def is_backbone_only(state: dict[str, Tensor]) -> bool:
+def _is_backbone_only(state: dict[str, Tensor]) -> bool:
     """Whether the state dict is an ImageNet classifier's: the backbone, and no segmentation head."""
     return not any(_rename(key).startswith(_HEADS) for key in state)
 
@@ -48,7 +48,7 @@ def load_state(
     Raises:
         StateDictError: keys are missing or unexpected, or shapes differ. The model is unchanged then.
     """
-    backbone_only = allow_backbone and is_backbone_only(state)
+    backbone_only = allow_backbone and _is_backbone_only(state)
     found = {_rename(key): tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
     expected = model.state_dict()
     if backbone_only:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gradients import assert_same_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,11 +47,7 @@ def assert_same(function, definition, inputs):
     """Results and every gradient agree."""
     result, expected = function(**inputs), definition(**inputs)
     torch.testing.assert_close(result, expected)
-    upstream = torch.randn_like(expected)
-    gradients = torch.autograd.grad(result, list(inputs.values()), upstream)
-    expected_gradients = torch.autograd.grad(expected, list(inputs.values()), upstream)
-    for name, gradient, wanted in zip(inputs, gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(gradient, wanted, msg=lambda text, name=name: f"gradient of {name}: {text}")
+    assert_same_gradients(result, expected, inputs)
 
 
 SHAPES = [(2, 3, 5, 4, 6), (1, 2, 2, 1, 5), (2, 1, 3, 5, 1), (1, 4, 4, 1, 1), (1, 8, 2, 6, 3)]
@@ -112,15 +109,9 @@ def test_module_with_nonzero_gamma():
 
     result, expected = module(x), by_definition()
     torch.testing.assert_close(result, expected)
+    inputs = {"x": x, **{name: p for name, p in module.named_parameters() if name != "gamma"}}
+    assert_same_gradients(result, expected, inputs)
     upstream = torch.randn_like(expected)
-    names, parameters = zip(*[("x", x), *((n, p) for n, p in module.named_parameters() if n != "gamma")], strict=True)
-    for name, got, wanted in zip(
-        names,
-        torch.autograd.grad(result, parameters, upstream),
-        torch.autograd.grad(expected, parameters, upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"gradient of {name}: {text}")
     (gamma_gradient,) = torch.autograd.grad(module(x), module.gamma, upstream)
     torch.testing.assert_close(gamma_gradient, (upstream * (expected - x) / 0.7).sum().reshape(1))
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gradients import assert_same_gradients
 from scipy import ndimage
 from torch.nn import functional as F
 
@@ -27,10 +28,7 @@ def test_dsn_is_the_sum_of_cross_entropies():
     loss = CriterionDSN(255)(preds, target)
     expected = plain(preds[0], target) + 0.4 * plain(preds[1], target)
     torch.testing.assert_close(loss, expected)
-    for name, got, wanted in zip(
-        ("main", "auxiliary"), torch.autograd.grad(loss, preds), torch.autograd.grad(expected, preds), strict=True
-    ):
-        torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"gradient of {name}: {text}")
+    assert_same_gradients(loss, expected, dict(zip(("main", "auxiliary"), preds, strict=True)))
 
 
 @pytest.mark.parametrize("criterion", [CriterionDSN(), CriterionOhemDSN(0.7, 64)])

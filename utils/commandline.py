@@ -73,6 +73,11 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def plain_flags(args: argparse.Namespace) -> dict:
+    """The flags by name, paths as text: what can be saved."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
 def check_ignore_label(ignore_label: int, num_classes: int) -> None:
     """The label of void is not that of a class.
 

@@ -14,6 +14,8 @@ _SHRINK = 8
 
 def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """Bilinear, corners aligned, as the original upsamples everywhere. [N, C, h, w] to [N, C, *size]."""
+    if logits.shape[2:] == tuple(size):
+        return logits
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 

@@ -62,7 +62,7 @@ def multi_scale(predict: Predictor, scales: Sequence[float], flip: bool) -> Pred
         total = images.new_zeros(())
         for scale in scales:
             scaled_size = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
-            scaled = images if scaled_size == tuple(size) else upsample(images, scaled_size)
+            scaled = upsample(images, scaled_size)
             logits = predict(scaled)
             if flip:
                 logits = (logits + predict(scaled.flip(3)).flip(3)) / 2

@@ -57,7 +57,7 @@ def composed_influence(passes: list[Tensor], row: int, column: int) -> list[Tens
     """How much each position contributes to one, through the last pass, the last two, ... all R of them.
 
     With A_r the attention of pass r as a matrix (position by position), entry k of the result is the row of the
-    position in A_(R-k) ... A_R composed: exactly, over all paths. Each is [h, w] and sums to 1.
+    position in the product A_R ... A_(R-k): exactly, over all paths. Each is [h, w] and sums to 1.
     """
     height, width = passes[0].shape[2:]
     mass = passes[0].new_zeros(1, 1, height, width)
