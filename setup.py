@@ -1,16 +1,163 @@
 """Installs the two operators for other people's networks: `from cc_attention import CrissCrossAttention`.
 
-The scripts (train.py, evaluate.py) and what only they use run from the checkout.
+    pip install -e .
+
+builds their native code in libs/_C, once for every PyTorch from 2.10 and every Python from 3.10 on (LibTorch's stable
+ABI). It needs a C++17 compiler; without one the package is installed all the same, and computes in plain PyTorch. The
+scripts (train.py, evaluate.py) and what only they use run from the checkout.
+
+CXX names the compiler. CUDA sources are compiled where nvcc is found: in CUDA_HOME, on the PATH, or among the installed
+nvidia-cuda-nvcc wheels. FORCE_CUDA=1 makes it an error not to find it.
 """
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 
-setup(
-    name="ccnet",
-    version="0.1.0",
-    description="Criss-cross attention and in-place activated batch norm, as in CCNet",
-    license="MIT",
-    python_requires=">=3.10",
-    packages=["cc_attention", "libs"],
-    install_requires=["torch>=2.10"],
-)
+ROOT = Path(__file__).resolve().parent
+MINIMUM_TORCH = (2, 10)
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # of the release above
+CXX_FLAGS = ["-std=c++17", "-O2", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+
+
+def import_torch():
+    """PyTorch of the environment that is installed into, which pip's isolated builds hide."""
+    try:
+        import torch
+    except ImportError:
+        sys.path.append(sysconfig.get_path("purelib"))
+        try:
+            import torch
+        except ImportError as error:
+            raise SystemExit(
+                f"error: PyTorch is needed to build the operators and cannot be imported by {sys.executable} "
+                f"({error}). Install it first: pip install 'torch>=2.10'"
+            ) from None
+    found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if found < MINIMUM_TORCH:
+        raise SystemExit(f"error: expected PyTorch 2.10 or newer, found {torch.__version__}")
+    return torch
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler, if there is one. One that does not know C++17 is an error."""
+    command = os.environ.get("CXX", "c++")
+    if shutil.which(command.split()[0]) is None:
+        if "CXX" in os.environ:
+            raise SystemExit(f"error: CXX={command}: no such program")
+        return None
+    probe = "#include <utility>\nstatic_assert(std::is_same_v<std::make_index_sequence<1>, std::index_sequence<0>>);"
+    arguments = [*command.split(), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    result = subprocess.run(arguments, input=probe, text=True, capture_output=True)
+    if result.returncode != 0:
+        raise SystemExit(
+            f"error: expected a C++17 compiler (GCC 9, Clang 10 or newer), and {command} says:\n{result.stderr}"
+        )
+    return command
+
+
+def find_nvcc() -> Path | None:
+    """nvcc in CUDA_HOME, on the PATH or in the nvidia-cuda-nvcc wheels; a wrapper on the PATH is followed."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if variable in os.environ:
+            nvcc = Path(os.environ[variable]) / "bin" / "nvcc"
+            if not nvcc.exists():
+                raise SystemExit(f"error: {variable}={os.environ[variable]}: expected {nvcc}, which does not exist")
+            return nvcc
+    on_path = shutil.which("nvcc")
+    if on_path is not None:
+        # nvcc says itself where its toolkit is: TOP=<toolkit>/bin/..
+        dry_run = subprocess.run([on_path, "--dryrun", "-x", "cu", "/dev/null"], text=True, capture_output=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
+        toolkit = Path(top[1]).resolve() if top else Path(on_path).resolve().parent.parent
+        return toolkit / "bin" / "nvcc"
+    wheels = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/**/bin/nvcc"))
+    return wheels[-1] if wheels else None
+
+
+def check_nvcc(nvcc: Path, cuda_of_torch: str) -> None:
+    """nvcc is of the major version of CUDA that torch was built with."""
+    result = subprocess.run([str(nvcc), "--version"], text=True, capture_output=True)
+    release = re.search(r"release (\d+)\.(\d+)", result.stdout)
+    if release is None:
+        raise SystemExit(f"error: {nvcc} --version names no release: {result.stdout}{result.stderr}")
+    if release[1] != cuda_of_torch.split(".")[0]:
+        raise SystemExit(
+            f"error: {nvcc} is of CUDA {release[1]}.{release[2]}, and this PyTorch was built with CUDA {cuda_of_torch}: "
+            f"expected the same major version. Let CUDA_HOME name a toolkit that fits, or install a PyTorch that does"
+        )
+
+
+def cuda_toolkit(torch) -> Path | None:
+    """The folder of the toolkit to compile CUDA sources with, None for none."""
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    if torch.version.cuda is None:
+        if forced:
+            raise SystemExit(f"error: FORCE_CUDA=1, and PyTorch {torch.__version__} was built without CUDA")
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None:
+        if forced:
+            raise SystemExit(
+                "error: FORCE_CUDA=1, and there is no nvcc: none in CUDA_HOME, on the PATH or in the wheels. "
+                f"pip install nvidia-cuda-nvcc of CUDA {torch.version.cuda} brings it"
+            )
+        return None
+    check_nvcc(nvcc, torch.version.cuda)
+    return nvcc.parent.parent
+
+
+def extensions(torch) -> list:
+    """libs._C; and libs._C_cuda, where there are CUDA sources and nvcc."""
+    from torch.utils.cpp_extension import CppExtension
+
+    if find_compiler() is None:
+        print("warning: no C++ compiler (CXX, c++): the operators will run in plain PyTorch", file=sys.stderr)
+        return []
+    cuda_sources = sorted(glob("*/csrc/cuda/*.cu"))
+    if cuda_sources:
+        cuda_toolkit(torch)
+    return [
+        CppExtension(
+            "libs._C",
+            sorted(glob("*/csrc/*.cpp") + glob("*/csrc/cpu/*.cpp")),
+            include_dirs=[str(ROOT)],
+            depends=sorted(glob("*/csrc/**/*.h", recursive=True)),
+            extra_compile_args={"cxx": CXX_FLAGS + STABLE_ABI},
+            py_limited_api=True,
+        )
+    ]
+
+
+def main() -> None:
+    torch = import_torch()
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = str(ROOT / "build" / "native")  # pip's own is new each time: nothing would be kept
+
+    setup(
+        name="ccnet",
+        version="0.1.0",
+        description="Criss-cross attention and in-place activated batch norm, as in CCNet",
+        license="MIT",
+        python_requires=">=3.10",
+        packages=["cc_attention", "libs"],
+        install_requires=["torch>=2.10"],
+        ext_modules=extensions(torch),
+        cmdclass={"build_ext": Build},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,11 @@
-"""Criss-cross attention: the operators and the module."""
+"""Criss-cross attention: the operators and the modules."""
+
+from libs import native
 
 from .functional import ca_map, ca_weight, criss_cross_attention
-from .module import CrissCrossAttention
+from .module import CrissCrossAttention, CrissCrossAttention3d
 
-__all__ = ["CrissCrossAttention", "ca_map", "ca_weight", "criss_cross_attention"]
+if native.LOADED:
+    from . import operators  # noqa: F401  tells PyTorch of their shapes, gradients and autocast
+
+__all__ = ["CrissCrossAttention", "CrissCrossAttention3d", "ca_map", "ca_weight", "criss_cross_attention"]

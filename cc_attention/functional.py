@@ -1,9 +1,25 @@
-"""The criss-cross attention operators: inputs are checked here, then handed to the implementation."""
+"""The criss-cross attention operators: inputs are checked here, then handed to native code or to the reference.
+
+Native code runs on the CPU, in float32, float64, bfloat16 and float16. Its results, and the gradients, are in
+channels_last memory format, and inputs in that format are not copied.
+"""
 
 import torch
 from torch import Tensor
 
+from libs import native
+
 from . import reference
+
+
+def channels_last_format(x: Tensor) -> torch.memory_format:
+    """The channels_last format of x, [N, C, H, W] or [N, C, D, H, W]."""
+    return torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x in channels_last memory format, itself if it is so already."""
+    return x.contiguous(memory_format=channels_last_format(x))
 
 
 def _describe(tensor: Tensor) -> str:
@@ -21,20 +37,21 @@ def _check(*arguments: tuple[str, Tensor, str]) -> None:
     for name, tensor, dimensions in arguments:
         expected = [sizes.get(dimension, dimension) for dimension in dimensions.split()]
         if tensor.dim() != len(expected) or any(
-            isinstance(size, int) and size != actual for size, actual in zip(expected, tensor.shape, strict=True)
+            not isinstance(size, str) and size != actual for size, actual in zip(expected, tensor.shape, strict=True)
         ):
             raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name}: expected on {first.device} as {first_name} is, got {_describe(tensor)}")
-        # Under autocast the operands may still differ here: the products inside bring them to one dtype.
+        # Under autocast the operands may still differ here: they are brought to one dtype afterwards.
         if tensor.dtype != first.dtype and not torch.is_autocast_enabled(tensor.device.type):
             raise ValueError(f"{name}: expected {first.dtype} as {first_name} is, got {_describe(tensor)}")
-        if tensor.shape[2] < 1 or tensor.shape[3] < 1:
+        if any(size < 1 for size in tensor.shape[2:]):
             raise ValueError(f"{name}: expected at least one row and one column, got {list(tensor.shape)}")
         sizes.update(zip(dimensions.split(), tensor.shape, strict=True))
-        sizes["H+W-1"] = sizes["H"] + sizes["W"] - 1
+        if "D" not in sizes:
+            sizes["H+W-1"] = sizes["H"] + sizes["W"] - 1
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
@@ -51,6 +68,8 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
     """
     _check(("query", query, "N C' H W"), ("key", key, "N C' H W"))
+    if native.runs_on(query.device):
+        return torch.ops.ccnet.ca_weight(channels_last(query), channels_last(key))
     return reference.ca_weight(query, key)
 
 
@@ -68,23 +87,31 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
     """
     _check(("value", value, "N C H W"), ("weight", weight, "N H+W-1 H W"))
+    if native.runs_on(value.device):
+        return torch.ops.ccnet.ca_map(channels_last(weight), channels_last(value))
     return reference.ca_map(weight, value)
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Criss-cross attention: each pixel attends to the H+W-1 pixels of its row and column.
 
-    Equal to `ca_map(ca_weight(query, key), value)`; energies are not scaled.
+    Equal to `ca_map(ca_weight(query, key), value)`; energies are not scaled. In three dimensions each position attends
+    to the D+H+W-2 that share all but one of its coordinates. Native code stores no weights (docs/criss_cross.md).
 
     Args:
-        query, key: [N, C', H, W].
-        value: [N, C, H, W]; C may differ from C'. All of one floating-point dtype and device.
+        query, key: [N, C', H, W] or [N, C', D, H, W].
+        value: [N, C, H, W] or [N, C, D, H, W]; C may differ from C'. All of one floating-point dtype and device.
 
     Returns:
-        [N, C, H, W].
+        The shape of value.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
+        NotImplementedError: a second derivative is asked for, of native code.
     """
-    _check(("query", query, "N C' H W"), ("key", key, "N C' H W"), ("value", value, "N C H W"))
+    pixels = "D H W" if query.dim() == 5 else "H W"
+    _check(("query", query, f"N C' {pixels}"), ("key", key, f"N C' {pixels}"), ("value", value, f"N C {pixels}"))
+    if native.runs_on(query.device):
+        inputs = (channels_last(query), channels_last(key), channels_last(value))
+        return torch.ops.ccnet.criss_cross_attention(*inputs)[0]
     return reference.criss_cross_attention(query, key, value)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import criss_cross_attention
+from .functional import channels_last, criss_cross_attention
 
 
 class CrissCrossAttention(nn.Module):
@@ -12,8 +12,11 @@ class CrissCrossAttention(nn.Module):
     Args:
         in_dim: channels of the input, at least 8; query and key have in_dim // 8 channels.
 
-    Shape: [N, in_dim, H, W] to the same. gamma starts at 0, so a new module is the identity.
+    Shape: [N, in_dim, H, W] to the same, in channels_last memory format. gamma starts at 0, so a new module is the
+    identity.
     """
+
+    _convolution: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv2d
 
     def __init__(self, in_dim: int):
         super().__init__()
@@ -21,11 +24,21 @@ class CrissCrossAttention(nn.Module):
             raise ValueError(
                 f"in_dim: expected at least 8, since query and key have in_dim // 8 channels, got {in_dim}"
             )
-        self.query_conv = nn.Conv2d(in_dim, in_dim // 8, kernel_size=1)
-        self.key_conv = nn.Conv2d(in_dim, in_dim // 8, kernel_size=1)
-        self.value_conv = nn.Conv2d(in_dim, in_dim, kernel_size=1)
+        self.query_conv = self._convolution(in_dim, in_dim // 8, kernel_size=1)
+        self.key_conv = self._convolution(in_dim, in_dim // 8, kernel_size=1)
+        self.value_conv = self._convolution(in_dim, in_dim, kernel_size=1)
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = channels_last(x)  # once here instead of query, key and value each
         attended = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
         return self.gamma * attended + x
+
+
+class CrissCrossAttention3d(CrissCrossAttention):
+    """The same in three dimensions: each position attends to those that share all but one of its coordinates.
+
+    Shape: [N, in_dim, D, H, W] to the same, in channels_last_3d memory format.
+    """
+
+    _convolution = nn.Conv3d

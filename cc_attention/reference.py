@@ -5,47 +5,67 @@ Segmentation", arXiv 1811.11721, section 3.2: the Affinity operation (eq. 1) is 
 operation (eq. 2) is `ca_map`.
 
 The criss-cross path of the pixel u = (i, j) is its row, all W positions with u included, followed by the other H-1
-positions of its column. Every function here keeps that order.
+positions of its column. In three dimensions the other D-1 positions along depth come after these. Every function here
+keeps that order.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 
-def _other_rows(height: int, device: torch.device) -> Tensor:
-    """Rows of a column other than the pixel's own: [H-1, H], entry (k, i) is the k-th row that is not i."""
-    k = torch.arange(height - 1, device=device).unsqueeze(1)
-    i = torch.arange(height, device=device)
-    return k + (k >= i)
+def _axes(x: Tensor) -> Iterator[int]:
+    """Dimensions of x along which paths run, in the path's order: W, H, and D if there is one."""
+    return iter(range(x.dim() - 1, 1, -1))
+
+
+def _others(length: int, axis: int, like: Tensor) -> Tensor:
+    """Positions along `axis` other than a pixel's own: entry k of dim 1 is the k-th that is not the pixel's.
+
+    As an index for dim 1 of weights or energies [N, length, ...] of the pixels of `like`.
+    """
+    k = torch.arange(length - 1, device=like.device).unsqueeze(1)
+    own = torch.arange(length, device=like.device)
+    shape = [1] * like.dim()
+    shape[1], shape[axis] = length - 1, length
+    return (k + (k >= own)).reshape(shape).expand(like.shape[0], -1, *like.shape[2:])
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
     """Softmax over each pixel's criss-cross path of the unscaled energies query_u . key_v.
 
-    query, key: [N, C', H, W]. Returns [N, H+W-1, H, W].
+    query, key: [N, C', H, W]. Returns [N, H+W-1, H, W]. Or [N, C', D, H, W] and [N, D+H+W-2, D, H, W].
     """
-    batch, _, height, width = query.shape
-    row_energy = torch.einsum("nchw,nchv->nvhw", query, key)
-    column_energy = torch.einsum("nchw,ncuw->nuhw", query, key)
-    others = _other_rows(height, query.device)[None, :, :, None].expand(batch, -1, -1, width)
-    return torch.cat([row_energy, column_energy.gather(1, others)], dim=1).softmax(dim=1)
+    energies = []
+    for axis in _axes(query):
+        energy = torch.einsum("nc...i,nc...j->nj...i", query.movedim(axis, -1), key.movedim(axis, -1))
+        energy = energy.movedim(-1, axis)
+        if energies:  # the pixel itself was in its row
+            energy = energy.gather(1, _others(query.shape[axis], axis, query))
+        energies.append(energy)
+    return torch.cat(energies, dim=1).softmax(dim=1)
 
 
 def ca_map(weight: Tensor, value: Tensor) -> Tensor:
     """Sum of the values on each pixel's criss-cross path, weighted.
 
-    weight: [N, H+W-1, H, W], value: [N, C, H, W]. Returns [N, C, H, W].
+    weight: [N, H+W-1, H, W], value: [N, C, H, W]. Returns [N, C, H, W]. Or the same with D, as in `ca_weight`.
     """
-    batch, _, height, width = value.shape
-    row_weight, other_weight = weight.split([width, height - 1], dim=1)
-    others = _other_rows(height, value.device)[None, :, :, None].expand(batch, -1, -1, width)
-    # The pixel itself was counted in its row, so its place in the column is 0.
-    column_weight = weight.new_zeros(batch, height, height, width).scatter(1, others, other_weight)
-    row = torch.einsum("nvhw,nchv->nchw", row_weight, value)
-    column = torch.einsum("nuhw,ncuw->nchw", column_weight, value)
-    return row + column
+    out, begin = torch.zeros_like(value), 0
+    for axis in _axes(value):
+        length = value.shape[axis]
+        end = begin + (length - 1 if begin else length)
+        along = weight[:, begin:end]
+        if begin:  # the pixel itself was counted in its row, so its place here is 0
+            zeros = weight.new_zeros(weight.shape[0], length, *weight.shape[2:])
+            along = zeros.scatter(1, _others(length, axis, value), along)
+        part = torch.einsum("nj...i,nc...j->nc...i", along.movedim(axis, -1), value.movedim(axis, -1))
+        out = out + part.movedim(-1, axis)
+        begin = end
+    return out
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`ca_map(ca_weight(query, key), value)`: [N, C', H, W] twice and [N, C, H, W] give [N, C, H, W]."""
+    """`ca_map(ca_weight(query, key), value)`: [N, C', H, W] twice and [N, C, H, W] give [N, C, H, W]. Or with D."""
     return ca_map(ca_weight(query, key), value)

@@ -8,8 +8,6 @@ import torch
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dataset.scenes import write_data_set
-
 # The same examples in every run: a failure is one of the change under test.
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
@@ -18,6 +16,8 @@ settings.load_profile("reproducible")
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """A folder of 6 training, 3 validation and 2 test scenes of 48x64 pixels. Not to be written to."""
+    from dataset.scenes import write_data_set  # not above: the operators' tests also run where only torch is installed
+
     root = tmp_path_factory.mktemp("scenes")
     write_data_set(root, {"train": 6, "val": 3, "test": 2}, height=48, width=64, seed=7)
     return root

@@ -1,38 +1,60 @@
 """Criss-cross attention against loops over pixels, in float64, with gradients by name."""
 
+import itertools
+
 import pytest
 import torch
 from gradients import assert_same_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cc_attention import CrissCrossAttention, ca_map, ca_weight, criss_cross_attention
+import cc_attention
+from cc_attention import (
+    CrissCrossAttention,
+    CrissCrossAttention3d,
+    ca_map,
+    ca_weight,
+    criss_cross_attention,
+    reference,
+)
 
 
-def path_of(i, j, height, width):
-    """The criss-cross path of pixel (i, j): its row, then its column without itself."""
-    return [(i, v) for v in range(width)] + [(u, j) for u in range(height) if u != i]
+def path_of(pixel, size):
+    """The criss-cross path: the pixel's row, then its column without itself, then its depth without itself."""
+    path = []
+    for axis in reversed(range(len(size))):
+        for position in range(size[axis]):
+            if position != pixel[axis] or axis == len(size) - 1:
+                path.append((*pixel[:axis], position, *pixel[axis + 1 :]))
+    return path
+
+
+def at(x, pixel):
+    """[N, C] of x [N, C, ...]."""
+    return x[(slice(None), slice(None), *pixel)]
+
+
+def each_pixel(x):
+    return itertools.product(*(range(size) for size in x.shape[2:]))
 
 
 def loop_weight(query, key):
-    batch, _, height, width = query.shape
     columns = []
-    for i in range(height):
-        for j in range(width):
-            path = path_of(i, j, height, width)
-            energy = torch.stack([(query[:, :, i, j] * key[:, :, u, v]).sum(1) for u, v in path], dim=1)
-            columns.append(energy.softmax(1))
-    return torch.stack(columns, dim=2).reshape(batch, height + width - 1, height, width)
+    for pixel in each_pixel(query):
+        energy = torch.stack(
+            [(at(query, pixel) * at(key, other)).sum(1) for other in path_of(pixel, query.shape[2:])], 1
+        )
+        columns.append(energy.softmax(1))
+    return torch.stack(columns, dim=2).unflatten(2, query.shape[2:])
 
 
 def loop_map(weight, value):
-    batch, channels, height, width = value.shape
     columns = []
-    for i in range(height):
-        for j in range(width):
-            path = path_of(i, j, height, width)
-            columns.append(sum(weight[:, k, i, j, None] * value[:, :, u, v] for k, (u, v) in enumerate(path)))
-    return torch.stack(columns, dim=2).reshape(batch, channels, height, width)
+    for pixel in each_pixel(value):
+        weights = at(weight, pixel)
+        path = path_of(pixel, value.shape[2:])
+        columns.append(sum(weights[:, k, None] * at(value, other) for k, other in enumerate(path)))
+    return torch.stack(columns, dim=2).unflatten(2, value.shape[2:])
 
 
 def loop_attention(query, key, value):
@@ -51,25 +73,33 @@ def assert_same(function, definition, inputs):
 
 
 SHAPES = [(2, 3, 5, 4, 6), (1, 2, 2, 1, 5), (2, 1, 3, 5, 1), (1, 4, 4, 1, 1), (1, 8, 2, 6, 3)]
+SHAPES_3D = [(2, 3, 4, 3, 4, 5), (1, 2, 3, 1, 4, 3), (1, 3, 2, 4, 1, 3), (1, 3, 2, 3, 4, 1), (1, 2, 2, 5, 1, 1)]
 
 
+def attention_inputs(n, c, cv, *pixels):
+    return random_inputs({"query": (n, c, *pixels), "key": (n, c, *pixels), "value": (n, cv, *pixels)})
+
+
+@pytest.mark.parametrize("function", [criss_cross_attention, reference.criss_cross_attention])
+@pytest.mark.parametrize("shape", SHAPES + SHAPES_3D, ids=str)
+def test_attention_matches_its_definition(function, shape):
+    assert_same(function, loop_attention, attention_inputs(*shape))
+
+
+@pytest.mark.parametrize("implementation", [cc_attention, reference])
 @pytest.mark.parametrize(("n", "c", "cv", "h", "w"), SHAPES)
-def test_attention_matches_its_definition(n, c, cv, h, w):
-    inputs = random_inputs({"query": (n, c, h, w), "key": (n, c, h, w), "value": (n, cv, h, w)})
-    assert_same(criss_cross_attention, loop_attention, inputs)
-
-
-@pytest.mark.parametrize(("n", "c", "cv", "h", "w"), SHAPES)
-def test_explicit_form_matches_its_definition(n, c, cv, h, w):
-    assert_same(ca_weight, loop_weight, random_inputs({"query": (n, c, h, w), "key": (n, c, h, w)}))
-    assert_same(ca_map, loop_map, random_inputs({"weight": (n, h + w - 1, h, w), "value": (n, cv, h, w)}))
+def test_explicit_form_matches_its_definition(implementation, n, c, cv, h, w):
+    inputs = attention_inputs(n, c, cv, h, w)
+    value = inputs.pop("value")
+    assert_same(implementation.ca_weight, loop_weight, inputs)
+    weight = torch.randn(n, h + w - 1, h, w, dtype=torch.float64, requires_grad=True)
+    assert_same(implementation.ca_map, loop_map, {"weight": weight, "value": value})
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2), st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
-def test_any_shape(n, c, cv, h, w):
-    inputs = random_inputs({"query": (n, c, h, w), "key": (n, c, h, w), "value": (n, cv, h, w)})
-    assert_same(criss_cross_attention, loop_attention, inputs)
+@given(st.integers(0, 2), st.integers(1, 5), st.integers(1, 5), st.lists(st.integers(1, 5), min_size=2, max_size=3))
+def test_any_shape(n, c, cv, pixels):
+    assert_same(criss_cross_attention, loop_attention, attention_inputs(n, c, cv, *pixels))
 
 
 def test_non_contiguous_and_channels_last():
@@ -98,22 +128,19 @@ def test_weights_sum_to_one_and_huge_energies_stay_finite():
     torch.testing.assert_close(weight.sum(1), torch.ones(2, 4, 5))
 
 
-def test_module_with_nonzero_gamma():
-    module = CrissCrossAttention(16).double()
+@pytest.mark.parametrize(("kind", "pixels"), [(CrissCrossAttention, (3, 5)), (CrissCrossAttention3d, (2, 3, 4))])
+def test_module_with_nonzero_gamma(kind, pixels):
+    module = kind(16).double()
     module.gamma.data.fill_(0.7)
-    x = torch.randn(2, 16, 3, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 16, *pixels, dtype=torch.float64, requires_grad=True)
 
     def by_definition():
         attended = loop_attention(module.query_conv(x), module.key_conv(x), module.value_conv(x))
-        return 0.7 * attended + x
+        return module.gamma * attended + x
 
     result, expected = module(x), by_definition()
     torch.testing.assert_close(result, expected)
-    inputs = {"x": x, **{name: p for name, p in module.named_parameters() if name != "gamma"}}
-    assert_same_gradients(result, expected, inputs)
-    upstream = torch.randn_like(expected)
-    (gamma_gradient,) = torch.autograd.grad(module(x), module.gamma, upstream)
-    torch.testing.assert_close(gamma_gradient, (upstream * (expected - x) / 0.7).sum().reshape(1))
+    assert_same_gradients(result, expected, {"x": x, **dict(module.named_parameters())})
 
 
 def test_new_module_is_the_identity_and_has_the_originals_names():
@@ -147,6 +174,12 @@ def test_new_module_is_the_identity_and_has_the_originals_names():
             r"value: expected shape \[1, C, 3, 4\], got",
         ),
         (criss_cross_attention, [(1, 2, 0, 4), (1, 2, 0, 4), (1, 2, 0, 4)], r"query: expected at least one row"),
+        (
+            criss_cross_attention,
+            [(1, 2, 5, 3, 4), (1, 2, 5, 3, 4), (1, 2, 4, 3, 4)],
+            r"value: expected shape \[1, C, 5, 3, 4\], got",
+        ),
+        (ca_weight, [(1, 2, 2, 3, 4), (1, 2, 2, 3, 4)], r"query: expected shape \[N, C', H, W\], got"),
         (ca_weight, [(1, 2, 3, 4), (2, 2, 3, 4)], r"key: expected shape \[1, 2, 3, 4\], got \[2, 2, 3, 4\]"),
         (ca_map, [(1, 7, 3, 4), (1, 2, 3, 4)], r"weight: expected shape \[1, 6, 3, 4\], got \[1, 7, 3, 4\]"),
     ],

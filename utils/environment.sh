@@ -20,7 +20,8 @@ set_up_environment() { # requirement files...
         _unless_done "installing $file" "$file" -- \
             python -m pip install --quiet --disable-pip-version-check --requirement "$file" || return
     done
-    _unless_done "building the operators" setup.py pyproject.toml -- \
+    [[ -e libs/_C.abi3.so ]] || rm -f .venv/.done-building-the-operators # built without a compiler, or removed since
+    _unless_done "building the operators" setup.py pyproject.toml $(find cc_attention/csrc libs/csrc -type f | sort) -- \
         python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 }
 

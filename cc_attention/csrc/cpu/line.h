@@ -1,0 +1,77 @@
+// Attention along one line of pixels, of which criss-cross attention is made: what the compiled instruction sets offer
+// (line_attention.h), and what calls it (criss_cross.cpp).
+//
+// Tensors are channels_last: a pixel's channels follow each other, and pixels are numbered n, (depth,) row, column. All
+// pointers are to the line's first pixel; `step` pixels lie from one of the line to the next.
+#pragma once
+
+#include <cstdint>
+
+#include "libs/csrc/cpu/scalar_types.h"
+
+namespace ccnet {
+
+struct Line {
+  int64_t length;  // pixels
+  int64_t step;
+  int64_t query_channels;
+  int64_t value_channels;
+  // The axes of a criss-cross path follow each other: the first one's lines have the pixel itself, later ones leave it
+  // out and merge into what is there. After the last, what is there is the result.
+  bool first_axis;
+  bool last_axis;
+  // Explicit form: a pixel's weights are `path` numbers, this line's begin at `path_begin`.
+  int64_t path;
+  int64_t path_begin;
+  // Pixels to the first of this thread's next line, whose data is fetched ahead; 0: there is none.
+  int64_t next;
+};
+
+template <class T>
+struct LineKernels {
+  using Real = Accumulate<T>;
+
+  // Bytes of scratch that any of the others needs.
+  int64_t (*scratch_bytes)(const Line&);
+
+  // out and lse (logarithm of the sum of exp(energy)) take in this line's keys and values.
+  void (*attention)(const Line&, const T* query, const T* key, const T* value, T* out, Real* lse, char* scratch);
+  // The gradients of what `attention` wrote. delta is written on the first axis and read on the others.
+  void (*attention_backward)(const Line&, const T* query, const T* key, const T* value, const T* out, const T* grad_out,
+                             const Real* lse, Real* delta, T* grad_query, T* grad_key, T* grad_value, char* scratch);
+
+  // weight = exp(energy - lse), with lse from `attention` without values.
+  void (*weight)(const Line&, const T* query, const T* key, const Real* lse, T* weight, char* scratch);
+  void (*weight_backward)(const Line&, const T* query, const T* key, const T* weight, const T* grad_weight, Real* delta,
+                          T* grad_query, T* grad_key, char* scratch);
+  // out takes in weight * value.
+  void (*map)(const Line&, const T* weight, const T* value, T* out, char* scratch);
+  void (*map_backward)(const Line&, const T* weight, const T* value, const T* grad_out, T* grad_weight, T* grad_value,
+                       char* scratch);
+};
+
+// clang-format off
+namespace baseline {
+const LineKernels<float>& line_kernels(const float*);
+const LineKernels<double>& line_kernels(const double*);
+const LineKernels<Half>& line_kernels(const Half*);
+const LineKernels<BFloat16>& line_kernels(const BFloat16*);
+}
+namespace avx2 {
+const LineKernels<float>& line_kernels(const float*);
+const LineKernels<double>& line_kernels(const double*);
+const LineKernels<Half>& line_kernels(const Half*);
+const LineKernels<BFloat16>& line_kernels(const BFloat16*);
+}
+namespace avx512 {
+const LineKernels<float>& line_kernels(const float*);
+const LineKernels<double>& line_kernels(const double*);
+const LineKernels<Half>& line_kernels(const Half*);
+const LineKernels<BFloat16>& line_kernels(const BFloat16*);
+}
+namespace avx512_bf16 {
+const LineKernels<BFloat16>& line_kernels(const BFloat16*);
+}
+// clang-format on
+
+}  // namespace ccnet

@@ -1,0 +1,466 @@
+// Attention along one line of pixels, declared in line.h. Included as simd.h is, after matmul.h.
+//
+// The line's weights are held for a block of queries at a time, [queries, keys], and everything is a product with them:
+//   energy = Q K^T, out = P V;  dV = P^T dO, dP = dO V^T, dE = P * (dP - delta), dQ = dE K, dK = dE^T Q
+// Queries are the rows, keys the columns. Values pass by in chunks of channels that are packed to lie side by side.
+
+namespace ccnet {
+namespace CCNET_CAPABILITY {
+
+constexpr int64_t kQueryBlock = 256;
+constexpr int64_t kChunk = 64;
+
+template <class T>
+CCNET_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+// sums[i] += a[i] * b[i] over n numbers of each row, still spread over a vector's lanes
+template <class A, class B, class Real = Accumulate<B>>
+static void dot_products(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t rows, int64_t n,
+                         Real* sums) {
+  constexpr int lanes = kLanes<Real>;
+  for (int64_t i = 0; i < rows; ++i, a += a_stride, b += b_stride, sums += lanes) {
+    Vector<Real> sum = load(sums);
+    for (int64_t c = 0; c < n; c += lanes) {
+      sum += load_up_to(a + c, n - c) * load_up_to(b + c, n - c);
+    }
+    store(sums, sum);
+  }
+}
+
+template <class Real>
+static void finish_dot_products(const Real* sums, int64_t rows, Real* out, int64_t stride) {
+  constexpr int lanes = kLanes<Real>;
+  for (int64_t i = 0; i < rows; i += lanes) {
+    const int64_t count = smaller<int64_t>(lanes, rows - i);
+    Vector<Real> group[lanes];
+    Real results[lanes];
+    for (int k = 0; k < lanes; ++k) {
+      group[k] = k < count ? load(sums + (i + k) * lanes) : Vector<Real>{};
+    }
+    store(results, sum_of_each<Real>(group));
+    for (int k = 0; k < count; ++k) {
+      out[(i + k) * stride] = results[k];
+    }
+  }
+}
+
+// n numbers, converted
+template <class From, class To>
+static void copy(const From* from, To* to, int64_t n) {
+  constexpr int lanes = kLanes<Accumulate<From>>;
+  for (int64_t i = 0; i < n; i += lanes) {
+    store_part(to + i, load_up_to(from + i, n - i), smaller<int64_t>(lanes, n - i));
+  }
+}
+
+template <class Product, class T>
+class LineAttention {
+ public:
+  using Real = Accumulate<T>;
+  using Word = typename Product::Word;
+
+  LineAttention(const Line& line, char* block)
+      : line_(line),
+        length_(line.length),
+        row_(whole<Real>(line.length)),
+        query_stride_(line.step * line.query_channels),
+        value_stride_(line.step * line.value_channels),
+        query_row_(whole<Word>(line.query_channels)),
+        // One column more than whole vectors would cost a whole vector of columns: it is made by dot products.
+        odd_(Product::kPerWord == 1 && length_ % kLanes<Real> == 1) {
+    Scratch scratch(block);
+    const int64_t queries = whole<Real>(smaller(length_, kQueryBlock));
+    weight_ = scratch.take<Real>(queries * row_);
+    grad_weight_ = scratch.take<Real>(queries * row_);
+    keys_transposed_ = scratch.take<Word>(words<Product>(line.query_channels) * row_);
+    keys_ = scratch.take<Word>(words<Product>(length_) * query_row_);
+    queries_ = scratch.take<Word>(queries * query_row_);
+    values_ = scratch.take<Word>(words<Product>(length_) * kChunk);
+    values_transposed_ = scratch.take<Word>(kChunk * row_);
+    grads_ = scratch.take<Word>(queries * kChunk);
+    if (Product::kPerWord == 1) {
+      queries_by_column_ = queries_;
+      grads_by_column_ = grads_;
+      weight_words_ = nullptr;
+    } else {
+      queries_by_column_ = scratch.take<Word>(queries * query_row_);
+      grads_by_column_ = scratch.take<Word>(queries * kChunk);
+      weight_words_ = scratch.take<Word>(queries * row_);
+    }
+    delta_sums_ = scratch.take<Real>(queries * kLanes<Real>);
+    odd_sums_ = scratch.take<Real>(queries * kLanes<Real>);
+    scale_ = scratch.take<Real>(queries);
+    keep_ = scratch.take<Real>(queries);
+    ones_ = scratch.take<Real>(row_);
+    used_ = scratch.used();
+    for (int64_t i = 0; block != nullptr && i < row_; ++i) {
+      ones_[i] = 1;
+    }
+  }
+
+  static int64_t scratch_bytes(const Line& line) { return LineAttention(line, nullptr).used_; }
+
+  static void attention(const Line& line, const T* query, const T* key, const T* value, T* out, Real* lse,
+                        char* scratch) {
+    LineAttention work(line, scratch);
+    work.pack_keys(key);
+    work.each_block([&](int64_t first) {
+      work.energies(query + first * work.query_stride_, key);
+      work.softmax(lse + first * line.step);
+      work.weigh_values(value, {out + first * work.value_stride_, work.value_stride_, work.scale_, work.keep_,
+                                !line.first_axis});
+    });
+  }
+
+  static void attention_backward(const Line& line, const T* query, const T* key, const T* value, const T* out,
+                                 const T* grad_out, const Real* lse, Real* delta, T* grad_query, T* grad_key,
+                                 T* grad_value, char* scratch) {
+    LineAttention work(line, scratch);
+    work.pack_keys(key);
+    pack_columns<Product>(key, work.query_stride_, work.length_, line.query_channels, work.keys_, work.query_row_);
+    work.each_block([&](int64_t first) {
+      const int64_t at = first * work.value_stride_;
+      work.energies(query + first * work.query_stride_, key);
+      work.softmax_again(lse + first * line.step);
+      work.value_gradients(value, grad_out + at, line.first_axis ? out + at : nullptr, grad_value);
+      work.energy_gradients(delta + first * line.step);
+      work.query_key_gradients(query, grad_query, grad_key);
+    });
+  }
+
+  static void weight(const Line& line, const T* query, const T* key, const Real* lse, T* weight, char* scratch) {
+    LineAttention work(line, scratch);
+    work.pack_keys(key);
+    work.each_block([&](int64_t first) {
+      work.energies(query + first * work.query_stride_, key);
+      work.softmax_again(lse + first * line.step);
+      work.write_path(work.weight_, weight);
+    });
+  }
+
+  static void weight_backward(const Line& line, const T* query, const T* key, const T* weight, const T* grad_weight,
+                              Real* delta, T* grad_query, T* grad_key, char* scratch) {
+    LineAttention work(line, scratch);
+    pack_columns<Product>(key, work.query_stride_, work.length_, line.query_channels, work.keys_, work.query_row_);
+    work.each_block([&](int64_t first) {
+      const int64_t stride = line.step * line.path;
+      work.read_path(weight, work.weight_);
+      work.read_path(grad_weight, work.grad_weight_);
+      if (line.first_axis) {
+        work.clear(work.delta_sums_);
+        dot_products(weight + first * stride, stride, grad_weight + first * stride, stride, work.queries_in_block_,
+                     line.path, work.delta_sums_);
+      }
+      work.energy_gradients(delta + first * line.step);
+      work.query_key_gradients(query, grad_query, grad_key);
+    });
+  }
+
+  static void map(const Line& line, const T* weight, const T* value, T* out, char* scratch) {
+    LineAttention work(line, scratch);
+    work.each_block([&](int64_t first) {
+      work.read_path(weight, work.weight_);
+      work.weigh_values(value, work.to_sum(out + first * work.value_stride_, work.value_stride_, !line.first_axis));
+    });
+  }
+
+  static void map_backward(const Line& line, const T* weight, const T* value, const T* grad_out, T* grad_weight,
+                           T* grad_value, char* scratch) {
+    LineAttention work(line, scratch);
+    work.each_block([&](int64_t first) {
+      work.read_path(weight, work.weight_);
+      work.value_gradients(value, grad_out + first * work.value_stride_, nullptr, grad_value);
+      work.write_path(work.grad_weight_, grad_weight);
+    });
+  }
+
+ private:
+  // f(first query) for blocks of nearly equal size
+  template <class F>
+  __attribute__((always_inline)) void each_block(const F& f) {
+    const Split blocks(length_, kQueryBlock);
+    first_query_ = 0;
+    for (int64_t block = 0; block < blocks.parts; ++block) {
+      queries_in_block_ = blocks.size(block);
+      f(first_query_);
+      first_query_ += queries_in_block_;
+    }
+  }
+
+  // `count` channels of x from number `channel` on, or of this thread's next line where x has no more of them
+  Ahead ahead(const T* x, int64_t channels, int64_t channel, int64_t count) const {
+    const T* at = x + channel;
+    if (channel >= channels) {
+      if (line_.next == 0) {
+        return {};
+      }
+      at = x + line_.next * channels;
+    }
+    return {reinterpret_cast<const char*>(at), static_cast<int64_t>(line_.step * channels * sizeof(T)),
+            static_cast<int64_t>(smaller(count, channels) * sizeof(T))};
+  }
+
+  void clear(Real* sums) const { std::memset(sums, 0, queries_in_block_ * kLanes<Real> * sizeof(Real)); }
+
+  Result<T> to_sum(T* x, int64_t stride, bool add) const { return {x, stride, ones_, ones_, add}; }
+
+  // x [queries, keys] as the left operand: of products over keys, and, transposed, of products over queries
+  Left<Word> over_keys(Real* x) {
+    if constexpr (Product::kPerWord == 1) {
+      return {x, row_, 1};
+    } else {
+      pack_rows<Product>(x, row_, queries_in_block_, row_, weight_words_, row_);
+      return {weight_words_, row_, 1};
+    }
+  }
+  Left<Word> over_queries(Real* x) {
+    if constexpr (Product::kPerWord == 1) {
+      return {x, 1, row_};
+    } else {
+      pack_columns<Product>(x, row_, queries_in_block_, row_, weight_words_, row_);
+      return {weight_words_, 1, row_};
+    }
+  }
+
+  void pack_keys(const T* key) {
+    pack_transposed<Product>(key, query_stride_, length_ - odd_, line_.query_channels, keys_transposed_, row_);
+  }
+
+  // Sets what is no key: the columns beyond the line and, but for the first axis, the pixel itself.
+  void set_outside(Real* x, Real to) const {
+    for (int64_t i = 0; i < queries_in_block_; ++i) {
+      Real* numbers = x + i * row_;
+      for (int64_t j = length_; j < row_; ++j) {
+        numbers[j] = to;
+      }
+      if (!line_.first_axis) {
+        numbers[first_query_ + i] = to;
+      }
+    }
+  }
+
+  // weight_ = Q K^T
+  void energies(const T* query, const T* key) {
+    const int64_t channels = line_.query_channels, m = queries_in_block_;
+    pack_rows<Product>(query, query_stride_, m, channels, queries_, query_row_);
+    multiply<Product>(m, odd_ ? length_ - 1 : row_, words<Product>(channels), Left<Word>{queries_, query_row_, 1},
+                      Right<Word>{keys_transposed_, row_}, Result<Real>{weight_, row_, ones_, ones_, false},
+                      ahead(query, channels, channels, channels), ahead(key, channels, channels, channels));
+    if (odd_) {
+      clear(odd_sums_);
+      dot_products(queries_, query_row_, key + (length_ - 1) * query_stride_, 0, m, channels, odd_sums_);
+      finish_dot_products(odd_sums_, m, weight_ + length_ - 1, row_);
+    }
+    set_outside(weight_, -__builtin_inf());
+  }
+
+  // weight_ = exp(energy - the largest), and into lse and scale_, keep_ goes what its sum and the earlier axes' make:
+  //   lse' = log(e^lse + e^largest sum),  scale = e^(largest - lse'),  keep = e^(lse - lse')
+  __attribute__((noinline)) void softmax(Real* lse) {
+    constexpr int lanes = kLanes<Real>;
+    const Vector<Real> nothing = splat<Real>(-__builtin_inf());
+    for (int64_t i = 0; i < queries_in_block_; i += lanes) {
+      const int64_t count = smaller<int64_t>(lanes, queries_in_block_ - i);
+      Vector<Real> group[lanes];
+      Real numbers[lanes];
+      for (int64_t k = 0; k < count; ++k) {
+        const Real* energy = weight_ + (i + k) * row_;
+        Vector<Real> largest = load(energy);
+        for (int64_t j = lanes; j < row_; j += lanes) {
+          const Vector<Real> x = load(energy + j);
+          largest = x > largest ? x : largest;
+        }
+        group[k] = largest;
+      }
+      for (int64_t k = count; k < lanes; ++k) {
+        group[k] = Vector<Real>{};
+      }
+      const Vector<Real> largest = max_of_each<Real>(group);
+      // Where every energy is -inf, so that -inf - -inf does not make NaN of a sum that is 0
+      store(numbers, largest == nothing ? Vector<Real>{} : largest);
+      for (int64_t k = 0; k < count; ++k) {
+        Real* energy = weight_ + (i + k) * row_;
+        Vector<Real> sum = {};
+        for (int64_t j = 0; j < row_; j += lanes) {
+          const Vector<Real> x = exp(load(energy + j) - numbers[k]);
+          store(energy + j, x);
+          sum += x;
+        }
+        group[k] = sum;
+      }
+      for (int64_t k = count; k < lanes; ++k) {
+        group[k] = splat<Real>(1);
+      }
+      const Vector<Real> sum = sum_of_each<Real>(group);
+      for (int64_t k = 0; k < lanes; ++k) {
+        numbers[k] = line_.first_axis || k >= count ? -__builtin_inf() : lse[(i + k) * line_.step];
+      }
+      const Vector<Real> earlier = load(numbers);
+      Vector<Real> base = earlier > largest ? earlier : largest;
+      base = base == nothing ? Vector<Real>{} : base;
+      const Vector<Real> here = exp(largest - base), before = exp(earlier - base);
+      const Vector<Real> total = sum * here + before;
+      Vector<Real> inverse = splat<Real>(1) / total;
+      if (!line_.last_axis) {
+        inverse = total == 0 ? Vector<Real>{} : inverse;  // all -inf so far: 0, and NaN only if it stays so to the end
+      }
+      store(scale_ + i, here * inverse);
+      store(keep_ + i, before * inverse);
+      Real bases[lanes];
+      store(bases, base);
+      store(numbers, total);
+      for (int64_t k = 0; k < count; ++k) {
+        lse[(i + k) * line_.step] = bases[k] + log(numbers[k]);
+      }
+    }
+  }
+
+  // weight_ = exp(energy - lse), the weights themselves
+  void softmax_again(const Real* lse) {
+    for (int64_t i = 0; i < queries_in_block_; ++i) {
+      Real* energy = weight_ + i * row_;
+      const Real whole_path = lse[i * line_.step];
+      for (int64_t j = 0; j < row_; j += kLanes<Real>) {
+        store(energy + j, exp(load(energy + j) - whole_path));
+      }
+    }
+  }
+
+  // out takes in weight_ V.
+  void weigh_values(const T* value, Result<T> out) {
+    const Left<Word> weights = over_keys(weight_);
+    const int64_t channels = line_.value_channels;
+    for (int64_t c = 0; c < channels; c += kChunk) {
+      const int64_t n = smaller(kChunk, channels - c);
+      pack_columns<Product>(value + c, value_stride_, length_, n, values_, kChunk);
+      multiply<Product>(queries_in_block_, n, words<Product>(length_), weights, Right<Word>{values_, kChunk},
+                        Result<T>{out.data + c, out.row, out.scale, out.keep, out.add},
+                        ahead(value, channels, c + kChunk, kChunk));
+    }
+  }
+
+  // grad_weight_ = dO V^T; grad_value takes in P^T dO; delta_sums_ = the sums of dO * O, if out is given.
+  void value_gradients(const T* value, const T* grad_out, const T* out, T* grad_value) {
+    const int64_t channels = line_.value_channels, m = queries_in_block_;
+    const int64_t grad_row = kChunk / Product::kPerWord;
+    const Left<Word> weights = over_queries(weight_);
+    // With no channels at all there is nothing to add to.
+    std::memset(grad_weight_, 0, channels == 0 ? m * row_ * sizeof(Real) : 0);
+    clear(delta_sums_);
+    clear(odd_sums_);
+    for (int64_t c = 0; c < channels; c += kChunk) {
+      const int64_t n = smaller(kChunk, channels - c);
+      pack_rows<Product>(grad_out + c, value_stride_, m, n, grads_, grad_row);
+      if (Product::kPerWord != 1) {
+        pack_columns<Product>(grad_out + c, value_stride_, m, n, grads_by_column_, kChunk);
+      }
+      pack_transposed<Product>(value + c, value_stride_, length_ - odd_, n, values_transposed_, row_);
+      using Packed = std::conditional_t<Product::kPerWord == 1, Real, T>;
+      const Packed* grads = reinterpret_cast<const Packed*>(grads_);
+      if (out != nullptr) {
+        dot_products(grads, kChunk, out + c, value_stride_, m, n, delta_sums_);
+      }
+      if (odd_) {
+        dot_products(grads, kChunk, value + (length_ - 1) * value_stride_ + c, 0, m, n, odd_sums_);
+      }
+      const int64_t next = c + kChunk;
+      multiply<Product>(m, odd_ ? length_ - 1 : row_, words<Product>(n), Left<Word>{grads_, grad_row, 1},
+                        Right<Word>{values_transposed_, row_}, Result<Real>{grad_weight_, row_, ones_, ones_, c > 0},
+                        ahead(value, channels, next, kChunk),
+                        out == nullptr ? Ahead{} : ahead(out, channels, next, kChunk));
+      multiply<Product>(length_, n, words<Product>(m), weights, Right<Word>{grads_by_column_, kChunk},
+                        to_sum(grad_value + c, value_stride_, !line_.first_axis || first_query_ > 0),
+                        ahead(grad_out, channels, next, kChunk));
+    }
+    if (odd_ && channels > 0) {
+      finish_dot_products(odd_sums_, m, grad_weight_ + length_ - 1, row_);
+    }
+  }
+
+  // grad_weight_ becomes the gradient of the energies.
+  void energy_gradients(Real* delta) {
+    if (line_.first_axis) {
+      finish_dot_products(delta_sums_, queries_in_block_, delta, line_.step);
+    }
+    for (int64_t i = 0; i < queries_in_block_; ++i) {
+      const Real d = delta[i * line_.step];
+      for (int64_t j = i * row_; j < (i + 1) * row_; j += kLanes<Real>) {
+        store(grad_weight_ + j, load(weight_ + j) * (load(grad_weight_ + j) - d));
+      }
+    }
+    set_outside(grad_weight_, 0);
+  }
+
+  void query_key_gradients(const T* query, T* grad_query, T* grad_key) {
+    const int64_t channels = line_.query_channels, m = queries_in_block_, at = first_query_ * query_stride_;
+    multiply<Product>(m, channels, words<Product>(length_), over_keys(grad_weight_), Right<Word>{keys_, query_row_},
+                      to_sum(grad_query + at, query_stride_, !line_.first_axis));
+    pack_columns<Product>(query + at, query_stride_, m, channels, queries_by_column_, query_row_);
+    multiply<Product>(length_, channels, words<Product>(m), over_queries(grad_weight_),
+                      Right<Word>{queries_by_column_, query_row_},
+                      to_sum(grad_key, query_stride_, !line_.first_axis || first_query_ > 0));
+  }
+
+  // The explicit form: this line's part of each pixel's path to and from x [queries, keys]. On all axes but the first
+  // the path has no entry for the pixel itself.
+  void read_path(const T* path, Real* x) const {
+    for (int64_t i = 0; i < queries_in_block_; ++i) {
+      const int64_t self = first_query_ + i;
+      const T* from = path + self * line_.step * line_.path + line_.path_begin;
+      Real* to = x + i * row_;
+      if (line_.first_axis) {
+        copy(from, to, length_);
+      } else {
+        copy(from, to, self);
+        copy(from + self, to + self + 1, length_ - self - 1);
+      }
+    }
+    set_outside(x, 0);
+  }
+  void write_path(const Real* x, T* path) const {
+    for (int64_t i = 0; i < queries_in_block_; ++i) {
+      const int64_t self = first_query_ + i;
+      const Real* from = x + i * row_;
+      T* to = path + self * line_.step * line_.path + line_.path_begin;
+      if (line_.first_axis) {
+        copy(from, to, length_);
+      } else {
+        copy(from, to, self);
+        copy(from + self + 1, to + self, length_ - self - 1);
+      }
+    }
+  }
+
+  const Line& line_;
+  const int64_t length_;
+  const int64_t row_;  // of weights: the line's length in whole vectors
+  const int64_t query_stride_, value_stride_;
+  const int64_t query_row_;
+  const bool odd_;
+  int64_t first_query_ = 0, queries_in_block_ = 0;
+  int64_t used_ = 0;
+
+  Real *weight_, *grad_weight_;                // [queries, row_]
+  Word *keys_transposed_, *keys_;              // [channels, row_], [keys, query_row_]
+  Word *queries_, *queries_by_column_;         // [queries, query_row_]
+  Word *values_, *values_transposed_;          // [keys, kChunk], [kChunk, row_]
+  Word *grads_, *grads_by_column_;             // [queries, kChunk]
+  Word* weight_words_;                         // what over_keys or over_queries packed last
+  Real *delta_sums_, *odd_sums_;               // [queries, lanes]
+  Real *scale_, *keep_;                        // [queries]
+  Real* ones_;                                 // [row_]
+};
+
+template <class Product, class T>
+const LineKernels<T>& kernels_of() {
+  using Work = LineAttention<Product, T>;
+  static constexpr LineKernels<T> kernels = {Work::scratch_bytes,   Work::attention, Work::attention_backward,
+                                             Work::weight,          Work::weight_backward,
+                                             Work::map,             Work::map_backward};
+  return kernels;
+}
+
+}  // namespace CCNET_CAPABILITY
+}  // namespace ccnet

@@ -1,0 +1,303 @@
+// Matrix products in registers, and the packing of their operands. Included as simd.h is, after it.
+//
+// A product is made of words, Product::Word: what one step along k multiplies. With Singles a word is one number; with
+// Pairs it is two neighbouring bfloat16 along k, both of whose products one instruction adds.
+
+namespace ccnet {
+namespace CCNET_CAPABILITY {
+
+template <class Real>
+struct Singles {
+  using Word = Real;
+  static constexpr int kPerWord = 1;
+};
+struct Pairs {
+  using Word = float;  // the bits of two bfloat16, the first in the lower half
+  static constexpr int kPerWord = 2;
+};
+
+template <class Product>
+CCNET_INLINE int64_t words(int64_t numbers) {
+  return (numbers + Product::kPerWord - 1) / Product::kPerWord;
+}
+
+template <class Product, class V>
+CCNET_INLINE V multiply_add(V sum, V a, V b) {
+#if CCNET_TARGET == CCNET_TARGET_AVX512_BF16
+  if constexpr (Product::kPerWord == 2) {
+    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+#endif
+  return sum + a * b;
+}
+
+// A(m, k), read one word at a time, with any strides
+template <class Word>
+struct Left {
+  const Word* data;
+  int64_t row;
+  int64_t step;
+};
+
+// B(k, n): rows of words, padded to whole vectors
+template <class Word>
+struct Right {
+  const Word* data;
+  int64_t row;
+};
+
+// C(m, n) becomes scale[m] * (A B)(m, n), plus keep[m] * C(m, n) if `add`.
+template <class T>
+struct Result {
+  T* data;
+  int64_t row;
+  const Accumulate<T>* scale;
+  const Accumulate<T>* keep;
+  bool add;
+};
+
+// Memory wanted soon: `bytes` of each of the rows
+struct Ahead {
+  const char* data = nullptr;
+  int64_t row = 0;
+  int64_t bytes = 0;
+};
+
+// Rows and vectors of the largest tile that fits the registers, beside a row of B and an element of A
+#if CCNET_VECTOR_BYTES == 64
+constexpr int kTileRows = 6, kTileVectors = 4;
+#else
+constexpr int kTileRows = 6, kTileVectors = 2;
+#endif
+
+template <class Product, int kRows, int kVectors, class V>
+CCNET_INLINE void tile_step(V (&sums)[kRows][kVectors], const typename Product::Word* a, int64_t row,
+                            const typename Product::Word* b) {
+  using Word = typename Product::Word;
+  V loaded[kVectors];
+#pragma GCC unroll 4
+  for (int n = 0; n < kVectors; ++n) {
+    loaded[n] = load(b + n * kLanes<Word>);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+    const V broadcast = splat<Word>(a[m * row]);
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      sums[m][n] = multiply_add<Product>(sums[m][n], broadcast, loaded[n]);
+    }
+  }
+}
+
+// The last tile of a row of tiles may have fewer columns than its vectors have lanes. sums [rows, vectors] in memory.
+template <int kVectors, class T>
+static __attribute__((noinline)) void store_narrow(const Accumulate<T>* sums, int rows, int64_t columns, Result<T> c) {
+  constexpr int lanes = kLanes<Accumulate<T>>;
+  for (int m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < columns; n += lanes) {
+      T* at = c.data + m * c.row + n;
+      const int64_t count = columns - n < lanes ? columns - n : lanes;
+      auto x = load(sums + m * kVectors * lanes + n) * c.scale[m];
+      if (c.add) {
+        x += load_part(at, count) * c.keep[m];
+      }
+      store_part(at, x, count);
+    }
+  }
+}
+
+template <class Product, int kRows, int kVectors, class T>
+static __attribute__((noinline)) void tile(int64_t depth, Left<typename Product::Word> a,
+                                           Right<typename Product::Word> b, Result<T> c, int64_t columns, Ahead ahead) {
+  using Word = typename Product::Word;
+  constexpr int lanes = kLanes<Word>;
+  constexpr int64_t cache_line = 64;
+  Vector<Word> sums[kRows][kVectors] = {};
+  int64_t k = 0;
+  const auto step = [&]() __attribute__((always_inline)) {
+    tile_step<Product>(sums, a.data, a.row, b.data);
+    a.data += a.step;
+    b.data += b.row;
+    ++k;
+  };
+  // One cache line is fetched ahead a step: first C, which is wanted at the end of this tile, then what comes after it.
+  const char* line = reinterpret_cast<const char*>(c.data);
+  for (int m = 0; m < kRows; ++m, line += c.row * sizeof(T)) {
+    for (int64_t at = 0; at < static_cast<int64_t>(kVectors * lanes * sizeof(T)) && k < depth; at += cache_line) {
+      __builtin_prefetch(line + at, 1);
+      step();
+    }
+  }
+  for (int m = 0; m < kRows; ++m, ahead.data += ahead.row) {
+    for (int64_t at = 0; at < ahead.bytes && k < depth; at += cache_line) {
+      __builtin_prefetch(ahead.data + at);
+      step();
+    }
+  }
+  while (k < depth) {
+    step();
+  }
+  asm("" : "+r"(c.data));  // otherwise the addresses of the first loop are kept on the stack for the stores
+  if (columns < kVectors * lanes) {
+    Word in_memory[kRows * kVectors * lanes];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) {
+        store(in_memory + (m * kVectors + n) * lanes, sums[m][n]);
+      }
+    }
+    store_narrow<kVectors>(in_memory, kRows, columns, c);
+    return;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m, c.data += c.row) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      Vector<Word> x = sums[m][n] * c.scale[m];
+      if (c.add) {
+        x += load(c.data + n * lanes) * c.keep[m];
+      }
+      store(c.data + n * lanes, x);
+    }
+  }
+}
+
+template <class Product, class T>
+using Tile = void (*)(int64_t, Left<typename Product::Word>, Right<typename Product::Word>, Result<T>, int64_t, Ahead);
+
+// Entry (rows - 1) * kTileVectors + vectors - 1 is the tile of that size.
+template <class Product, class T, int... I>
+CCNET_INLINE Tile<Product, T> tile_of(int64_t rows, int64_t vectors, std::integer_sequence<int, I...>) {
+  static constexpr Tile<Product, T> all[] = {tile<Product, I / kTileVectors + 1, I % kTileVectors + 1, T>...};
+  return all[(rows - 1) * kTileVectors + vectors - 1];
+}
+
+// `total` in as few parts of at most `largest` as possible, their sizes differing by at most 1
+struct Split {
+  int64_t parts, smaller, rest;
+  __attribute__((always_inline)) Split(int64_t total, int64_t largest)
+      : parts((total + largest - 1) / largest), smaller(parts > 0 ? total / parts : 0), rest(total - smaller * parts) {}
+  __attribute__((always_inline)) int64_t size(int64_t part) const { return smaller + (part < rest); }
+};
+
+// C [rows, columns] from A [rows, depth] and B [depth, columns], depth in words. While the first panel of columns is
+// made, the rows of `first` are fetched, with the second those of `second`.
+template <class Product, class T>
+static void multiply(int64_t rows, int64_t columns, int64_t depth, Left<typename Product::Word> a,
+                     Right<typename Product::Word> b, Result<T> c, Ahead first = {}, Ahead second = {}) {
+  constexpr int lanes = kLanes<typename Product::Word>;
+  // Panels of columns and blocks of rows of nearly equal size: 97 rows are 12 blocks of 6 and 5 of 5.
+  const Split panels((columns + lanes - 1) / lanes, kTileVectors), blocks(rows, kTileRows);
+  for (int64_t panel = 0, n = 0; panel < panels.parts; ++panel) {
+    const int64_t vectors = panels.size(panel);
+    const int64_t panel_columns = columns - n < vectors * lanes ? columns - n : vectors * lanes;
+    const Ahead ahead = panel == 0 ? first : panel == 1 ? second : Ahead{};
+    for (int64_t block = 0, m = 0; block < blocks.parts; ++block) {
+      const int64_t block_rows = blocks.size(block);
+      const auto make = tile_of<Product, T>(block_rows, vectors,
+                                            std::make_integer_sequence<int, kTileRows * kTileVectors>());
+      make(depth, {a.data + m * a.row, a.row, a.step}, {b.data + n, b.row},
+           {c.data + m * c.row + n, c.row, c.scale + m, c.keep + m, c.add}, panel_columns,
+           {ahead.data + m * ahead.row, ahead.row, ahead.bytes});
+      m += block_rows;
+    }
+    n += vectors * lanes;
+  }
+}
+
+// ---- packing x [rows, columns], `stride` numbers from row to row, into words; the rest of the last vector is 0 ----
+
+// What two numbers of bfloat16 become when they stand side by side: their bits in the lower half of each lane
+CCNET_INLINE Bits half_words(const BFloat16* p, int64_t n) {
+  return (Bits)load_up_to(p, n) >> 16;
+}
+CCNET_INLINE Bits half_words(const float* p, int64_t n) { return round_to_bfloat16(load_up_to(p, n)); }
+
+template <class Product, class T>
+CCNET_INLINE Vector<typename Product::Word> load_words(const T* p, int64_t numbers) {
+  if constexpr (Product::kPerWord == 1) {
+    return load_up_to(p, numbers);
+  } else {
+    Vector<float> bits = {};
+    std::memcpy(&bits, p, numbers >= 2 * kLanes<float> ? sizeof bits : numbers * sizeof(T));
+    return bits;
+  }
+}
+
+// y [rows, words(columns)]: words run along a row
+template <class Product, class T>
+static void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, typename Product::Word* y,
+                      int64_t y_row) {
+  constexpr int lanes = kLanes<Accumulate<T>>;
+  for (int64_t i = 0; i < rows; ++i, x += stride, y += y_row) {
+    if constexpr (Product::kPerWord == 1) {
+      for (int64_t c = 0; c < columns; c += lanes) {
+        store(y + c, load_up_to(x + c, columns - c));
+      }
+    } else if constexpr (sizeof(T) == 2) {
+      for (int64_t w = 0; w < words<Product>(columns); w += lanes) {
+        store(y + w, load_words<Product>(x + 2 * w, columns - 2 * w));
+      }
+    } else {
+      BFloat16* numbers = reinterpret_cast<BFloat16*>(y);
+      for (int64_t c = 0; c < columns; c += lanes) {
+        store(numbers + c, load_up_to(x + c, columns - c));
+      }
+    }
+  }
+}
+
+// y [words(rows), columns]: words run along a column
+template <class Product, class T>
+static void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t columns, typename Product::Word* y,
+                         int64_t y_row) {
+  if constexpr (Product::kPerWord == 1) {
+    pack_rows<Product>(x, stride, rows, columns, y, y_row);
+  } else {
+    constexpr int lanes = kLanes<float>;
+    for (int64_t i = 0; i < rows; i += 2, x += 2 * stride, y += y_row) {
+      for (int64_t c = 0; c < columns; c += lanes) {
+        const Bits even = half_words(x + c, columns - c);
+        const Bits odd = i + 1 < rows ? half_words(x + stride + c, columns - c) : Bits{};
+        store(y + c, (Vector<float>)(even | odd << 16));
+      }
+    }
+  }
+}
+
+// y [words(columns), rows]: x transposed, with words along a row of x
+template <class Product, class T>
+static void pack_transposed(const T* x, int64_t stride, int64_t rows, int64_t columns, typename Product::Word* y,
+                            int64_t y_row) {
+  using Word = typename Product::Word;
+  constexpr int lanes = kLanes<Word>;
+  for (int64_t i = 0; i < rows; i += lanes) {
+    for (int64_t w = 0; w < words<Product>(columns); w += lanes) {
+      const int64_t c = w * Product::kPerWord;
+      Vector<Word> square[lanes];
+      if (i + lanes <= rows && c + lanes * Product::kPerWord <= columns) {
+#pragma GCC unroll 16
+        for (int k = 0; k < lanes; ++k) {
+          square[k] = load_words<Product>(x + (i + k) * stride + c, lanes * Product::kPerWord);
+        }
+        transpose<Word>(square);
+#pragma GCC unroll 16
+        for (int k = 0; k < lanes; ++k) {
+          store(y + (w + k) * y_row + i, square[k]);
+        }
+        continue;
+      }
+      for (int k = 0; k < lanes; ++k) {
+        square[k] = i + k < rows ? load_words<Product>(x + (i + k) * stride + c, columns - c) : Vector<Word>{};
+      }
+      transpose<Word>(square);
+      for (int k = 0; k < lanes && w + k < words<Product>(columns); ++k) {
+        store(y + (w + k) * y_row + i, square[k]);
+      }
+    }
+  }
+}
+
+}  // namespace CCNET_CAPABILITY
+}  // namespace ccnet

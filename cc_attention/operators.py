@@ -1,0 +1,126 @@
+"""What PyTorch has to know of the native operators (csrc/criss_cross.cpp): shapes, gradients, autocast.
+
+Imported where the operators are loaded. Each function is registered for the operator whose name it is given.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import channels_last_format
+
+_library = torch.library.Library("ccnet", "FRAGMENT")
+
+
+# ---- shapes ----
+
+
+def _empty(like: Tensor, channels: int | torch.SymInt) -> Tensor:
+    shape = [like.shape[0], channels, *like.shape[2:]]
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=channels_last_format(like))
+
+
+def _path_length(x: Tensor) -> int | torch.SymInt:
+    return x.shape[2] + x.shape[3] - 1
+
+
+@torch.library.register_fake("ccnet::criss_cross_attention")
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return _empty(value, value.shape[1]), query.new_empty([query.shape[0], *query.shape[2:]], dtype=dtype)
+
+
+@torch.library.register_fake("ccnet::criss_cross_attention_backward")
+def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor):
+    return _empty(query, query.shape[1]), _empty(key, key.shape[1]), _empty(value, value.shape[1])
+
+
+@torch.library.register_fake("ccnet::ca_weight")
+def _(query: Tensor, key: Tensor) -> Tensor:
+    return _empty(query, _path_length(query))
+
+
+@torch.library.register_fake("ccnet::ca_weight_backward")
+def _(grad_weight: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty(query, query.shape[1]), _empty(key, key.shape[1])
+
+
+@torch.library.register_fake("ccnet::ca_map")
+def _(weight: Tensor, value: Tensor) -> Tensor:
+    return _empty(value, value.shape[1])
+
+
+@torch.library.register_fake("ccnet::ca_map_backward")
+def _(grad_out: Tensor, weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty(weight, weight.shape[1]), _empty(value, value.shape[1])
+
+
+# ---- gradients ----
+
+
+def _save_attention(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    out, lse = output
+    ctx.save_for_backward(*inputs, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _attention_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.ccnet.criss_cross_attention_backward(grad_out, *ctx.saved_tensors)
+
+
+def _save_weight(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _weight_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.ccnet.ca_weight_backward(grad_weight, *ctx.saved_tensors)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _map_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.ccnet.ca_map_backward(grad_out, *ctx.saved_tensors)
+
+
+torch.library.register_autograd(
+    "ccnet::criss_cross_attention", _attention_backward, setup_context=_save_attention, lib=_library
+)
+torch.library.register_autograd("ccnet::ca_weight", _weight_backward, setup_context=_save_weight, lib=_library)
+torch.library.register_autograd("ccnet::ca_map", _map_backward, setup_context=_save_inputs, lib=_library)
+
+
+def _no_second_derivative(name: str) -> Callable[..., None]:
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise NotImplementedError(
+            f"{name} has no second derivatives in native code; cc_attention.reference.{name} has them"
+        )
+
+    return backward
+
+
+for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
+    torch.library.register_autograd(f"ccnet::{_name}_backward", _no_second_derivative(_name), lib=_library)
+
+
+# ---- autocast ----
+
+
+def _in_autocast_dtype(name: str, device_type: str) -> Callable[..., Any]:
+    """The operator on inputs in autocast's dtype, as for matrix products: float64 is left alone."""
+
+    def run(*inputs: Tensor) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            cast = [x if x.dtype == torch.float64 else x.to(dtype) for x in inputs]
+            return getattr(torch.ops.ccnet, name)(*cast)
+
+    return run
+
+
+for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
+    for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(_name, _in_autocast_dtype(_name, _device_type), _key)

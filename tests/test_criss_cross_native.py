@@ -1,0 +1,397 @@
+"""The native criss-cross attention: every instruction set and dtype against the reference in float64, and what PyTorch
+does with operators: compiling, exporting, autocast, checks of its own."""
+
+import os
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cc_attention import CrissCrossAttention, CrissCrossAttention3d, ca_map, ca_weight, criss_cross_attention, reference
+from libs import native
+
+pytestmark = pytest.mark.skipif(not native.LOADED, reason="needs the native operators: pip install -e .")
+
+LOW_PRECISION = [torch.bfloat16, torch.float16]
+# Largest error over the largest number, of results and of gradients
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+DTYPES = list(TOLERANCE)
+
+
+@contextmanager
+def capability(name):
+    before = os.environ.get("CCNET_CPU_CAPABILITY")
+    os.environ["CCNET_CPU_CAPABILITY"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CCNET_CPU_CAPABILITY"]
+        else:
+            os.environ["CCNET_CPU_CAPABILITY"] = before
+
+
+def is_supported(name):
+    with capability(name):
+        try:
+            return native.cpu_capability() == name
+        except RuntimeError:
+            return False
+
+
+ALL_CAPABILITIES = ["baseline", "avx2", "avx512", "avx512_bf16"]
+CAPABILITIES = [name for name in ALL_CAPABILITIES if native.LOADED and is_supported(name)]
+
+
+@pytest.fixture(params=ALL_CAPABILITIES)
+def each_capability(request):
+    if request.param not in CAPABILITIES:
+        pytest.skip(f"this CPU has no {request.param}")
+    with capability(request.param):
+        yield request.param
+
+
+def random_inputs(n, c, cv, *pixels, scale=1.0):
+    return {
+        "query": scale * torch.randn(n, c, *pixels, dtype=torch.float64),
+        "key": scale * torch.randn(n, c, *pixels, dtype=torch.float64),
+        "value": torch.randn(n, cv, *pixels, dtype=torch.float64),
+    }
+
+
+def run(function, inputs, upstream):
+    """The result and every gradient by name."""
+    inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    out = function(**inputs)
+    gradients = torch.autograd.grad(out, list(inputs.values()), upstream.to(out.dtype))
+    return {"out": out.detach(), **{f"gradient of {name}": g for name, g in zip(inputs, gradients, strict=True)}}
+
+
+def assert_close(actual, expected, tolerance):
+    for name, wanted in expected.items():
+        assert actual[name].shape == wanted.shape, name
+        if wanted.numel():
+            error = (actual[name].double() - wanted).abs().max() / max(wanted.abs().max(), 1e-3)
+            assert error <= tolerance, f"{name}: error {error:.1e} of the largest number, expected {tolerance:.0e}"
+
+
+def assert_as_reference(native_function, function, inputs, dtype):
+    """The function of inputs rounded to dtype is that of the same numbers in float64."""
+    rounded = {name: x.to(dtype) for name, x in inputs.items()}
+    exact = {name: x.double() for name, x in rounded.items()}
+    upstream = torch.randn_like(function(**exact)).to(dtype)
+    assert_close(run(native_function, rounded, upstream), run(function, exact, upstream.double()), TOLERANCE[dtype])
+
+
+# Sizes on, below and above the vectors' lanes (4, 8, 16, and twice that in pairs), the tiles' 64 columns and 6 rows
+SHAPES = [
+    (1, 16, 64, 16, 32),
+    (2, 3, 5, 7, 17),
+    (1, 9, 65, 33, 6),
+    (1, 33, 130, 1, 49),
+    (1, 1, 1, 40, 1),
+    (1, 64, 72, 9, 97),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(each_capability, dtype, shape):
+    assert_as_reference(criss_cross_attention, reference.criss_cross_attention, random_inputs(*shape, scale=0.5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7, 17), (1, 9, 65, 33, 6), (1, 6, 7, 1, 20)], ids=str)
+def test_explicit_form(each_capability, dtype, shape):
+    inputs = random_inputs(*shape, scale=0.5)
+    value = inputs.pop("value")
+    assert_as_reference(ca_weight, reference.ca_weight, inputs, dtype)
+    weight = reference.ca_weight(**inputs)
+    assert_as_reference(ca_map, reference.ca_map, {"weight": weight, "value": value}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 9, 3, 4, 17), (1, 8, 16, 6, 1, 5), (1, 2, 3, 4, 1, 1)], ids=str)
+def test_three_dimensions(each_capability, dtype, shape):
+    assert_as_reference(criss_cross_attention, reference.criss_cross_attention, random_inputs(*shape, scale=0.5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pixels", [(2, 300), (530, 1)], ids=str)
+def test_lines_longer_than_a_block_of_queries(each_capability, dtype, pixels):
+    inputs = random_inputs(1, 4, 5, *pixels)
+    assert_as_reference(criss_cross_attention, reference.criss_cross_attention, inputs, dtype)
+    value = inputs.pop("value")
+    assert_as_reference(ca_weight, reference.ca_weight, inputs, dtype)
+    weight = reference.ca_weight(**inputs)
+    assert_as_reference(ca_map, reference.ca_map, {"weight": weight, "value": value}, dtype)
+
+
+def laid_out(x, layout):
+    """x with other strides."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    if layout == "sliced":
+        return torch.stack([x, x.flip(1)], dim=-1)[..., 0]
+    if layout == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return x
+
+
+layouts = st.sampled_from(["contiguous", "channels_last", "sliced", "transposed"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    n=st.integers(0, 2),
+    c=st.integers(0, 40),
+    cv=st.integers(0, 70),
+    pixels=st.lists(st.integers(1, 35), min_size=2, max_size=2) | st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    layout=st.tuples(layouts, layouts, layouts),
+    dtype=st.sampled_from(DTYPES),
+    name=st.sampled_from(CAPABILITIES or ["baseline"]),
+)
+def test_any_shape_layout_and_dtype(n, c, cv, pixels, layout, dtype, name):
+    inputs = random_inputs(n, c, cv, *pixels, scale=0.5)
+    inputs = {key: laid_out(x, how) for (key, x), how in zip(inputs.items(), layout, strict=True)}
+    with capability(name):
+        assert_as_reference(criss_cross_attention, reference.criss_cross_attention, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64, 96, 33, 29), (2, 8, 16, 12, 40)], ids=str)
+def test_errors_are_at_most_twice_those_of_pytorch(each_capability, dtype, shape):
+    """Of the reference in the same dtype, both against float64; norms over all elements."""
+    inputs = {name: x.to(dtype) for name, x in random_inputs(*shape, scale=0.4).items()}
+    upstream = torch.randn(inputs["value"].shape).to(dtype)
+    exact = run(reference.criss_cross_attention, {k: x.double() for k, x in inputs.items()}, upstream.double())
+    plain = run(reference.criss_cross_attention, inputs, upstream)
+    ours = run(criss_cross_attention, inputs, upstream)
+    for name, wanted in exact.items():
+        plain_error = (plain[name].double() - wanted).norm()
+        assert (ours[name].double() - wanted).norm() <= 2 * plain_error, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_huge_energies(each_capability, dtype):
+    """Energies of 1e4 and more: no overflow, and the weights are those of the largest energies."""
+    inputs = random_inputs(1, 4, 8, 20, 18)
+    # Whole numbers, so that energies are exact in every dtype
+    inputs["query"], inputs["key"] = (16 * (4 * inputs[name]).round() for name in ("query", "key"))
+    assert reference.ca_weight(inputs["query"], inputs["key"]).amax() > 0.99
+    assert torch.einsum("nchw,nchv->nhwv", inputs["query"], inputs["key"]).amax() > 1e4
+    upstream = torch.randn(inputs["value"].shape).to(dtype)
+    actual = run(criss_cross_attention, {k: x.to(dtype) for k, x in inputs.items()}, upstream)
+    assert all(torch.isfinite(x).all() for x in actual.values())
+    inputs["value"] = inputs["value"].to(dtype).double()
+    expected = run(reference.criss_cross_attention, inputs, upstream.double())
+    assert_close({"out": actual["out"]}, {"out": expected["out"]}, max(TOLERANCE[dtype], 1e-3))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [NAN, -INF, INF], ids=str)
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_nan_and_infinity_propagate_as_in_the_reference(each_capability, dtype, bad, where):
+    """A bad pixel, and a whole bad row: what is NaN or infinite is so in both, what is finite agrees."""
+    for rows in (slice(3, 4), slice(None)):
+        inputs = {name: x.abs().to(dtype).double() for name, x in random_inputs(1, 5, 6, 7, 19, scale=0.5).items()}
+        inputs[where][0, :, rows, 2] = bad
+        inputs[where][0, 1, 4, :] = bad
+        upstream = torch.randn(inputs["value"].shape).to(dtype)
+        expected = run(reference.criss_cross_attention, inputs, upstream.double())
+        actual = run(criss_cross_attention, {k: x.to(dtype) for k, x in inputs.items()}, upstream)
+        for name, wanted in expected.items():
+            assert torch.equal(actual[name].isnan(), wanted.isnan()), name
+            torch.testing.assert_close(
+                actual[name].double(),
+                wanted,
+                atol=TOLERANCE[dtype] * 10,
+                rtol=TOLERANCE[dtype],
+                equal_nan=True,
+                msg=name,
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_minus_infinity_leaves_the_column(each_capability, dtype):
+    """Keys of one row are -inf: its pixels attend to their columns only, which have other keys. And none is NaN."""
+    inputs = random_inputs(1, 3, 4, 5, 18, scale=0.5)
+    inputs["query"] = inputs["query"].abs() + 0.1
+    inputs["key"][0, :, 2] = -INF
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    out = criss_cross_attention(**inputs)
+    expected = reference.criss_cross_attention(**{name: x.double() for name, x in inputs.items()})
+    assert torch.isfinite(expected).all()
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype] * 4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_for_any_number_of_threads_and_in_every_run(each_capability, dtype):
+    inputs = {name: x.to(dtype) for name, x in random_inputs(2, 16, 33, 19, 23).items()}
+    upstream = torch.randn(inputs["value"].shape).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8, 2):
+            torch.set_num_threads(threads)
+            results.append(run(criss_cross_attention, inputs, upstream))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, x in results[0].items():
+            assert torch.equal(x, other[name]), name
+
+
+def test_gradcheck(each_capability):
+    def inputs(*pixels):
+        return [x.requires_grad_() for x in random_inputs(2, 3, 4, *pixels).values()]
+
+    assert torch.autograd.gradcheck(criss_cross_attention, inputs(3, 4))
+    assert torch.autograd.gradcheck(criss_cross_attention, inputs(2, 3, 2))
+    query, key, value = inputs(3, 4)
+    assert torch.autograd.gradcheck(ca_weight, (query, key))
+    weight = torch.rand(2, 6, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ca_map, (weight, value))
+
+
+def test_second_derivatives_are_an_error():
+    query, key, value = (x.requires_grad_() for x in random_inputs(1, 2, 3, 3, 4).values())
+    for out, x, name in [
+        (criss_cross_attention(query, key, value), value, "criss_cross_attention"),
+        (ca_weight(query, key), query, "ca_weight"),
+        (ca_map(torch.rand(1, 6, 3, 4, dtype=torch.float64), value), value, "ca_map"),
+    ]:
+        (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match=rf"{name} has no second derivatives.*reference\.{name}"):
+            gradient.square().sum().backward()
+
+
+def test_results_and_gradients_are_channels_last():
+    for pixels, memory_format in [((5, 6), torch.channels_last), ((3, 5, 6), torch.channels_last_3d)]:
+        inputs = random_inputs(2, 3, 4, *pixels)
+        for name, x in run(criss_cross_attention, inputs, torch.randn(2, 4, *pixels)).items():
+            assert x.is_contiguous(memory_format=memory_format), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("pixels", [(4, 5), (2, 3, 4), (1, 6)], ids=str)
+def test_opcheck(dtype, layout, pixels):
+    """PyTorch's own checks of an operator: schema, autograd registration, fake kernels (shapes, strides), tracing."""
+
+    def of(*shape):
+        return laid_out(torch.randn(shape).to(dtype), layout)
+
+    ops = torch.ops.ccnet
+    query, key, value = (of(2, c, *pixels).requires_grad_() for c in (3, 3, 5))
+    torch.library.opcheck(ops.criss_cross_attention, (query, key, value))
+    out, lse = ops.criss_cross_attention(query.detach(), key.detach(), value.detach())
+    backward_inputs = (of(2, 5, *pixels), query.detach(), key.detach(), value.detach(), out, lse)
+    torch.library.opcheck(ops.criss_cross_attention_backward, backward_inputs)
+    if len(pixels) == 2:
+        path = sum(pixels) - 1
+        weight = of(2, path, *pixels)
+        torch.library.opcheck(ops.ca_weight, (query, key))
+        torch.library.opcheck(ops.ca_weight_backward, (of(2, path, *pixels), query.detach(), key.detach(), weight))
+        torch.library.opcheck(ops.ca_map, (weight.requires_grad_(), value))
+        torch.library.opcheck(ops.ca_map_backward, (of(2, 5, *pixels), weight.detach(), value.detach()))
+
+
+def module_and_input(kind, *pixels):
+    module = kind(16)
+    module.gamma.data.fill_(0.7)
+    return module, torch.randn(2, 16, *pixels)
+
+
+@pytest.mark.parametrize(("kind", "pixels"), [(CrissCrossAttention, (6, 7)), (CrissCrossAttention3d, (3, 4, 5))])
+def test_compiled_whole(kind, pixels):
+    module, x = module_and_input(kind, *pixels)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    inputs = {"x": x, **dict(module.named_parameters())}
+    expected = module(x.requires_grad_())
+    upstream = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, list(inputs.values()), upstream)
+    actual = compiled(x)
+    torch.testing.assert_close(actual, expected)
+    for name, a, b in zip(inputs, torch.autograd.grad(actual, list(inputs.values()), upstream), wanted, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_with_other_sizes_later():
+    module, _ = module_and_input(CrissCrossAttention)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for pixels in [(6, 7), (9, 5), (4, 4)]:
+        x = torch.randn(2, 16, *pixels)
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_exported():
+    module, x = module_and_input(CrissCrossAttention, 6, 7)
+    sizes = {2: torch.export.Dim("height", min=2, max=64), 3: torch.export.Dim("width", min=2, max=64)}
+    exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,)).module()
+    for pixels in [(6, 7), (9, 5)]:
+        x = torch.randn(2, 16, *pixels)
+        torch.testing.assert_close(exported(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_autocast(dtype):
+    """Operators run in autocast's dtype, whatever their inputs are; gradients have the inputs' dtypes."""
+    inputs = {name: x.float() for name, x in random_inputs(1, 4, 6, 8, 9, scale=0.5).items()}
+    inputs["key"] = inputs["key"].to(dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        actual = run(criss_cross_attention, inputs, torch.ones(1, 6, 8, 9))
+        weight = ca_weight(inputs["query"], inputs["key"])
+        mapped = ca_map(weight.float(), inputs["value"])
+        exact = criss_cross_attention(*(x.double() for x in inputs.values()))
+    assert actual["out"].dtype == weight.dtype == mapped.dtype == dtype
+    assert exact.dtype == torch.float64
+    assert [actual[f"gradient of {name}"].dtype for name in inputs] == [x.dtype for x in inputs.values()]
+    expected = run(criss_cross_attention, {k: x.to(dtype) for k, x in inputs.items()}, torch.ones(1, 6, 8, 9))
+    for name, x in expected.items():
+        assert torch.equal(actual[name].to(dtype), x), name
+
+
+def test_module_under_autocast_trains():
+    module, x = module_and_input(CrissCrossAttention, 6, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module(x).float().square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+def test_inference_mode_and_no_grad():
+    inputs = random_inputs(1, 3, 4, 5, 6)
+    expected = reference.criss_cross_attention(**inputs)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            torch.testing.assert_close(criss_cross_attention(**inputs), expected)
+
+
+def test_operators_called_directly_check_their_inputs():
+    ops = torch.ops.ccnet
+    x, y = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5)
+    for call, message in [
+        (
+            lambda: ops.criss_cross_attention(x, y, x),
+            r"key: expected shape \[1, 2, 3, 4\] on the CPU, got \[1, 2, 3, 5\]",
+        ),
+        (lambda: ops.criss_cross_attention(x, x, y), r"value: expected shape \[1, 2, 3, 4\]"),
+        (lambda: ops.criss_cross_attention(x, x, x.double()), "value: expected the first tensor's dtype"),
+        (lambda: ops.criss_cross_attention(x[0], x[0], x[0]), r"query: expected \[N, C, H, W\] or \[N, C, D, H, W\]"),
+        (lambda: ops.ca_weight(x.int(), x.int()), "query: expected float32, float64, float16 or bfloat16"),
+        (lambda: ops.ca_map(x, x), r"weight: expected shape \[1, 6, 3, 4\]"),
+        (lambda: ops.ca_map_backward(y, torch.zeros(1, 6, 3, 4), x), r"grad_out: expected shape \[1, 2, 3, 4\]"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+def test_unknown_capability_is_an_error():
+    with capability("sse9"), pytest.raises(RuntimeError, match="CCNET_CPU_CAPABILITY=sse9: expected baseline, avx2"):
+        native.cpu_capability()
