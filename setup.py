@@ -24,7 +24,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # of the release above
-CXX_FLAGS = ["-std=c++17", "-O2", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+CXX_FLAGS = ["-std=c++17", "-O2", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
 
 
 def import_torch():
@@ -90,7 +90,7 @@ def check_nvcc(nvcc: Path, cuda_of_torch: str) -> None:
         raise SystemExit(f"error: {nvcc} --version names no release: {result.stdout}{result.stderr}")
     if release[1] != cuda_of_torch.split(".")[0]:
         raise SystemExit(
-            f"error: {nvcc} is of CUDA {release[1]}.{release[2]}, and this PyTorch was built with CUDA {cuda_of_torch}: "
+            f"error: {nvcc} is of CUDA {release[1]}.{release[2]}, and this PyTorch is of CUDA {cuda_of_torch}: "
             f"expected the same major version. Let CUDA_HOME name a toolkit that fits, or install a PyTorch that does"
         )
 

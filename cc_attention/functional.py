@@ -19,7 +19,10 @@ def channels_last_format(x: Tensor) -> torch.memory_format:
 
 def channels_last(x: Tensor) -> Tensor:
     """x in channels_last memory format, itself if it is so already."""
-    return x.contiguous(memory_format=channels_last_format(x))
+    memory_format = channels_last_format(x)
+    if not x.is_contiguous(memory_format=memory_format) and native.runs_on(x.device):
+        return torch.ops.ccnet.channels_last(x)  # several times faster than PyTorch's own
+    return x.contiguous(memory_format=memory_format)
 
 
 def _describe(tensor: Tensor) -> str:

@@ -17,12 +17,12 @@ _library = torch.library.Library("ccnet", "FRAGMENT")
 # ---- shapes ----
 
 
-def _empty(like: Tensor, channels: int | torch.SymInt) -> Tensor:
+def _empty(like: Tensor, channels: int) -> Tensor:
     shape = [like.shape[0], channels, *like.shape[2:]]
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=channels_last_format(like))
 
 
-def _path_length(x: Tensor) -> int | torch.SymInt:
+def _path_length(x: Tensor) -> int:
     return x.shape[2] + x.shape[3] - 1
 
 
@@ -55,6 +55,11 @@ def _(weight: Tensor, value: Tensor) -> Tensor:
 @torch.library.register_fake("ccnet::ca_map_backward")
 def _(grad_out: Tensor, weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return _empty(weight, weight.shape[1]), _empty(value, value.shape[1])
+
+
+@torch.library.register_fake("ccnet::channels_last")
+def _(x: Tensor) -> Tensor:
+    return _empty(x, x.shape[1])
 
 
 # ---- gradients ----
@@ -91,6 +96,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd("ccnet::ca_weight", _weight_backward, setup_context=_save_weight, lib=_library)
 torch.library.register_autograd("ccnet::ca_map", _map_backward, setup_context=_save_inputs, lib=_library)
+torch.library.register_autograd("ccnet::channels_last", lambda ctx, grad: grad, lib=_library)
 
 
 def _no_second_derivative(name: str) -> Callable[..., None]:

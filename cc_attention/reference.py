@@ -37,7 +37,7 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
 
     query, key: [N, C', H, W]. Returns [N, H+W-1, H, W]. Or [N, C', D, H, W] and [N, D+H+W-2, D, H, W].
     """
-    energies = []
+    energies: list[Tensor] = []
     for axis in _axes(query):
         energy = torch.einsum("nc...i,nc...j->nj...i", query.movedim(axis, -1), key.movedim(axis, -1))
         energy = energy.movedim(-1, axis)

@@ -271,6 +271,22 @@ def test_second_derivatives_are_an_error():
             gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 7), (1, 33, 40, 37), (1, 64, 32, 32), (2, 17, 3, 4, 50), (0, 3, 4, 5)], ids=str
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
+def test_converting_to_channels_last(each_capability, dtype, shape, layout):
+    """The same bits, NaN's included."""
+    x = laid_out(torch.randn(shape).to(dtype).masked_fill_(torch.rand(shape) < 0.1, NAN), layout).requires_grad_()
+    out = torch.ops.ccnet.channels_last(x)
+    assert out.is_contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(out.detach().contiguous().view(bits), x.detach().contiguous().view(bits))
+    upstream = torch.randn(shape).to(dtype)
+    assert torch.equal(torch.autograd.grad(out, x, upstream)[0], upstream)
+
+
 def test_results_and_gradients_are_channels_last():
     for pixels, memory_format in [((5, 6), torch.channels_last), ((3, 5, 6), torch.channels_last_3d)]:
         inputs = random_inputs(2, 3, 4, *pixels)
@@ -293,6 +309,7 @@ def test_opcheck(dtype, layout, pixels):
     out, lse = ops.criss_cross_attention(query.detach(), key.detach(), value.detach())
     backward_inputs = (of(2, 5, *pixels), query.detach(), key.detach(), value.detach(), out, lse)
     torch.library.opcheck(ops.criss_cross_attention_backward, backward_inputs)
+    torch.library.opcheck(ops.channels_last, (query,))
     if len(pixels) == 2:
         path = sum(pixels) - 1
         weight = of(2, path, *pixels)
@@ -384,7 +401,7 @@ def test_operators_called_directly_check_their_inputs():
         (lambda: ops.criss_cross_attention(x, x, y), r"value: expected shape \[1, 2, 3, 4\]"),
         (lambda: ops.criss_cross_attention(x, x, x.double()), "value: expected the first tensor's dtype"),
         (lambda: ops.criss_cross_attention(x[0], x[0], x[0]), r"query: expected \[N, C, H, W\] or \[N, C, D, H, W\]"),
-        (lambda: ops.ca_weight(x.int(), x.int()), "query: expected float32, float64, float16 or bfloat16"),
+        (lambda: ops.ca_weight(x.int(), x.int()), "expected float32, float64, float16 or bfloat16"),
         (lambda: ops.ca_map(x, x), r"weight: expected shape \[1, 6, 3, 4\]"),
         (lambda: ops.ca_map_backward(y, torch.zeros(1, 6, 3, 4), x), r"grad_out: expected shape \[1, 2, 3, 4\]"),
     ]:

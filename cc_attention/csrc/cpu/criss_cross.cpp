@@ -12,36 +12,16 @@
 #include <type_traits>
 #include <vector>
 
-#include "libs/csrc/cpu/capability.h"
-#include "libs/csrc/cpu/memory.h"
+#include "cc_attention/csrc/cpu/channels_last.h"
 #include "cc_attention/csrc/cpu/line.h"
+#include "libs/csrc/cpu/dtype.h"
+#include "libs/csrc/cpu/memory.h"
 
 namespace ccnet {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <class T>
-const LineKernels<T>& line_kernels() {
-  const Capability capability = cpu_capability();
-  const T* type = nullptr;
-#if defined(__x86_64__)
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (capability == Capability::avx512_bf16) {
-      return avx512_bf16::line_kernels(type);
-    }
-  }
-  if (capability >= Capability::avx512) {
-    return avx512::line_kernels(type);
-  }
-  if (capability == Capability::avx2) {
-    return avx2::line_kernels(type);
-  }
-#endif
-  return baseline::line_kernels(type);
-}
 
 std::string shape_of(const Tensor& x) {
   std::string text = "[";
@@ -77,24 +57,6 @@ void check_dimensions(const char* name, const Tensor& x, bool may_be_3d) {
                   may_be_3d ? "[N, C, H, W] or [N, C, D, H, W]" : "[N, C, H, W]", ", got ", shape_of(x));
 }
 
-MemoryFormat channels_last(const Tensor& x) {
-  return x.dim() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
-}
-
-Tensor in_channels_last(const Tensor& x) { return torch::stable::contiguous(x, channels_last(x)); }
-
-// Uninitialised, channels_last
-Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) {
-  Tensor x = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                                  channels_last(like));
-  constexpr int64_t large = 4 << 20;
-  const int64_t bytes = x.numel() * x.element_size();
-  if (bytes >= large) {
-    prefer_huge_pages(x.mutable_data_ptr(), bytes);
-  }
-  return x;
-}
-
 // A number a pixel: [N, (D,) H, W]
 Tensor empty_per_pixel(const Tensor& like) {
   std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
@@ -110,23 +72,6 @@ const T* read(const Tensor& x) {
 template <class T>
 T* write(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
-}
-
-// f(T*), T being the type of x's elements
-template <class F>
-void for_type(const char* name, const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(static_cast<float*>(nullptr));
-    case ScalarType::Double:
-      return f(static_cast<double*>(nullptr));
-    case ScalarType::Half:
-      return f(static_cast<Half*>(nullptr));
-    case ScalarType::BFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, float16 or bfloat16");
-  }
 }
 
 // run(line, first pixel, scratch) for every line of every axis of x, the last axis (rows) first. Pixels are numbered
@@ -195,7 +140,7 @@ std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Ten
   check_dimensions("value", value_, true);
   check("value", value_, query_, shape_with(query_, value_.size(1)));
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_), value = in_channels_last(value_);
-  Tensor out = empty(value, shape_with(value, value.size(1)));
+  Tensor out = empty_channels_last(value, shape_with(value, value.size(1)));
   Tensor lse = empty_per_pixel(query);
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -224,9 +169,9 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_), value = in_channels_last(value_);
   const Tensor out = in_channels_last(out_), grad_out = in_channels_last(grad_out_);
   const Tensor lse = torch::stable::contiguous(lse_);
-  Tensor grad_query = empty(query, shape_with(query, query.size(1)));
-  Tensor grad_key = empty(query, shape_with(query, query.size(1)));
-  Tensor grad_value = empty(value, shape_with(value, value.size(1)));
+  Tensor grad_query = empty_channels_last(query, shape_with(query, query.size(1)));
+  Tensor grad_key = empty_channels_last(query, shape_with(query, query.size(1)));
+  Tensor grad_value = empty_channels_last(value, shape_with(value, value.size(1)));
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Real = Accumulate<T>;
@@ -250,7 +195,7 @@ Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check("key", key_, query_, shape_with(query_, query_.size(1)));
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
   const int64_t path = path_length(query);
-  Tensor weight = empty(query, shape_with(query, path));
+  Tensor weight = empty_channels_last(query, shape_with(query, path));
   Tensor lse = empty_per_pixel(query);
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -277,8 +222,8 @@ std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_weight_, const 
   check("grad_weight", grad_weight_, query_, shape_with(query_, path));
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
   const Tensor weight = in_channels_last(weight_), grad_weight = in_channels_last(grad_weight_);
-  Tensor grad_query = empty(query, shape_with(query, query.size(1)));
-  Tensor grad_key = empty(query, shape_with(query, query.size(1)));
+  Tensor grad_query = empty_channels_last(query, shape_with(query, query.size(1)));
+  Tensor grad_key = empty_channels_last(query, shape_with(query, query.size(1)));
   Tensor delta = empty_per_pixel(query);
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -299,7 +244,7 @@ Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   const int64_t path = path_length(value_);
   check("weight", weight_, value_, shape_with(value_, path));
   const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
-  Tensor out = empty(value, shape_with(value, value.size(1)));
+  Tensor out = empty_channels_last(value, shape_with(value, value.size(1)));
   for_type("value", value, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t cv = value.size(1);
@@ -319,8 +264,8 @@ std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor
   check("grad_out", grad_out_, value_, shape_with(value_, value_.size(1)));
   const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
   const Tensor grad_out = in_channels_last(grad_out_);
-  Tensor grad_weight = empty(value, shape_with(value, path));
-  Tensor grad_value = empty(value, shape_with(value, value.size(1)));
+  Tensor grad_weight = empty_channels_last(value, shape_with(value, path));
+  Tensor grad_value = empty_channels_last(value, shape_with(value, value.size(1)));
   for_type("value", value, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t cv = value.size(1);

@@ -48,7 +48,14 @@ struct LineKernels {
   void (*map)(const Line&, const T* weight, const T* value, T* out, char* scratch);
   void (*map_backward)(const Line&, const T* weight, const T* value, const T* grad_out, T* grad_weight, T* grad_value,
                        char* scratch);
+
+  // y [columns, rows] from x [rows, columns], x_row and y_row numbers from row to row
+  void (*transpose)(const T* x, int64_t x_row, int64_t rows, int64_t columns, T* y, int64_t y_row);
 };
+
+// For the instruction set that cpu_capability() names
+template <class T>
+const LineKernels<T>& line_kernels();
 
 // clang-format off
 namespace baseline {

@@ -456,9 +456,10 @@ class LineAttention {
 template <class Product, class T>
 const LineKernels<T>& kernels_of() {
   using Work = LineAttention<Product, T>;
-  static constexpr LineKernels<T> kernels = {Work::scratch_bytes,   Work::attention, Work::attention_backward,
-                                             Work::weight,          Work::weight_backward,
-                                             Work::map,             Work::map_backward};
+  static constexpr LineKernels<T> kernels = {Work::scratch_bytes, Work::attention, Work::attention_backward,
+                                             Work::weight,        Work::weight_backward,
+                                             Work::map,           Work::map_backward,
+                                             transpose_matrix<T>};
   return kernels;
 }
 

@@ -3,6 +3,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -12,6 +16,7 @@
 #include "libs/csrc/cpu/target_begin.h"
 #include "libs/csrc/cpu/simd.h"
 #include "libs/csrc/cpu/scratch.h"
+#include "cc_attention/csrc/cpu/transpose.h"
 #include "cc_attention/csrc/cpu/matmul.h"
 #include "cc_attention/csrc/cpu/line_attention.h"
 // clang-format on

@@ -3,12 +3,17 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #define CCNET_TARGET CCNET_TARGET_BASELINE
 #include "cc_attention/csrc/cpu/line.h"
 // clang-format off: the order matters
 #include "libs/csrc/cpu/target_begin.h"
 #include "libs/csrc/cpu/simd.h"
 #include "libs/csrc/cpu/scratch.h"
+#include "cc_attention/csrc/cpu/transpose.h"
 #include "cc_attention/csrc/cpu/matmul.h"
 #include "cc_attention/csrc/cpu/line_attention.h"
 // clang-format on

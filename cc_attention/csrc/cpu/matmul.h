@@ -89,15 +89,27 @@ CCNET_INLINE void tile_step(V (&sums)[kRows][kVectors], const typename Product::
   }
 }
 
-// The last tile of a row of tiles may have fewer columns than its vectors have lanes. sums [rows, vectors] in memory.
+// A product's panel of columns, as wide as a tile
+template <class Product, class T>
+struct Panel {
+  int64_t depth;  // words
+  Left<typename Product::Word> a;
+  Right<typename Product::Word> b;
+  Result<T> c;
+  int64_t columns;
+  Ahead ahead;
+};
+
+// The last panel may have fewer columns than its vectors have lanes. sums [rows, vectors] of the tile at row m of C.
 template <int kVectors, class T>
-static __attribute__((noinline)) void store_narrow(const Accumulate<T>* sums, int rows, int64_t columns, Result<T> c) {
+static __attribute__((noinline)) void store_narrow(const Accumulate<T>* sums, int rows, int64_t columns,
+                                                   const Result<T>& c, int64_t m) {
   constexpr int lanes = kLanes<Accumulate<T>>;
-  for (int m = 0; m < rows; ++m) {
+  for (int i = 0; i < rows; ++i, ++m) {
     for (int64_t n = 0; n < columns; n += lanes) {
       T* at = c.data + m * c.row + n;
       const int64_t count = columns - n < lanes ? columns - n : lanes;
-      auto x = load(sums + m * kVectors * lanes + n) * c.scale[m];
+      auto x = load(sums + i * kVectors * lanes + n) * c.scale[m];
       if (c.add) {
         x += load_part(at, count) * c.keep[m];
       }
@@ -106,39 +118,44 @@ static __attribute__((noinline)) void store_narrow(const Accumulate<T>* sums, in
   }
 }
 
+// Rows first .. first + kRows of a panel that is kVectors wide
 template <class Product, int kRows, int kVectors, class T>
-static __attribute__((noinline)) void tile(int64_t depth, Left<typename Product::Word> a,
-                                           Right<typename Product::Word> b, Result<T> c, int64_t columns, Ahead ahead) {
+static __attribute__((noinline)) void tile(const Panel<Product, T>& panel, int64_t first) {
   using Word = typename Product::Word;
   constexpr int lanes = kLanes<Word>;
   constexpr int64_t cache_line = 64;
   Vector<Word> sums[kRows][kVectors] = {};
+  const int64_t depth = panel.depth, a_row = panel.a.row, a_step = panel.a.step, b_row = panel.b.row;
+  const Word *a = panel.a.data + first * a_row, *b = panel.b.data;
   int64_t k = 0;
   const auto step = [&]() __attribute__((always_inline)) {
-    tile_step<Product>(sums, a.data, a.row, b.data);
-    a.data += a.step;
-    b.data += b.row;
+    tile_step<Product>(sums, a, a_row, b);
+    a += a_step;
+    b += b_row;
     ++k;
   };
   // One cache line is fetched ahead a step: first C, which is wanted at the end of this tile, then what comes after it.
-  const char* line = reinterpret_cast<const char*>(c.data);
-  for (int m = 0; m < kRows; ++m, line += c.row * sizeof(T)) {
+  const int64_t c_row = panel.c.row;
+  T* c = panel.c.data + first * c_row;
+  const char* line = reinterpret_cast<const char*>(c);
+  for (int m = 0; m < kRows; ++m, line += c_row * sizeof(T)) {
     for (int64_t at = 0; at < static_cast<int64_t>(kVectors * lanes * sizeof(T)) && k < depth; at += cache_line) {
       __builtin_prefetch(line + at, 1);
       step();
     }
   }
-  for (int m = 0; m < kRows; ++m, ahead.data += ahead.row) {
-    for (int64_t at = 0; at < ahead.bytes && k < depth; at += cache_line) {
-      __builtin_prefetch(ahead.data + at);
+  line = panel.ahead.data + first * panel.ahead.row;
+  for (int m = 0; m < kRows; ++m, line += panel.ahead.row) {
+    for (int64_t at = 0; at < panel.ahead.bytes && k < depth; at += cache_line) {
+      __builtin_prefetch(line + at);
       step();
     }
   }
   while (k < depth) {
     step();
   }
-  asm("" : "+r"(c.data));  // otherwise the addresses of the first loop are kept on the stack for the stores
-  if (columns < kVectors * lanes) {
+  asm("" : "+r"(c));  // otherwise the addresses of the first loop are kept on the stack for the stores
+  if (panel.columns < kVectors * lanes) {
     Word in_memory[kRows * kVectors * lanes];
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
@@ -147,24 +164,31 @@ static __attribute__((noinline)) void tile(int64_t depth, Left<typename Product:
         store(in_memory + (m * kVectors + n) * lanes, sums[m][n]);
       }
     }
-    store_narrow<kVectors>(in_memory, kRows, columns, c);
+    store_narrow<kVectors>(in_memory, kRows, panel.columns, panel.c, first);
     return;
   }
+  const auto *scale = panel.c.scale + first, *keep = panel.c.keep + first;
+  if (panel.c.add) {
 #pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m, c.data += c.row) {
+    for (int m = 0; m < kRows; ++m, c += c_row) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) {
-      Vector<Word> x = sums[m][n] * c.scale[m];
-      if (c.add) {
-        x += load(c.data + n * lanes) * c.keep[m];
+      for (int n = 0; n < kVectors; ++n) {
+        store(c + n * lanes, sums[m][n] * scale[m] + load(c + n * lanes) * keep[m]);
       }
-      store(c.data + n * lanes, x);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m, c += c_row) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) {
+        store(c + n * lanes, sums[m][n] * scale[m]);
+      }
     }
   }
 }
 
 template <class Product, class T>
-using Tile = void (*)(int64_t, Left<typename Product::Word>, Right<typename Product::Word>, Result<T>, int64_t, Ahead);
+using Tile = void (*)(const Panel<Product, T>&, int64_t);
 
 // Entry (rows - 1) * kTileVectors + vectors - 1 is the tile of that size.
 template <class Product, class T, int... I>
@@ -187,19 +211,23 @@ template <class Product, class T>
 static void multiply(int64_t rows, int64_t columns, int64_t depth, Left<typename Product::Word> a,
                      Right<typename Product::Word> b, Result<T> c, Ahead first = {}, Ahead second = {}) {
   constexpr int lanes = kLanes<typename Product::Word>;
+  constexpr auto all_tiles = std::make_integer_sequence<int, kTileRows * kTileVectors>();
   // Panels of columns and blocks of rows of nearly equal size: 97 rows are 12 blocks of 6 and 5 of 5.
   const Split panels((columns + lanes - 1) / lanes, kTileVectors), blocks(rows, kTileRows);
-  for (int64_t panel = 0, n = 0; panel < panels.parts; ++panel) {
-    const int64_t vectors = panels.size(panel);
+  for (int64_t number = 0, n = 0; number < panels.parts; ++number) {
+    const int64_t vectors = panels.size(number);
     const int64_t panel_columns = columns - n < vectors * lanes ? columns - n : vectors * lanes;
-    const Ahead ahead = panel == 0 ? first : panel == 1 ? second : Ahead{};
+    const Panel<Product, T> panel{depth,
+                                  a,
+                                  {b.data + n, b.row},
+                                  {c.data + n, c.row, c.scale, c.keep, c.add},
+                                  panel_columns,
+                                  number == 0   ? first
+                                  : number == 1 ? second
+                                                : Ahead{}};
     for (int64_t block = 0, m = 0; block < blocks.parts; ++block) {
       const int64_t block_rows = blocks.size(block);
-      const auto make = tile_of<Product, T>(block_rows, vectors,
-                                            std::make_integer_sequence<int, kTileRows * kTileVectors>());
-      make(depth, {a.data + m * a.row, a.row, a.step}, {b.data + n, b.row},
-           {c.data + m * c.row + n, c.row, c.scale + m, c.keep + m, c.add}, panel_columns,
-           {ahead.data + m * ahead.row, ahead.row, ahead.bytes});
+      tile_of<Product, T>(block_rows, vectors, all_tiles)(panel, m);
       m += block_rows;
     }
     n += vectors * lanes;

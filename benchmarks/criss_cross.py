@@ -1,0 +1,318 @@
+"""Time and memory of criss-cross attention on this machine, beside plain PyTorch and the machine's limit.
+
+    python -m benchmarks.criss_cross [--threads 1 2] [--dtypes float32 bfloat16] [--sizes 97x97 128x256] ...
+
+Everything in a row is measured in one process, the contenders taking turns; the numbers are medians in milliseconds.
+They are: this project's operator; the two usual forms in plain PyTorch, batched matrix products (CCNet's own pure
+PyTorch version) and einsum (mmcv's), each also under torch.compile; and the limit, which is the time that the same
+multiplications take at the fastest rate of matrix products measured in the same turns, a 1x1 convolution or a large
+product. Full non-local attention is another function and stands there for its cost. Where results or gradients of the
+contenders disagree, nothing is printed but that.
+"""
+
+import argparse
+import ctypes
+import itertools
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cc_attention import criss_cross_attention
+from libs import native
+
+CHANNELS = (64, 512)  # of query and key, and of value: the network's
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# Norm of the difference over the norm that contenders may have
+AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+# ---- the contenders ----
+
+
+def bmm_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Columns and rows as batches of matrices; the pixel itself is masked in its column by adding -inf."""
+    n, _, h, w = query.shape
+
+    def columns(x: Tensor) -> Tensor:  # [N*W, C, H]
+        return x.permute(0, 3, 1, 2).reshape(n * w, -1, h)
+
+    def rows(x: Tensor) -> Tensor:  # [N*H, C, W]
+        return x.permute(0, 2, 1, 3).reshape(n * h, -1, w)
+
+    self_mask = torch.diag(torch.full((h,), float("-inf"), dtype=query.dtype, device=query.device))
+    column_energy = torch.bmm(columns(query).transpose(1, 2), columns(key)) + self_mask
+    row_energy = torch.bmm(rows(query).transpose(1, 2), rows(key))
+    energy = torch.cat([column_energy.view(n, w, h, h).permute(0, 2, 1, 3), row_energy.view(n, h, w, w)], dim=3)
+    weight = energy.softmax(3)
+    column_weight = weight[..., :h].permute(0, 2, 1, 3).reshape(n * w, h, h)
+    row_weight = weight[..., h:].reshape(n * h, w, w)
+    column_out = torch.bmm(columns(value), column_weight.transpose(1, 2)).view(n, w, -1, h).permute(0, 2, 3, 1)
+    row_out = torch.bmm(rows(value), row_weight.transpose(1, 2)).view(n, h, -1, w).permute(0, 2, 1, 3)
+    return column_out + row_out
+
+
+def einsum_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same with einsum on the images as they are."""
+    h = query.shape[2]
+    self_mask = torch.diag(torch.full((h,), float("-inf"), dtype=query.dtype, device=query.device))
+    column_energy = torch.einsum("nchw,nciw->nwhi", query, key) + self_mask
+    row_energy = torch.einsum("nchw,nchj->nhwj", query, key)
+    weight = torch.cat([column_energy.transpose(1, 2), row_energy], dim=3).softmax(3)
+    out = torch.einsum("nciw,nhwi->nchw", value, weight[..., :h])
+    return out + torch.einsum("nchj,nhwj->nchw", value, weight[..., h:])
+
+
+def non_local_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Every pixel attends to every pixel."""
+    q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    return out.squeeze(1).transpose(1, 2).reshape(value.shape)
+
+
+CONTENDERS: dict[str, Attention] = {"bmm": bmm_attention, "einsum": einsum_attention}
+
+
+# ---- measuring ----
+
+
+class Case:
+    """Inputs of one row of the table."""
+
+    def __init__(self, size: tuple[int, int], dtype: torch.dtype, layout: str):
+        torch.manual_seed(0)
+        memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+        def images(channels: int, scale: float) -> Tensor:
+            return (scale * torch.randn(1, channels, *size)).to(dtype).contiguous(memory_format=memory_format)
+
+        c, cv = CHANNELS
+        self.query, self.key, self.value = images(c, 0.35), images(c, 0.35), images(cv, 1.0)
+        self.upstream = images(cv, 1.0)
+        pixels, path = size[0] * size[1], size[0] + size[1] - 1
+        self.map_bytes = pixels * path * 4
+        # Multiplications and additions: energies and weighted values; and the gradients of both factors of each
+        self.flops = {"forward": 2 * pixels * path * (c + cv), "forward+backward": 6 * pixels * path * (c + cv)}
+
+    def forward(self, attention: Attention) -> Tensor:
+        return attention(self.query, self.key, self.value)
+
+    def forward_and_backward(self, attention: Attention) -> tuple[Tensor, ...]:
+        inputs = [x.detach().requires_grad_() for x in (self.query, self.key, self.value)]
+        out = attention(*inputs)
+        return (out, *torch.autograd.grad(out, inputs, self.upstream))
+
+    def work(self, what: str, attention: Attention) -> Callable[[], object]:
+        if what == "forward":
+            return lambda: self.forward(attention)
+        return lambda: self.forward_and_backward(attention)
+
+    def check(self, contenders: dict[str, Attention], dtype: torch.dtype) -> None:
+        """All contenders' results and gradients agree."""
+        names = ("result", "gradient of query", "gradient of key", "gradient of value")
+        expected = self.forward_and_backward(criss_cross_attention)
+        for contender, attention in contenders.items():
+            for name, x, y in zip(names, self.forward_and_backward(attention), expected, strict=True):
+                difference = ((x.double() - y.double()).norm() / y.double().norm()).item()
+                if not difference <= AGREEMENT[dtype]:
+                    raise SystemExit(f"{contender}: {name} differs by {difference:.1e}: no times are printed")
+
+
+def matrix_products(dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], int]]:
+    """What the limit is taken from, each with its multiplications and additions."""
+    image = torch.randn(1, 576, 97, 97).to(dtype).contiguous(memory_format=torch.channels_last)
+    kernel = torch.randn(576, 576, 1, 1).to(dtype).contiguous(memory_format=torch.channels_last)
+    a, b = torch.randn(2, 1536, 1536).to(dtype)
+    return {
+        "1x1 convolution": (lambda: F.conv2d(image, kernel), 2 * 97 * 97 * 576 * 576),
+        "matrix product": (lambda: a @ b, 2 * 1536**3),
+    }
+
+
+def take_turns(works: dict[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each, in turns. What would take longer than `seconds` is run as often as that allows."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            if turn and sum(times[name]) > seconds:
+                continue
+            start = time.perf_counter()
+            work()
+            if turn:  # the first warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+# ---- memory ----
+
+
+def peak_extra_bytes(case: Case, attention: Attention) -> int:
+    """Most memory that forward and backward hold beyond inputs, result and gradients. Call it once in a process."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status_bytes("VmRSS")
+    results = case.forward_and_backward(attention)
+    return _status_bytes("VmHWM") - before - sum(x.numel() * x.element_size() for x in results)
+
+
+def _status_bytes(entry: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
+    return int(line.split()[1]) * 1024
+
+
+def peak_extra_in_a_new_process(name: str, size: tuple[int, int], dtype_name: str, layout: str) -> int:
+    arguments = ["--memory-of", name, "--sizes", "x".join(map(str, size)), "--dtypes", dtype_name, "--layouts", layout]
+    command = [sys.executable, "-m", "benchmarks.criss_cross", *arguments]
+    return int(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout)
+
+
+def available_bytes() -> int:
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+# ---- the tables ----
+
+
+def print_header() -> None:
+    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    print(
+        f"{platform.machine()}, {model.split(': ')[-1]}, {os.cpu_count()} CPUs; PyTorch {torch.__version__}; ", end=""
+    )
+    print(f"kernels for {native.cpu_capability()}; query and key of {CHANNELS[0]} channels, value of {CHANNELS[1]}")
+
+
+def print_table(title: str, header: list[str], rows: Iterable[list[str]]) -> None:
+    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{':--|' * 2}{'--:|' * (len(header) - 2)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def non_local_fits(case: Case, what: str) -> bool:
+    """Its map, of every pixel with every pixel, is held about three times, or six with gradients."""
+    pixels = case.value.shape[2] * case.value.shape[3]
+    maps = 3 if what == "forward" else 6
+    return maps * pixels**2 * case.value.element_size() < 0.8 * available_bytes()
+
+
+def time_rows(args: argparse.Namespace) -> Iterable[list[str]]:
+    for size, dtype_name, layout, threads in itertools.product(args.sizes, args.dtypes, args.layouts, args.threads):
+        torch.set_num_threads(threads)
+        torch._dynamo.reset()  # compiled code is for one number of threads and one shape
+        dtype = DTYPES[dtype_name]
+        case = Case(size, dtype, layout)
+        contenders = dict(CONTENDERS)
+        if args.compile:
+            for name, attention in CONTENDERS.items():
+                contenders[f"{name}, compiled"] = torch.compile(attention, dynamic=False)
+        case.check(contenders, dtype)
+        products = matrix_products(dtype)
+        for what in ("forward", "forward+backward"):
+            works = {"ours": case.work(what, criss_cross_attention)}
+            works |= {name: case.work(what, attention) for name, attention in contenders.items()}
+            if args.non_local and non_local_fits(case, what):
+                works["non-local"] = case.work(what, non_local_attention)
+            works |= {name: work for name, (work, _) in products.items()}
+            ms = take_turns(works, args.repeats, args.seconds)
+            limit = case.flops[what] / max(flops / ms[name] for name, (_, flops) in products.items())
+            yield [
+                f"{size[0]}x{size[1]} {dtype_name} {layout}",
+                f"{what}, {threads} thread{'s' if threads > 1 else ''}",
+                f"{ms['ours']:.1f}",
+                f"{limit:.1f}",
+                f"{ms['ours'] / limit:.2f}",
+                *(f"{ms[name]:.1f} ({ms[name] / ms['ours']:.1f}x)" for name in contenders),
+                f"{ms['non-local']:.0f}" if "non-local" in ms else "-",
+            ]
+
+
+def memory_rows(args: argparse.Namespace) -> Iterable[list[str]]:
+    for size, dtype_name, layout in itertools.product(args.sizes, args.dtypes, args.layouts):
+        one_map = Case(size, DTYPES[dtype_name], layout).map_bytes
+        extra = {name: peak_extra_in_a_new_process(name, size, dtype_name, layout) for name in ("ours", *CONTENDERS)}
+        yield [
+            f"{size[0]}x{size[1]} {dtype_name}",
+            layout,
+            f"{one_map / 1e6:.1f}",
+            *(f"{bytes_ / 1e6:.1f}" for bytes_ in extra.values()),
+        ]
+
+
+def scaling_rows(args: argparse.Namespace) -> Iterable[list[str]]:
+    torch.set_num_threads(max(args.threads))
+    for side in args.scaling:
+        case = Case((side, side), torch.float32, "channels_last")
+        works = {what: case.work(what, criss_cross_attention) for what in ("forward", "forward+backward")}
+        if non_local_fits(case, "forward"):
+            works["non-local"] = case.work("forward", non_local_attention)
+        ms = take_turns(works, args.repeats, args.seconds)
+        products, pairs = side * side * (2 * side), side**4
+        other = [f"{ms['non-local']:.1f}", f"{1e6 * ms['non-local'] / pairs:.2f}"] if "non-local" in ms else ["-", "-"]
+        forward, both = ms["forward"], ms["forward+backward"]
+        yield [
+            f"{side}x{side}",
+            f"{products:,}",
+            f"{forward:.1f}",
+            f"{1e6 * forward / products:.2f}",
+            f"{both:.1f}",
+            *other,
+        ]
+
+
+def sides(text: str) -> tuple[int, int]:
+    height, width = text.split("x")
+    return int(height), int(width)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Criss-cross attention beside plain PyTorch and the machine's limit.")
+    parser.add_argument("--sizes", type=sides, nargs="+", default=[(97, 97), (128, 256)], metavar="HxW")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+    parser.add_argument("--layouts", nargs="+", default=["channels_last", "NCHW"], choices=["channels_last", "NCHW"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=4, help="spent on one contender at most, but for one run")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
+    parser.add_argument("--no-non-local", dest="non_local", action="store_false", help="leave out non-local attention")
+    parser.add_argument("--scaling", type=int, nargs="*", default=[32, 64, 96, 128, 192, 256], help="sides of squares")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # measure one contender and print the bytes
+    args = parser.parse_args()
+    if args.memory_of:
+        case = Case(args.sizes[0], DTYPES[args.dtypes[0]], args.layouts[0])
+        attentions = {"ours": criss_cross_attention, **CONTENDERS}
+        Case((5, 5), torch.float32, "NCHW").forward_and_backward(attentions[args.memory_of])  # what is loaded only once
+        print(peak_extra_bytes(case, attentions[args.memory_of]))
+        return
+    if not native.LOADED:
+        raise SystemExit("the native operators are not built: pip install -e .")
+    print_header()
+    names = [*CONTENDERS, *(f"{name}, compiled" for name in CONTENDERS if args.compile)]
+    print_table(
+        "Median milliseconds; in brackets, how many times ours that is.",
+        ["batch of 1", "", "ours", "limit", "ours / limit", *names, "non-local"],
+        time_rows(args),
+    )
+    print_table(
+        "Peak memory of forward and backward beyond inputs, result and gradients, in MB.",
+        ["batch of 1", "", "one attention map", "ours", *CONTENDERS],
+        memory_rows(args),
+    )
+    print_table(
+        f"Cost by size, float32, channels_last, {max(args.threads)} threads: milliseconds and nanoseconds a step of "
+        "the growth that is expected.",
+        ["", "HW(H+W)", "forward", "/ HW(H+W)", "forward+backward", "non-local forward", "/ (HW)^2"],
+        scaling_rows(args),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Run the operators' tests under another release of PyTorch, on the native code that run_tests.sh has built and without
+# building it again.
+#
+#   tests/other_torch.sh 2.13.0 [flags of pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+release=$1
+shift
+environment=$(mktemp -d)
+trap 'rm -rf "$environment"' EXIT
+built=$(cksum libs/_C.abi3.so)
+.venv/bin/python -m venv "$environment"
+"$environment/bin/pip" install --quiet --disable-pip-version-check "torch==$release" numpy pytest hypothesis
+"$environment/bin/python" -c "import torch; from libs import native; assert native.LOADED; print('PyTorch', torch.__version__)"
+"$environment/bin/python" -m pytest -p no:cacheprovider tests/test_criss_cross.py tests/test_criss_cross_native.py \
+    -m "not slow" "$@"
+[[ $(cksum libs/_C.abi3.so) == "$built" ]]

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Build the native code with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy, and run the operators' tests on
+# it. Needs GCC and an environment as run_tests.sh sets it up; flags go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -r setup.py pyproject.toml cc_attention libs tests "$copy"
+cd "$copy"
+rm -f libs/*.so
+sanitize="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+CC=gcc CXX=g++ CFLAGS=$sanitize LDFLAGS=$sanitize python setup.py --quiet build_ext --inplace >build.log 2>&1 || {
+    cat build.log
+    exit 1
+}
+# Python and PyTorch are not built with them: their libraries have to come first, and what they leak is not ours.
+export ASAN_OPTIONS="detect_leaks=0:log_path=$copy/report" UBSAN_OPTIONS="print_stacktrace=1:log_path=$copy/report"
+LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
+    python -m pytest -p no:cacheprovider tests/test_criss_cross.py tests/test_criss_cross_native.py -m "not slow" "$@" || {
+    cat "$copy"/report.* # pytest has kept what was printed, and the process may be gone
+    exit 1
+}
