@@ -36,6 +36,13 @@ AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2, to
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+# Each thread stays on a CPU: otherwise two of them share one at times, for a second on end.
+STEADY_THREADS = {"OMP_PROC_BIND": "true"}
+# The C library keeps what is freed. Otherwise every large tensor is fresh memory, and what that costs depends on the
+# virtual machine's host and on who ran before: up to as long again as the work.
+STEADY_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"}
+
+
 # ---- the contenders ----
 
 
@@ -172,12 +179,9 @@ def _status_bytes(entry: str) -> int:
 def peak_extra_in_a_new_process(name: str, size: tuple[int, int], dtype_name: str, layout: str) -> int:
     arguments = ["--memory-of", name, "--sizes", "x".join(map(str, size)), "--dtypes", dtype_name, "--layouts", layout]
     command = [sys.executable, "-m", "benchmarks.criss_cross", *arguments]
-    return int(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout)
-
-
-def available_bytes() -> int:
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
+    environment = {name: value for name, value in os.environ.items() if name not in STEADY_MEMORY}
+    result = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=environment)
+    return int(result.stdout)
 
 
 # ---- the tables ----
@@ -197,11 +201,12 @@ def print_table(title: str, header: list[str], rows: Iterable[list[str]]) -> Non
         print(f"| {' | '.join(row)} |", flush=True)
 
 
-def non_local_fits(case: Case, what: str) -> bool:
-    """Its map, of every pixel with every pixel, is held about three times, or six with gradients."""
+def time_non_local(case: Case, what: str, seconds: float) -> str:
+    """Milliseconds, or "-" where its map of every pixel with every pixel is beyond 2 GB (it is held several times)."""
     pixels = case.value.shape[2] * case.value.shape[3]
-    maps = 3 if what == "forward" else 6
-    return maps * pixels**2 * case.value.element_size() < 0.8 * available_bytes()
+    if pixels**2 * case.value.element_size() > 2e9:
+        return "-"
+    return f"{take_turns({'': case.work(what, non_local_attention)}, 3, seconds)['']:.0f}"
 
 
 def time_rows(args: argparse.Namespace) -> Iterable[list[str]]:
@@ -219,8 +224,6 @@ def time_rows(args: argparse.Namespace) -> Iterable[list[str]]:
         for what in ("forward", "forward+backward"):
             works = {"ours": case.work(what, criss_cross_attention)}
             works |= {name: case.work(what, attention) for name, attention in contenders.items()}
-            if args.non_local and non_local_fits(case, what):
-                works["non-local"] = case.work(what, non_local_attention)
             works |= {name: work for name, (work, _) in products.items()}
             ms = take_turns(works, args.repeats, args.seconds)
             limit = case.flops[what] / max(flops / ms[name] for name, (_, flops) in products.items())
@@ -231,7 +234,7 @@ def time_rows(args: argparse.Namespace) -> Iterable[list[str]]:
                 f"{limit:.1f}",
                 f"{ms['ours'] / limit:.2f}",
                 *(f"{ms[name]:.1f} ({ms[name] / ms['ours']:.1f}x)" for name in contenders),
-                f"{ms['non-local']:.0f}" if "non-local" in ms else "-",
+                time_non_local(case, what, args.seconds) if args.non_local else "-",
             ]
 
 
@@ -251,20 +254,21 @@ def scaling_rows(args: argparse.Namespace) -> Iterable[list[str]]:
     torch.set_num_threads(max(args.threads))
     for side in args.scaling:
         case = Case((side, side), torch.float32, "channels_last")
-        works = {what: case.work(what, criss_cross_attention) for what in ("forward", "forward+backward")}
-        if non_local_fits(case, "forward"):
-            works["non-local"] = case.work("forward", non_local_attention)
-        ms = take_turns(works, args.repeats, args.seconds)
-        products, pairs = side * side * (2 * side), side**4
-        other = [f"{ms['non-local']:.1f}", f"{1e6 * ms['non-local'] / pairs:.2f}"] if "non-local" in ms else ["-", "-"]
-        forward, both = ms["forward"], ms["forward+backward"]
+        ms = take_turns(
+            {what: case.work(what, criss_cross_attention) for what in ("forward", "forward+backward")},
+            args.repeats,
+            args.seconds,
+        )
+        non_local = time_non_local(case, "forward", args.seconds)
+        steps, pairs = side * side * (2 * side), side**4
         yield [
             f"{side}x{side}",
-            f"{products:,}",
-            f"{forward:.1f}",
-            f"{1e6 * forward / products:.2f}",
-            f"{both:.1f}",
-            *other,
+            f"{steps:,}",
+            f"{ms['forward']:.1f}",
+            f"{1e6 * ms['forward'] / steps:.2f}",
+            f"{ms['forward+backward']:.1f}",
+            non_local,
+            "-" if non_local == "-" else f"{1e6 * float(non_local) / pairs:.2f}",
         ]
 
 
@@ -281,6 +285,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=4, help="spent on one contender at most, but for one run")
+    parser.add_argument("--fresh-memory", action="store_true", help="leave the C library's handling of memory as it is")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     parser.add_argument("--no-non-local", dest="non_local", action="store_false", help="leave out non-local attention")
     parser.add_argument("--scaling", type=int, nargs="*", default=[32, 64, 96, 128, 192, 256], help="sides of squares")
@@ -294,9 +299,9 @@ def main() -> None:
         return
     if not native.LOADED:
         raise SystemExit("the native operators are not built: pip install -e .")
-    if "OMP_PROC_BIND" not in os.environ:  # read when PyTorch is loaded
-        # Each thread stays on a CPU. Otherwise two of them share one at times, for a second on end.
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "OMP_PROC_BIND": "true"})
+    if "OMP_PROC_BIND" not in os.environ:  # read when a process starts
+        environment = {**os.environ, **STEADY_THREADS, **({} if args.fresh_memory else STEADY_MEMORY)}
+        os.execve(sys.executable, sys.orig_argv, environment)
     print_header()
     names = [*CONTENDERS, *(f"{name}, compiled" for name in CONTENDERS if args.compile)]
     print_table(

@@ -14,8 +14,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ccnet, m) {
       "ca_weight_backward(Tensor grad_weight, Tensor query, Tensor key, Tensor weight) "
       "-> (Tensor grad_query, Tensor grad_key)");
   m.def("ca_map(Tensor weight, Tensor value) -> Tensor");
-  // A copy of x in channels_last memory format.
+  m.def("ca_map_backward(Tensor grad_out, Tensor weight, Tensor value) -> (Tensor grad_weight, Tensor grad_value)");
+  // A copy of x in channels_last memory format
   m.def("channels_last(Tensor x) -> Tensor");
-  m.def(
-      "ca_map_backward(Tensor grad_out, Tensor weight, Tensor value) -> (Tensor grad_weight, Tensor grad_value)");
 }
