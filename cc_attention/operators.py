@@ -27,13 +27,14 @@ def _path_length(x: Tensor) -> int:
 
 
 @torch.library.register_fake("ccnet::criss_cross_attention")
-def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return _empty(value, value.shape[1]), query.new_empty([query.shape[0], *query.shape[2:]], dtype=dtype)
+    largest, sum_ = (query.new_empty([query.shape[0], *query.shape[2:]], dtype=dtype) for _ in range(2))
+    return _empty(value, value.shape[1]), largest, sum_
 
 
 @torch.library.register_fake("ccnet::criss_cross_attention_backward")
-def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor):
+def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, largest: Tensor, sum: Tensor):
     return _empty(query, query.shape[1]), _empty(key, key.shape[1]), _empty(value, value.shape[1])
 
 
@@ -65,13 +66,13 @@ def _(x: Tensor) -> Tensor:
 # ---- gradients ----
 
 
-def _save_attention(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    out, lse = output
-    ctx.save_for_backward(*inputs, out, lse)
-    ctx.mark_non_differentiable(lse)
+def _save_attention(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    out, largest, sum_ = output
+    ctx.save_for_backward(*inputs, out, largest, sum_)
+    ctx.mark_non_differentiable(largest, sum_)
 
 
-def _attention_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.ccnet.criss_cross_attention_backward(grad_out, *ctx.saved_tensors)
 
 

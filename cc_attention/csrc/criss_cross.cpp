@@ -1,14 +1,15 @@
 // The schemas of the criss-cross attention operators. What they compute, and their inputs' shapes, is told in
-// cc_attention/functional.py; every tensor that they give is channels_last. Autograd, fake kernels and autocast are
+// cc_attention/functional.py; every image that they give is channels_last. Autograd, fake kernels and autocast are
 // registered in cc_attention/operators.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ccnet, m) {
-  // lse is the logarithm of the sum of exp(energy) over each pixel's path: [N, H, W], float32 (float64 for float64).
-  m.def("criss_cross_attention(Tensor query, Tensor key, Tensor value) -> (Tensor out, Tensor lse)");
+  // Over each pixel's path: the largest energy, and the sum of exp(energy - largest). [N, H, W], in float32, or float64
+  // for float64.
+  m.def("criss_cross_attention(Tensor query, Tensor key, Tensor value) -> (Tensor out, Tensor largest, Tensor sum)");
   m.def(
-      "criss_cross_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse) "
-      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      "criss_cross_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor largest, Tensor sum) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   m.def("ca_weight(Tensor query, Tensor key) -> Tensor");
   m.def(
       "ca_weight_backward(Tensor grad_weight, Tensor query, Tensor key, Tensor weight) "

@@ -77,14 +77,14 @@ template <class T>
 Pixels<T> write(const Tensor& x) {
   return {static_cast<T*>(x.mutable_data_ptr()), x.size(1)};
 }
-// The same of empty_per_pixel
+// The numbers of empty_per_pixel
 template <class T>
-Pixels<const Accumulate<T>> read_numbers(const Tensor& x) {
-  return {static_cast<const Accumulate<T>*>(x.const_data_ptr()), 1};
+const Accumulate<T>* read_numbers(const Tensor& x) {
+  return static_cast<const Accumulate<T>*>(x.const_data_ptr());
 }
 template <class T>
-Pixels<Accumulate<T>> write_numbers(const Tensor& x) {
-  return {static_cast<Accumulate<T>*>(x.mutable_data_ptr()), 1};
+Accumulate<T>* write_numbers(const Tensor& x) {
+  return static_cast<Accumulate<T>*>(x.mutable_data_ptr());
 }
 
 // A line of each axis of x: of its rows, columns, and lines along depth. `next` is left to whoever runs it.
@@ -156,44 +156,47 @@ void check_query_key_and_value(const Tensor& query, const Tensor& key, const Ten
   check("value", value, query, shape_with(query, value.size(1)));
 }
 
-std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_) {
+std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_) {
   check_query_key_and_value(query_, key_, value_);
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_), value = in_channels_last(value_);
-  Tensor out = empty_channels_last(value, shape_of(value)), lse = empty_per_pixel(query);
+  Tensor out = empty_channels_last(value, shape_of(value));
+  Tensor largest = empty_per_pixel(query), sum = empty_per_pixel(query);
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto q = read<T>(query), k = read<T>(key), v = read<T>(value);
     const auto o = write<T>(out);
-    const auto l = write_numbers<T>(lse);
+    const PathSum<Accumulate<T>> path{write_numbers<T>(largest), write_numbers<T>(sum)};
     each_line<T>(query, q.channels, v.channels, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.attention(line, q.at(u), k.at(u), v.at(u), o.at(u), l.at(u), scratch);
+      kernels.attention(line, q.at(u), k.at(u), v.at(u), o.at(u), path.from(u), scratch);
     });
   });
-  return {out, lse};
+  return {out, largest, sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_out_, const Tensor& query_,
                                                                   const Tensor& key_, const Tensor& value_,
-                                                                  const Tensor& out_, const Tensor& lse_) {
+                                                                  const Tensor& out_, const Tensor& largest_,
+                                                                  const Tensor& sum_) {
   check_query_key_and_value(query_, key_, value_);
   check("grad_out", grad_out_, query_, shape_of(value_));
   check("out", out_, query_, shape_of(value_));
   Tensor delta = empty_per_pixel(query_);
-  check("lse", lse_, delta, shape_of(delta));
+  check("largest", largest_, delta, shape_of(delta));
+  check("sum", sum_, delta, shape_of(delta));
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_), value = in_channels_last(value_);
   const Tensor out = in_channels_last(out_), grad_out = in_channels_last(grad_out_);
-  const Tensor lse = torch::stable::contiguous(lse_);
+  const Tensor largest = torch::stable::contiguous(largest_), sum = torch::stable::contiguous(sum_);
   Tensor grad_query = empty_channels_last(query, shape_of(query)), grad_key = empty_channels_last(key, shape_of(key));
   Tensor grad_value = empty_channels_last(value, shape_of(value));
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto q = read<T>(query), k = read<T>(key), v = read<T>(value), o = read<T>(out), g = read<T>(grad_out);
     const auto dq = write<T>(grad_query), dk = write<T>(grad_key), dv = write<T>(grad_value);
-    const auto l = read_numbers<T>(lse);
-    const auto d = write_numbers<T>(delta);
+    const PathSum<const Accumulate<T>> path{read_numbers<T>(largest), read_numbers<T>(sum)};
+    Accumulate<T>* d = write_numbers<T>(delta);
     each_line<T>(query, q.channels, v.channels, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.attention_backward(line, q.at(u), k.at(u), v.at(u), o.at(u), g.at(u), l.at(u), d.at(u), dq.at(u),
-                                 dk.at(u), dv.at(u), scratch);
+      kernels.attention_backward(line, q.at(u), k.at(u), v.at(u), o.at(u), g.at(u), path.from(u), d + u,
+                                 dq.at(u), dk.at(u), dv.at(u), scratch);
     });
   });
   return {grad_query, grad_key, grad_value};
@@ -205,17 +208,18 @@ Shape weight_shape(const Tensor& x) { return shape_with(x, x.size(2) + x.size(3)
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
-  Tensor weight = empty_channels_last(query, weight_shape(query)), lse = empty_per_pixel(query);
+  Tensor weight = empty_channels_last(query, weight_shape(query));
+  Tensor largest = empty_per_pixel(query), sum = empty_per_pixel(query);
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto q = read<T>(query), k = read<T>(key);
     const auto w = write<T>(weight);
-    const auto l = write_numbers<T>(lse);
+    const PathSum<Accumulate<T>> path{write_numbers<T>(largest), write_numbers<T>(sum)};
     each_line<T>(query, q.channels, 0, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.attention(line, q.at(u), k.at(u), nullptr, nullptr, l.at(u), scratch);
+      kernels.attention(line, q.at(u), k.at(u), nullptr, nullptr, path.from(u), scratch);
     });
     each_line<T>(query, q.channels, 0, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.weight(line, q.at(u), k.at(u), l.at(u), w.at(u), scratch);
+      kernels.weight(line, q.at(u), k.at(u), {path.largest + u, path.sum + u}, w.at(u), scratch);
     });
   });
   return weight;
@@ -234,9 +238,9 @@ std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_weight_, const 
     using T = std::remove_pointer_t<decltype(type)>;
     const auto q = read<T>(query), k = read<T>(key), w = read<T>(weight), g = read<T>(grad_weight);
     const auto dq = write<T>(grad_query), dk = write<T>(grad_key);
-    const auto d = write_numbers<T>(delta);
+    Accumulate<T>* d = write_numbers<T>(delta);
     each_line<T>(query, q.channels, 0, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.weight_backward(line, q.at(u), k.at(u), w.at(u), g.at(u), d.at(u), dq.at(u), dk.at(u), scratch);
+      kernels.weight_backward(line, q.at(u), k.at(u), w.at(u), g.at(u), d + u, dq.at(u), dk.at(u), scratch);
     });
   });
   return {grad_query, grad_key};

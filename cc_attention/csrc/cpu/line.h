@@ -27,6 +27,15 @@ struct Line {
   int64_t next;
 };
 
+// Of each pixel's energies so far, as numbers a pixel: the largest, and the sum of exp(energy - largest). Their
+// logarithm in one number, largest + log(sum), would lose what float32 cannot hold beside a large energy.
+template <class Real>
+struct PathSum {
+  Real* largest;
+  Real* sum;
+  __attribute__((always_inline)) PathSum from(int64_t pixel) const { return {largest + pixel, sum + pixel}; }
+};
+
 template <class T>
 struct LineKernels {
   using Real = Accumulate<T>;
@@ -34,14 +43,16 @@ struct LineKernels {
   // Bytes of scratch that any of the others needs.
   int64_t (*scratch_bytes)(const Line&);
 
-  // out and lse (logarithm of the sum of exp(energy)) take in this line's keys and values.
-  void (*attention)(const Line&, const T* query, const T* key, const T* value, T* out, Real* lse, char* scratch);
+  // out and path take in this line's keys and values.
+  void (*attention)(const Line&, const T* query, const T* key, const T* value, T* out, PathSum<Real> path,
+                    char* scratch);
   // The gradients of what `attention` wrote. delta is written on the first axis and read on the others.
   void (*attention_backward)(const Line&, const T* query, const T* key, const T* value, const T* out, const T* grad_out,
-                             const Real* lse, Real* delta, T* grad_query, T* grad_key, T* grad_value, char* scratch);
+                             PathSum<const Real> path, Real* delta, T* grad_query, T* grad_key, T* grad_value,
+                             char* scratch);
 
-  // weight = exp(energy - lse), with lse from `attention` without values.
-  void (*weight)(const Line&, const T* query, const T* key, const Real* lse, T* weight, char* scratch);
+  // weight = exp(energy - largest) / sum, with `path` from `attention` without values.
+  void (*weight)(const Line&, const T* query, const T* key, PathSum<const Real> path, T* weight, char* scratch);
   void (*weight_backward)(const Line&, const T* query, const T* key, const T* weight, const T* grad_weight, Real* delta,
                           T* grad_query, T* grad_key, char* scratch);
   // out takes in weight * value.
@@ -49,7 +60,7 @@ struct LineKernels {
   void (*map_backward)(const Line&, const T* weight, const T* value, const T* grad_out, T* grad_weight, T* grad_value,
                        char* scratch);
 
-  // y [columns, rows] from x [rows, columns], x_row and y_row numbers from row to row
+  // Not of a line, but compiled with it: y [columns, rows] from x [rows, columns], x_row and y_row numbers from row to row
   void (*transpose)(const T* x, int64_t x_row, int64_t rows, int64_t columns, T* y, int64_t y_row);
 };
 

@@ -69,7 +69,7 @@ class LineAttention {
         value_stride_(line.step * line.value_channels),
         query_row_(whole<Word>(line.query_channels)),
         // One column more than whole vectors would cost a whole vector of columns: it is made by dot products.
-        odd_(Product::kPerWord == 1 && length_ % kLanes<Real> == 1) {
+        lone_column_(Product::kPerWord == 1 && length_ % kLanes<Real> == 1) {
     Scratch scratch(block);
     const int64_t queries = whole<Real>(smaller(length_, kQueryBlock));
     weight_ = scratch.take<Real>(queries * row_);
@@ -90,7 +90,7 @@ class LineAttention {
       weight_words_ = scratch.take<Word>(queries * row_);
     }
     delta_sums_ = scratch.take<Real>(queries * kLanes<Real>);
-    odd_sums_ = scratch.take<Real>(queries * kLanes<Real>);
+    lone_sums_ = scratch.take<Real>(queries * kLanes<Real>);
     scale_ = scratch.take<Real>(queries);
     keep_ = scratch.take<Real>(queries);
     ones_ = scratch.take<Real>(row_);
@@ -102,40 +102,41 @@ class LineAttention {
 
   static int64_t scratch_bytes(const Line& line) { return LineAttention(line, nullptr).used_; }
 
-  static void attention(const Line& line, const T* query, const T* key, const T* value, T* out, Real* lse,
-                        char* scratch) {
+  static void attention(const Line& line, const T* query, const T* key, const T* value, T* out,
+                        PathSum<Real> path, char* scratch) {
     LineAttention work(line, scratch);
     work.pack_keys(key);
     work.each_block([&](int64_t first) {
       work.energies(query + first * work.query_stride_, key);
-      work.softmax(lse + first * line.step);
+      work.softmax(path.from(first * line.step));
       work.weigh_values(value, {out + first * work.value_stride_, work.value_stride_, work.scale_, work.keep_,
                                 !line.first_axis});
     });
   }
 
   static void attention_backward(const Line& line, const T* query, const T* key, const T* value, const T* out,
-                                 const T* grad_out, const Real* lse, Real* delta, T* grad_query, T* grad_key,
-                                 T* grad_value, char* scratch) {
+                                 const T* grad_out, PathSum<const Real> path, Real* delta, T* grad_query,
+                                 T* grad_key, T* grad_value, char* scratch) {
     LineAttention work(line, scratch);
     work.pack_keys(key);
     pack_columns<Product>(key, work.query_stride_, work.length_, line.query_channels, work.keys_, work.query_row_);
     work.each_block([&](int64_t first) {
       const int64_t at = first * work.value_stride_;
       work.energies(query + first * work.query_stride_, key);
-      work.softmax_again(lse + first * line.step);
+      work.softmax_again(path.from(first * line.step));
       work.value_gradients(value, grad_out + at, line.first_axis ? out + at : nullptr, grad_value);
       work.energy_gradients(delta + first * line.step);
       work.query_key_gradients(query, grad_query, grad_key);
     });
   }
 
-  static void weight(const Line& line, const T* query, const T* key, const Real* lse, T* weight, char* scratch) {
+  static void weight(const Line& line, const T* query, const T* key, PathSum<const Real> path, T* weight,
+                     char* scratch) {
     LineAttention work(line, scratch);
     work.pack_keys(key);
     work.each_block([&](int64_t first) {
       work.energies(query + first * work.query_stride_, key);
-      work.softmax_again(lse + first * line.step);
+      work.softmax_again(path.from(first * line.step));
       work.write_path(work.weight_, weight);
     });
   }
@@ -225,7 +226,7 @@ class LineAttention {
   }
 
   void pack_keys(const T* key) {
-    pack_transposed<Product>(key, query_stride_, length_ - odd_, line_.query_channels, keys_transposed_, row_);
+    pack_transposed<Product>(key, query_stride_, length_ - lone_column_, line_.query_channels, keys_transposed_, row_);
   }
 
   // Sets what is no key: the columns beyond the line and, but for the first axis, the pixel itself.
@@ -245,20 +246,20 @@ class LineAttention {
   void energies(const T* query, const T* key) {
     const int64_t channels = line_.query_channels, m = queries_in_block_;
     pack_rows<Product>(query, query_stride_, m, channels, queries_, query_row_);
-    multiply<Product>(m, odd_ ? length_ - 1 : row_, words<Product>(channels), Left<Word>{queries_, query_row_, 1},
+    multiply<Product>(m, lone_column_ ? length_ - 1 : row_, words<Product>(channels), Left<Word>{queries_, query_row_, 1},
                       Right<Word>{keys_transposed_, row_}, Result<Real>{weight_, row_, ones_, ones_, false},
                       ahead(query, channels, channels, channels), ahead(key, channels, channels, channels));
-    if (odd_) {
-      clear(odd_sums_);
-      dot_products(queries_, query_row_, key + (length_ - 1) * query_stride_, 0, m, channels, odd_sums_);
-      finish_dot_products(odd_sums_, m, weight_ + length_ - 1, row_);
+    if (lone_column_) {
+      clear(lone_sums_);
+      dot_products(queries_, query_row_, key + (length_ - 1) * query_stride_, 0, m, channels, lone_sums_);
+      finish_dot_products(lone_sums_, m, weight_ + length_ - 1, row_);
     }
     set_outside(weight_, -__builtin_inf());
   }
 
-  // weight_ = exp(energy - the largest), and into lse and scale_, keep_ goes what its sum and the earlier axes' make:
-  //   lse' = log(e^lse + e^largest sum),  scale = e^(largest - lse'),  keep = e^(lse - lse')
-  __attribute__((noinline)) void softmax(Real* lse) {
+  // weight_ = exp(energy - the largest). The path's largest energy and the sum of exp(energy - it) take in this line's,
+  // and scale_ and keep_ become what this line's weights and the earlier axes' result count in the merged one.
+  __attribute__((noinline)) void softmax(PathSum<Real> path) {
     constexpr int lanes = kLanes<Real>;
     const Vector<Real> nothing = splat<Real>(-__builtin_inf());
     for (int64_t i = 0; i < queries_in_block_; i += lanes) {
@@ -293,37 +294,46 @@ class LineAttention {
       for (int64_t k = count; k < lanes; ++k) {
         group[k] = splat<Real>(1);
       }
-      const Vector<Real> sum = sum_of_each<Real>(group);
-      for (int64_t k = 0; k < lanes; ++k) {
-        numbers[k] = line_.first_axis || k >= count ? -__builtin_inf() : lse[(i + k) * line_.step];
-      }
-      const Vector<Real> earlier = load(numbers);
-      Vector<Real> base = earlier > largest ? earlier : largest;
-      base = base == nothing ? Vector<Real>{} : base;
-      const Vector<Real> here = exp(largest - base), before = exp(earlier - base);
-      const Vector<Real> total = sum * here + before;
-      Vector<Real> inverse = splat<Real>(1) / total;
-      if (!line_.last_axis) {
-        inverse = total == 0 ? Vector<Real>{} : inverse;  // all -inf so far: 0, and NaN only if it stays so to the end
-      }
-      store(scale_ + i, here * inverse);
-      store(keep_ + i, before * inverse);
-      Real bases[lanes];
-      store(bases, base);
-      store(numbers, total);
-      for (int64_t k = 0; k < count; ++k) {
-        lse[(i + k) * line_.step] = bases[k] + log(numbers[k]);
-      }
+      merge(path, i, count, largest, sum_of_each<Real>(group));
     }
   }
 
-  // weight_ = exp(energy - lse), the weights themselves
-  void softmax_again(const Real* lse) {
+  // What softmax does to `count` queries from query i on, given this line's largest energies and sums
+  void merge(PathSum<Real> path, int64_t i, int64_t count, Vector<Real> largest, Vector<Real> sum) {
+    constexpr int lanes = kLanes<Real>;
+    const Vector<Real> nothing = splat<Real>(-__builtin_inf());
+    Real largests[lanes], sums[lanes];
+    for (int64_t k = 0; k < lanes; ++k) {
+      const bool has_earlier = !line_.first_axis && k < count;
+      largests[k] = has_earlier ? path.largest[(i + k) * line_.step] : -__builtin_inf();
+      sums[k] = has_earlier ? path.sum[(i + k) * line_.step] : 0;
+    }
+    const Vector<Real> earlier = load(largests);
+    const Vector<Real> merged = earlier > largest ? earlier : largest;
+    const Vector<Real> base = merged == nothing ? Vector<Real>{} : merged;
+    const Vector<Real> here = exp(largest - base), before = load(sums) * exp(earlier - base);
+    const Vector<Real> total = sum * here + before;
+    Vector<Real> inverse = splat<Real>(1) / total;
+    if (!line_.last_axis) {
+      inverse = total == 0 ? Vector<Real>{} : inverse;  // all -inf so far: 0, and NaN only if it stays so to the end
+    }
+    store(scale_ + i, here * inverse);
+    store(keep_ + i, before * inverse);
+    store(largests, merged);
+    store(sums, total);
+    for (int64_t k = 0; k < count; ++k) {
+      path.largest[(i + k) * line_.step] = largests[k];
+      path.sum[(i + k) * line_.step] = sums[k];
+    }
+  }
+
+  // weight_ = the weights themselves, from energies and what softmax has made of the whole path
+  void softmax_again(PathSum<const Real> path) {
     for (int64_t i = 0; i < queries_in_block_; ++i) {
       Real* energy = weight_ + i * row_;
-      const Real whole_path = lse[i * line_.step];
+      const Real largest = path.largest[i * line_.step], inverse = 1 / path.sum[i * line_.step];
       for (int64_t j = 0; j < row_; j += kLanes<Real>) {
-        store(energy + j, exp(load(energy + j) - whole_path));
+        store(energy + j, exp(load(energy + j) - largest) * inverse);
       }
     }
   }
@@ -346,27 +356,28 @@ class LineAttention {
     const int64_t channels = line_.value_channels, m = queries_in_block_;
     const int64_t grad_row = kChunk / Product::kPerWord;
     const Left<Word> weights = over_queries(weight_);
-    // With no channels at all there is nothing to add to.
-    std::memset(grad_weight_, 0, channels == 0 ? m * row_ * sizeof(Real) : 0);
+    if (channels == 0) {
+      std::memset(grad_weight_, 0, m * row_ * sizeof(Real));
+    }
     clear(delta_sums_);
-    clear(odd_sums_);
+    clear(lone_sums_);
     for (int64_t c = 0; c < channels; c += kChunk) {
       const int64_t n = smaller(kChunk, channels - c);
       pack_rows<Product>(grad_out + c, value_stride_, m, n, grads_, grad_row);
       if (Product::kPerWord != 1) {
         pack_columns<Product>(grad_out + c, value_stride_, m, n, grads_by_column_, kChunk);
       }
-      pack_transposed<Product>(value + c, value_stride_, length_ - odd_, n, values_transposed_, row_);
+      pack_transposed<Product>(value + c, value_stride_, length_ - lone_column_, n, values_transposed_, row_);
       using Packed = std::conditional_t<Product::kPerWord == 1, Real, T>;
       const Packed* grads = reinterpret_cast<const Packed*>(grads_);
       if (out != nullptr) {
         dot_products(grads, kChunk, out + c, value_stride_, m, n, delta_sums_);
       }
-      if (odd_) {
-        dot_products(grads, kChunk, value + (length_ - 1) * value_stride_ + c, 0, m, n, odd_sums_);
+      if (lone_column_) {
+        dot_products(grads, kChunk, value + (length_ - 1) * value_stride_ + c, 0, m, n, lone_sums_);
       }
       const int64_t next = c + kChunk;
-      multiply<Product>(m, odd_ ? length_ - 1 : row_, words<Product>(n), Left<Word>{grads_, grad_row, 1},
+      multiply<Product>(m, lone_column_ ? length_ - 1 : row_, words<Product>(n), Left<Word>{grads_, grad_row, 1},
                         Right<Word>{values_transposed_, row_}, Result<Real>{grad_weight_, row_, ones_, ones_, c > 0},
                         ahead(value, channels, next, kChunk),
                         out == nullptr ? Ahead{} : ahead(out, channels, next, kChunk));
@@ -374,8 +385,8 @@ class LineAttention {
                         to_sum(grad_value + c, value_stride_, !line_.first_axis || first_query_ > 0),
                         ahead(grad_out, channels, next, kChunk));
     }
-    if (odd_ && channels > 0) {
-      finish_dot_products(odd_sums_, m, grad_weight_ + length_ - 1, row_);
+    if (lone_column_ && channels > 0) {
+      finish_dot_products(lone_sums_, m, grad_weight_ + length_ - 1, row_);
     }
   }
 
@@ -390,7 +401,6 @@ class LineAttention {
         store(grad_weight_ + j, load(weight_ + j) * (load(grad_weight_ + j) - d));
       }
     }
-    set_outside(grad_weight_, 0);
   }
 
   void query_key_gradients(const T* query, T* grad_query, T* grad_key) {
@@ -438,7 +448,7 @@ class LineAttention {
   const int64_t row_;  // of weights: the line's length in whole vectors
   const int64_t query_stride_, value_stride_;
   const int64_t query_row_;
-  const bool odd_;
+  const bool lone_column_;
   int64_t first_query_ = 0, queries_in_block_ = 0;
   int64_t used_ = 0;
 
@@ -448,7 +458,7 @@ class LineAttention {
   Word *values_, *values_transposed_;          // [keys, kChunk], [kChunk, row_]
   Word *grads_, *grads_by_column_;             // [queries, kChunk]
   Word* weight_words_;                         // what over_keys or over_queries packed last
-  Real *delta_sums_, *odd_sums_;               // [queries, lanes]
+  Real *delta_sums_, *lone_sums_;               // [queries, lanes]
   Real *scale_, *keep_;                        // [queries]
   Real* ones_;                                 // [row_]
 };

@@ -31,6 +31,18 @@ CCNET_INLINE V multiply_add(V sum, V a, V b) {
   return sum + a * b;
 }
 
+// A word in every lane. Pairs go as integers, since as float32 some of them are numbers that arithmetic changes.
+template <class Product>
+CCNET_INLINE auto repeated(const typename Product::Word* p) {
+  if constexpr (Product::kPerWord == 2) {
+    uint32_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return (Vector<float>)(bits - Bits{});
+  } else {
+    return splat<typename Product::Word>(*p);
+  }
+}
+
 // A(m, k), read one word at a time, with any strides
 template <class Word>
 struct Left {
@@ -81,7 +93,7 @@ CCNET_INLINE void tile_step(V (&sums)[kRows][kVectors], const typename Product::
   }
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
-    const V broadcast = splat<Word>(a[m * row]);
+    const V broadcast = repeated<Product>(a + m * row);
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) {
       sums[m][n] = multiply_add<Product>(sums[m][n], broadcast, loaded[n]);
@@ -236,10 +248,8 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, Left<typename
 
 // ---- packing x [rows, columns], `stride` numbers from row to row, into words; the rest of the last vector is 0 ----
 
-// What two numbers of bfloat16 become when they stand side by side: their bits in the lower half of each lane
-CCNET_INLINE Bits half_words(const BFloat16* p, int64_t n) {
-  return (Bits)load_up_to(p, n) >> 16;
-}
+// Up to n numbers as bfloat16, in the lower half of each lane
+CCNET_INLINE Bits half_words(const BFloat16* p, int64_t n) { return (Bits)load_up_to(p, n) >> 16; }
 CCNET_INLINE Bits half_words(const float* p, int64_t n) { return round_to_bfloat16(load_up_to(p, n)); }
 
 template <class Product, class T>

@@ -14,7 +14,8 @@ constexpr Capability kAll[] = {Capability::baseline, Capability::avx2, Capabilit
 Capability best() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) {
+  // The kernels for AVX2 also use F16C, which every CPU with AVX2 has and not every compiler can ask for.
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) {
     return Capability::baseline;
   }
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -19,11 +19,10 @@ inline char* thread_block(int64_t bytes) {
   };
   static thread_local Block block;
   if (block.size < bytes) {
-    constexpr int64_t page = 4096;
-    const int64_t size = (bytes + page - 1) / page * page;
     std::free(block.data);
-    block.data = static_cast<char*>(std::aligned_alloc(page, size));
-    block.size = block.data == nullptr ? 0 : size;
+    void* data = nullptr;
+    block.size = posix_memalign(&data, 4096, bytes) == 0 ? bytes : 0;
+    block.data = block.size > 0 ? static_cast<char*>(data) : nullptr;
   }
   return block.data;
 }

@@ -125,7 +125,7 @@ CCNET_INLINE auto load_up_to(const T* p, int64_t n) {
   return n >= kLanes<Accumulate<T>> ? load(p) : load_part(p, n);
 }
 
-// ---- exp and log ----
+// ---- exp ----
 
 // Relative error about 1e-7 up to x = 88; 0 where the result would be subnormal; NaN for NaN.
 CCNET_INLINE Vector<float> exp(Vector<float> x) {
@@ -149,11 +149,8 @@ CCNET_INLINE Vector<double> exp(Vector<double> x) {
   }
   return x;
 }
-CCNET_INLINE float log(float x) { return __builtin_logf(x); }
-CCNET_INLINE double log(double x) { return __builtin_log(x); }
 
 // ---- several vectors at a time ----
-
 
 // Elements of a and b in turns, from their lower (half 0) or upper half (half 1).
 template <class Real, int half, int... I>

@@ -5,3 +5,8 @@
 #elif defined(CCNET_TARGET_NAMES)
 #pragma GCC pop_options
 #endif
+
+#undef CCNET_TARGET
+#undef CCNET_CAPABILITY
+#undef CCNET_VECTOR_BYTES
+#undef CCNET_TARGET_NAMES
