@@ -6,13 +6,14 @@ builds their native code in libs/_C, once for every PyTorch from 2.10 and every 
 ABI). It needs a C++17 compiler; without one the package is installed all the same, and computes in plain PyTorch. The
 scripts (train.py, evaluate.py) and what only they use run from the checkout.
 
-CXX names the compiler. CUDA sources are compiled where nvcc is found: in CUDA_HOME, on the PATH, or among the installed
-nvidia-cuda-nvcc wheels. FORCE_CUDA=1 makes it an error not to find it.
+CXX names the compiler. CUDA sources, once there are any, will be compiled where nvcc is found: in CUDA_HOME, on the
+PATH, or among the installed nvidia-cuda-nvcc wheels; FORCE_CUDA=1 makes it an error not to find it.
 """
 
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -23,8 +24,28 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
+COMPILER_PROBE = """
+#include <type_traits>
+#if defined(__clang__) ? __clang_major__ < 12 && !defined(__apple_build_version__) : __GNUC__ < 10
+#error too old
+#endif
+static_assert(std::is_same_v<int, int>);
+"""
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # of the release above
-CXX_FLAGS = ["-std=c++17", "-O2", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-g0",
+    "-Wall",
+    "-Wno-psabi",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    f"-ffile-prefix-map={ROOT}/=",
+]
+
+
+def site_packages() -> list[str]:
+    return [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), site.getusersitepackages()]
 
 
 def import_torch():
@@ -32,13 +53,14 @@ def import_torch():
     try:
         import torch
     except ImportError:
-        sys.path.append(sysconfig.get_path("purelib"))
+        sys.path += site_packages()
         try:
             import torch
         except ImportError as error:
             raise SystemExit(
                 f"error: PyTorch is needed to build the operators and cannot be imported by {sys.executable} "
-                f"({error}). Install it first: pip install 'torch>=2.10'"
+                f"({error}). Install it first: pip install 'torch>=2.10'. If it is there, build in its environment: "
+                "pip install --no-build-isolation"
             ) from None
     found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if found < MINIMUM_TORCH:
@@ -53,12 +75,11 @@ def find_compiler() -> str | None:
         if "CXX" in os.environ:
             raise SystemExit(f"error: CXX={command}: no such program")
         return None
-    probe = "#include <utility>\nstatic_assert(std::is_same_v<std::make_index_sequence<1>, std::index_sequence<0>>);"
     arguments = [*command.split(), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
-    result = subprocess.run(arguments, input=probe, text=True, capture_output=True)
+    result = subprocess.run(arguments, input=COMPILER_PROBE, text=True, capture_output=True)
     if result.returncode != 0:
         raise SystemExit(
-            f"error: expected a C++17 compiler (GCC 9, Clang 10 or newer), and {command} says:\n{result.stderr}"
+            f"error: expected a C++17 compiler, GCC 10 or Clang 12 or newer, and {command} says:\n{result.stderr}"
         )
     return command
 
@@ -78,7 +99,7 @@ def find_nvcc() -> Path | None:
         top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
         toolkit = Path(top[1]).resolve() if top else Path(on_path).resolve().parent.parent
         return toolkit / "bin" / "nvcc"
-    wheels = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/**/bin/nvcc"))
+    wheels = sorted(nvcc for folder in site_packages() for nvcc in Path(folder).glob("nvidia/**/bin/nvcc"))
     return wheels[-1] if wheels else None
 
 
@@ -129,7 +150,7 @@ def extensions(torch) -> list:
             "libs._C",
             sorted(glob("*/csrc/*.cpp") + glob("*/csrc/cpu/*.cpp")),
             include_dirs=[str(ROOT)],
-            depends=sorted(glob("*/csrc/**/*.h", recursive=True)),
+            depends=["setup.py", *sorted(glob("*/csrc/**/*.h", recursive=True))],
             extra_compile_args={"cxx": CXX_FLAGS + STABLE_ABI},
             py_limited_api=True,
         )

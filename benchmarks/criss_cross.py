@@ -4,10 +4,12 @@
 
 Everything in a row is measured in one process, the contenders taking turns; the numbers are medians in milliseconds.
 They are: this project's operator; the two usual forms in plain PyTorch, batched matrix products (CCNet's own pure
-PyTorch version) and einsum (mmcv's), each also under torch.compile; and the limit, which is the time that the same
-multiplications take at the fastest rate of matrix products measured in the same turns, a 1x1 convolution or a large
-product. Full non-local attention is another function and stands there for its cost. Where results or gradients of the
-contenders disagree, nothing is printed but that.
+PyTorch version) and einsum (mmcv's), each also under torch.compile, and batched products written for channels_last; and
+the limit, which is the time that the same multiplications take at the fastest rate of matrix products measured in the
+same turns, a 1x1 convolution or a large product. (The limit leaves out that our backward makes the energies anew.) Full
+non-local attention is another function and stands there for its cost; PyTorch has no fused kernel for it on the CPU
+where query and value differ in channels. Where a contender's result or a gradient differs from ours, the run ends.
+Results of NCHW inputs are NCHW for the usual forms and channels_last for ours.
 """
 
 import argparse
@@ -68,6 +70,27 @@ def bmm_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return column_out + row_out
 
 
+def bmm_channels_last_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same for channels_last tensors: with a batch of one, no operand is copied."""
+    n, _, h, w = query.shape
+
+    def columns(x: Tensor) -> Tensor:  # [N*W, H, C]
+        return x.permute(0, 3, 2, 1).reshape(n * w, h, -1)
+
+    def rows(x: Tensor) -> Tensor:  # [N*H, W, C]
+        return x.permute(0, 2, 3, 1).reshape(n * h, w, -1)
+
+    self_mask = torch.diag(torch.full((h,), float("-inf"), dtype=query.dtype, device=query.device))
+    column_energy = torch.bmm(columns(query), columns(key).transpose(1, 2)) + self_mask
+    row_energy = torch.bmm(rows(query), rows(key).transpose(1, 2))
+    energy = torch.cat([column_energy.view(n, w, h, h).transpose(1, 2), row_energy.view(n, h, w, w)], dim=3)
+    weight = energy.softmax(3)
+    column_weight = weight[..., :h].transpose(1, 2).reshape(n * w, h, h)
+    row_weight = weight[..., h:].reshape(n * h, w, w)
+    column_out = torch.bmm(column_weight, columns(value)).view(n, w, h, -1).permute(0, 3, 2, 1)
+    return column_out + torch.bmm(row_weight, rows(value)).view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
 def einsum_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The same with einsum on the images as they are."""
     h = query.shape[2]
@@ -86,7 +109,12 @@ def non_local_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.squeeze(1).transpose(1, 2).reshape(value.shape)
 
 
-CONTENDERS: dict[str, Attention] = {"bmm": bmm_attention, "einsum": einsum_attention}
+CONTENDERS: dict[str, Attention] = {
+    "bmm": bmm_attention,
+    "einsum": einsum_attention,
+    "bmm for channels_last": bmm_channels_last_attention,
+}
+COMPILED = ("bmm", "einsum")
 
 
 # ---- measuring ----
@@ -217,8 +245,8 @@ def time_rows(args: argparse.Namespace) -> Iterable[list[str]]:
         case = Case(size, dtype, layout)
         contenders = dict(CONTENDERS)
         if args.compile:
-            for name, attention in CONTENDERS.items():
-                contenders[f"{name}, compiled"] = torch.compile(attention, dynamic=False)
+            for name in COMPILED:
+                contenders[f"{name}, compiled"] = torch.compile(CONTENDERS[name], dynamic=False)
         case.check(contenders, dtype)
         products = matrix_products(dtype)
         for what in ("forward", "forward+backward"):
@@ -303,7 +331,7 @@ def main() -> None:
         environment = {**os.environ, **STEADY_THREADS, **({} if args.fresh_memory else STEADY_MEMORY)}
         os.execve(sys.executable, sys.orig_argv, environment)
     print_header()
-    names = [*CONTENDERS, *(f"{name}, compiled" for name in CONTENDERS if args.compile)]
+    names = [*CONTENDERS, *(f"{name}, compiled" for name in COMPILED if args.compile)]
     print_table(
         "Median milliseconds; in brackets, how many times ours that is.",
         ["batch of 1", "", "ours", "limit", "ours / limit", *names, "non-local"],

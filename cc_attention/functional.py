@@ -1,8 +1,12 @@
 """The criss-cross attention operators: inputs are checked here, then handed to native code or to the reference.
 
-Native code runs on the CPU, in float32, float64, bfloat16 and float16. Its results, and the gradients, are in
-channels_last memory format, and inputs in that format are not copied.
+Native code runs on the CPU. Its results, and the gradients, are in channels_last memory format, and inputs in that
+format are not copied. Dtypes are float32, float64, bfloat16 and float16; under autocast, what is not float64 gets
+autocast's.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +29,24 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format)
 
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def in_autocast_dtype(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """The function of inputs in the dtype of autocast, which is on, as for matrix products: float64 is left alone."""
+    device_type = inputs[0].device.type
+    dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
+        return function(*(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs))
+
+
+def _by_reference(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """The reference with the native operators' dtypes under autocast."""
+    if torch.is_autocast_enabled(inputs[0].device.type):
+        return in_autocast_dtype(function, *inputs)
+    return function(*inputs)
+
+
 def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
@@ -43,12 +65,13 @@ def _check(*arguments: tuple[str, Tensor, str]) -> None:
             not isinstance(size, str) and size != actual for size, actual in zip(expected, tensor.shape, strict=True)
         ):
             raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name}: expected on {first.device} as {first_name} is, got {_describe(tensor)}")
-        # Under autocast the operands may still differ here: they are brought to one dtype afterwards.
-        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        # Autocast brings what is not float64 to one dtype afterwards.
+        autocast = torch.is_autocast_enabled(tensor.device.type) and torch.float64 not in (tensor.dtype, first.dtype)
+        if tensor.dtype != first.dtype and not autocast:
             raise ValueError(f"{name}: expected {first.dtype} as {first_name} is, got {_describe(tensor)}")
         if any(size < 1 for size in tensor.shape[2:]):
             raise ValueError(f"{name}: expected at least one row and one column, got {list(tensor.shape)}")
@@ -73,7 +96,7 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
     _check(("query", query, "N C' H W"), ("key", key, "N C' H W"))
     if native.runs_on(query.device):
         return torch.ops.ccnet.ca_weight(channels_last(query), channels_last(key))
-    return reference.ca_weight(query, key)
+    return _by_reference(reference.ca_weight, query, key)
 
 
 def ca_map(weight: Tensor, value: Tensor) -> Tensor:
@@ -92,7 +115,7 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
     _check(("value", value, "N C H W"), ("weight", weight, "N H+W-1 H W"))
     if native.runs_on(value.device):
         return torch.ops.ccnet.ca_map(channels_last(weight), channels_last(value))
-    return reference.ca_map(weight, value)
+    return _by_reference(reference.ca_map, weight, value)
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -117,4 +140,4 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if native.runs_on(query.device):
         inputs = (channels_last(query), channels_last(key), channels_last(value))
         return torch.ops.ccnet.criss_cross_attention(*inputs)[0]
-    return reference.criss_cross_attention(query, key, value)
+    return _by_reference(reference.criss_cross_attention, query, key, value)

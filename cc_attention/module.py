@@ -17,6 +17,7 @@ class CrissCrossAttention(nn.Module):
     """
 
     _convolution: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv2d
+    _dimensions = "N, in_dim, H, W"
 
     def __init__(self, in_dim: int):
         super().__init__()
@@ -30,6 +31,8 @@ class CrissCrossAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != len(self._dimensions.split()):
+            raise ValueError(f"x: expected shape [{self._dimensions}], got {list(x.shape)}")
         x = channels_last(x)  # once here instead of query, key and value each
         attended = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
         return self.gamma * attended + x
@@ -42,3 +45,4 @@ class CrissCrossAttention3d(CrissCrossAttention):
     """
 
     _convolution = nn.Conv3d
+    _dimensions = "N, in_dim, D, H, W"

@@ -4,12 +4,13 @@ Imported where the operators are loaded. Each function is registered for the ope
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .functional import channels_last_format
+from .functional import channels_last_format, in_autocast_dtype
 
 _library = torch.library.Library("ccnet", "FRAGMENT")
 
@@ -116,18 +117,6 @@ for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
 # ---- autocast ----
 
 
-def _in_autocast_dtype(name: str, device_type: str) -> Callable[..., Any]:
-    """The operator on inputs in autocast's dtype, as for matrix products: float64 is left alone."""
-
-    def run(*inputs: Tensor) -> Any:
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            cast = [x if x.dtype == torch.float64 else x.to(dtype) for x in inputs]
-            return getattr(torch.ops.ccnet, name)(*cast)
-
-    return run
-
-
 for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
-    for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl(_name, _in_autocast_dtype(_name, _device_type), _key)
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(_name, partial(in_autocast_dtype, getattr(torch.ops.ccnet, _name)), _key)

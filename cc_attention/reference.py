@@ -9,15 +9,13 @@ positions of its column. In three dimensions the other D-1 positions along depth
 keeps that order.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 
-def _axes(x: Tensor) -> Iterator[int]:
+def _axes(x: Tensor) -> range:
     """Dimensions of x along which paths run, in the path's order: W, H, and D if there is one."""
-    return iter(range(x.dim() - 1, 1, -1))
+    return range(x.dim() - 1, 1, -1)
 
 
 def _others(length: int, axis: int, like: Tensor) -> Tensor:

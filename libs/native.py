@@ -19,10 +19,10 @@ def _load() -> bool:
     else:
         reason = "their native code has not been built"
     checkout = _LIBRARY.parents[1]
-    source = f"-e {checkout}" if (checkout / "setup.py").exists() else "--force-reinstall --no-deps ccnet"
+    source = f"-e {checkout}" if (checkout / "setup.py").exists() else "--force-reinstall PATH_OF_CCNET'S_SOURCE"
     warnings.warn(
         f"the operators run in plain PyTorch, slower and with more memory: {reason}. "
-        f"This builds it, with a C++ compiler: pip install --no-build-isolation {source}",
+        f"This builds it, with a C++ compiler: pip install --no-deps {source}",
         stacklevel=2,
     )
     return False

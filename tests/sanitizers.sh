@@ -14,10 +14,13 @@ CC=gcc CXX=g++ CFLAGS=$sanitize LDFLAGS=$sanitize python setup.py --quiet build_
     cat build.log
     exit 1
 }
+nm -D libs/_C.abi3.so | grep -q __asan_ && nm -D libs/_C.abi3.so | grep -q __ubsan_
 # Python and PyTorch are not built with them: their libraries have to come first, and what they leak is not ours.
 export ASAN_OPTIONS="detect_leaks=0:log_path=$copy/report" UBSAN_OPTIONS="print_stacktrace=1:log_path=$copy/report"
-LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
-    python -m pytest -p no:cacheprovider tests/test_criss_cross.py tests/test_criss_cross_native.py -m "not slow" "$@" || {
+with_sanitizers() { LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" "$@"; }
+with_sanitizers python -c "from libs import native; assert native.LOADED" # or its tests would all be skipped
+with_sanitizers python -m pytest -p no:cacheprovider \
+    tests/test_criss_cross.py tests/test_criss_cross_native.py -m "not slow" "$@" || {
     cat "$copy"/report.* # pytest has kept what was printed, and the process may be gone
     exit 1
 }

@@ -1,12 +1,13 @@
 """The benchmarks do what they say, on little data."""
 
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import context, loading
+from benchmarks import context, criss_cross, loading
 from dataset.labels import IGNORE_LABEL
 from dataset.scenes import make_scene
 
@@ -22,6 +23,29 @@ def test_the_loaders_compared_give_the_same_samples(tmp_path, monkeypatch, capsy
     items = loading.generate(tmp_path, 1)
     with pytest.raises(SystemExit, match="other gives other samples than ours"):
         loading.check_same({"ours": loading.crop_first(items), "other": other}, items)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "NCHW"])
+def test_the_attentions_compared_agree(layout):
+    case = criss_cross.Case((5, 7), torch.float32, layout)
+    assert case.value.is_contiguous() == (layout == "NCHW")
+    case.check(criss_cross.CONTENDERS, torch.float32)
+    with pytest.raises(SystemExit, match=r"other: result differs by .*: no times are printed"):
+        case.check({"other": criss_cross.non_local_attention}, torch.float32)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_attention_runs():
+    """And its operator keeps less memory than one attention map."""
+    arguments = (
+        "--sizes 33x40 --dtypes float32 --layouts channels_last --threads 1 --repeats 1 --no-compile --scaling 8"
+    )
+    command = [sys.executable, "-m", "benchmarks.criss_cross", *arguments.split()]
+    out = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+    assert out.count("| 33x40 float32") == 3
+    row = next(line for line in out.splitlines() if line.startswith("| 33x40 float32 | channels_last"))
+    one_map, ours, *others = (float(cell) for cell in row.split("|")[3:-1])
+    assert ours < one_map < min(others)
 
 
 def test_without_attention_the_sign_is_out_of_reach():

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import types
 import zipfile
 from pathlib import Path
@@ -51,13 +52,18 @@ def test_missing_pytorch_is_named(setup_py, monkeypatch):
 
 def test_compiler(setup_py, monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
+    path = os.environ["PATH"]
     monkeypatch.setenv("PATH", str(tmp_path))
     assert setup_py.find_compiler() is None
     monkeypatch.setenv("CXX", "no-such-c++ -O2")
     with pytest.raises(SystemExit, match=r"CXX=no-such-c\+\+ -O2: no such program"):
         setup_py.find_compiler()
+    monkeypatch.setenv("CXX", "c++ -U__GNUC__ -D__GNUC__=9")
+    monkeypatch.setenv("PATH", path)
+    with pytest.raises(SystemExit, match=r"(?s)GCC 10 or Clang 12 or newer, and c\+\+.*too old"):
+        setup_py.find_compiler()
     monkeypatch.setenv("CXX", str(executable(tmp_path / "old", "echo 'unknown argument -std=c++17' >&2; exit 1")))
-    with pytest.raises(SystemExit, match=r"(?s)expected a C\+\+17 compiler .*old says:.*unknown argument -std=c\+\+17"):
+    with pytest.raises(SystemExit, match=r"(?s)expected a C\+\+17 compiler.*old says:.*unknown argument -std=c\+\+17"):
         setup_py.find_compiler()
 
 
@@ -65,7 +71,7 @@ def test_nvcc_is_found_where_it_is(setup_py, monkeypatch, tmp_path):
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.setattr(setup_py.sysconfig, "get_path", lambda name: str(tmp_path / "site-packages"))
+    monkeypatch.setattr(setup_py, "site_packages", lambda: [str(tmp_path / "site-packages")])
     assert setup_py.find_nvcc() is None
     wheel = executable(tmp_path / "site-packages/nvidia/cu13/bin/nvcc", "")
     assert setup_py.find_nvcc() == wheel
@@ -127,6 +133,9 @@ def test_vector_instructions_stay_in_the_code_for_their_cpus():
             names = "avx512(_bf16)?" if "%zmm" in line else "avx2|avx512(_bf16)?"
             own = re.search(rf"ccnet::({names})::", function)
             assert own is not None, f"{function}: {line.strip()}"
+            assert "bf16" not in line.split("\t")[1].split()[0] or own[1] == "avx512_bf16", (
+                f"{function}: {line.strip()}"
+            )
             seen.add(own[1])
     assert seen == {"avx2", "avx512", "avx512_bf16"}
 
@@ -188,6 +197,17 @@ def test_wheel_is_abi3_and_works_away_from_the_checkout(tmp_path):
     result = run_python(USE, tmp_path / "site")
     assert result.stdout.startswith(f"True {tmp_path / 'site'}")
     assert "Warning" not in result.stderr
+
+
+@pytest.mark.slow
+def test_source_distribution_holds_the_sources(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+    sources = [path for package in ("cc_attention", "libs") for path in (ROOT / package / "csrc").rglob("*.*")]
+    assert {str(path.relative_to(ROOT)) for path in sources} <= names
 
 
 @pytest.mark.slow

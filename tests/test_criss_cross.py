@@ -17,6 +17,7 @@ from cc_attention import (
     criss_cross_attention,
     reference,
 )
+from libs import native
 
 
 def path_of(pixel, size):
@@ -193,9 +194,24 @@ def test_wrong_dtypes_and_devices_are_named():
     x = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match=r"value: expected torch.float32 as query is, got .*float64"):
         criss_cross_attention(x, x, x.double())
-    with pytest.raises(ValueError, match=r"query: expected a floating-point tensor, got torch.int64"):
+    with pytest.raises(ValueError, match=r"query: expected float32, float64, bfloat16 or float16, got torch.int64"):
         criss_cross_attention(x.long(), x.long(), x.long())
     with pytest.raises(ValueError, match=r"key: expected on cpu as query is, got .* on meta"):
         ca_weight(x, x.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"value: expected torch.float32 as"):
+        criss_cross_attention(x, x, x.double())
     with pytest.raises(ValueError, match="in_dim: expected at least 8"):
         CrissCrossAttention(4)
+    with pytest.raises(ValueError, match=r"x: expected shape \[N, in_dim, D, H, W\], got \[1, 8, 3, 4\]"):
+        CrissCrossAttention3d(8)(torch.zeros(1, 8, 3, 4))
+
+
+def test_reference_has_the_native_dtypes_under_autocast(monkeypatch):
+    """Where there is no native code."""
+    monkeypatch.setattr(native, "runs_on", lambda device: False)
+    inputs = [torch.randn(1, 4, 3, 5) for _ in range(3)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = ca_weight(*inputs[:2])
+        assert weight.dtype == ca_map(weight.float(), inputs[2]).dtype == torch.bfloat16
+        assert criss_cross_attention(*inputs).dtype == torch.bfloat16
+        assert criss_cross_attention(*(x.double() for x in inputs)).dtype == torch.float64
