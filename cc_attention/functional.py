@@ -32,6 +32,10 @@ def channels_last(x: Tensor) -> Tensor:
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def _is_autocast_on(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def in_autocast_dtype(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """The function of inputs in the dtype of autocast, which is on, as for matrix products: float64 is left alone."""
     device_type = inputs[0].device.type
@@ -42,7 +46,7 @@ def in_autocast_dtype(function: Callable[..., Any], *inputs: Tensor) -> Any:
 
 def _by_reference(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """The reference with the native operators' dtypes under autocast."""
-    if torch.is_autocast_enabled(inputs[0].device.type):
+    if _is_autocast_on(inputs[0].device):
         return in_autocast_dtype(function, *inputs)
     return function(*inputs)
 
@@ -70,8 +74,8 @@ def _check(*arguments: tuple[str, Tensor, str]) -> None:
         if tensor.device != first.device:
             raise ValueError(f"{name}: expected on {first.device} as {first_name} is, got {_describe(tensor)}")
         # Autocast brings what is not float64 to one dtype afterwards.
-        autocast = torch.is_autocast_enabled(tensor.device.type) and torch.float64 not in (tensor.dtype, first.dtype)
-        if tensor.dtype != first.dtype and not autocast:
+        may_differ = _is_autocast_on(tensor.device) and torch.float64 not in (tensor.dtype, first.dtype)
+        if tensor.dtype != first.dtype and not may_differ:
             raise ValueError(f"{name}: expected {first.dtype} as {first_name} is, got {_describe(tensor)}")
         if any(size < 1 for size in tensor.shape[2:]):
             raise ValueError(f"{name}: expected at least one row and one column, got {list(tensor.shape)}")

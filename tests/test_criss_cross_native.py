@@ -469,6 +469,13 @@ def test_inference_mode_and_no_grad():
             torch.testing.assert_close(criss_cross_attention(**inputs), expected)
 
 
+def test_on_the_meta_device_there_are_shapes_only():
+    query, value = torch.empty(2, 3, 4, 5, device="meta"), torch.empty(2, 6, 4, 5, device="meta")
+    weight = ca_weight(query, query)
+    assert weight.shape == (2, 8, 4, 5)
+    assert criss_cross_attention(query, query, value).shape == ca_map(weight, value).shape == (2, 6, 4, 5)
+
+
 def test_operators_called_directly_check_their_inputs():
     ops = torch.ops.ccnet
     x, y = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5)
