@@ -77,6 +77,7 @@ def _sync_worker(rank, sizes, folder):
          "mean": module.running_mean, "var": module.running_var},
         f"{folder}/{rank}.pt",
     )  # fmt: skip
+    dist.barrier()  # a process that leaves closes connections that another may still use
     dist.destroy_process_group()
 
 
