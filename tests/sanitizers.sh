@@ -14,7 +14,9 @@ CC=gcc CXX=g++ CFLAGS=$sanitize LDFLAGS=$sanitize python setup.py --quiet build_
     cat build.log
     exit 1
 }
-nm -D libs/_C.abi3.so | grep -q __asan_ && nm -D libs/_C.abi3.so | grep -q __ubsan_
+nm -D libs/_C.abi3.so >symbols
+grep -q __asan_ symbols
+grep -q __ubsan_ symbols
 # Python and PyTorch are not built with them: their libraries have to come first, and what they leak is not ours.
 export ASAN_OPTIONS="detect_leaks=0:log_path=$copy/report" UBSAN_OPTIONS="print_stacktrace=1:log_path=$copy/report"
 with_sanitizers() { LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" "$@"; }
