@@ -73,9 +73,10 @@ def _check(*arguments: tuple[str, Tensor, str]) -> None:
             raise ValueError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name}: expected on {first.device} as {first_name} is, got {_describe(tensor)}")
-        # Autocast brings what is not float64 to one dtype afterwards.
-        may_differ = _is_autocast_on(tensor.device) and torch.float64 not in (tensor.dtype, first.dtype)
-        if tensor.dtype != first.dtype and not may_differ:
+        if tensor.dtype != first.dtype and (
+            # Autocast brings what is not float64 to one dtype afterwards.
+            torch.float64 in (tensor.dtype, first.dtype) or not _is_autocast_on(tensor.device)
+        ):
             raise ValueError(f"{name}: expected {first.dtype} as {first_name} is, got {_describe(tensor)}")
         if any(size < 1 for size in tensor.shape[2:]):
             raise ValueError(f"{name}: expected at least one row and one column, got {list(tensor.shape)}")

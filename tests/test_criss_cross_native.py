@@ -85,6 +85,14 @@ def assert_as_reference(native_function, function, inputs, dtype):
     assert_close(run(native_function, rounded, upstream), run(function, exact, upstream.double()), TOLERANCE[dtype])
 
 
+def assert_explicit_form_as_reference(inputs, dtype, layout="contiguous"):
+    """Both halves, the second with the weights that the first should give."""
+    query_and_key = {name: inputs[name] for name in ("query", "key")}
+    assert_as_reference(ca_weight, reference.ca_weight, query_and_key, dtype)
+    weight = laid_out(reference.ca_weight(**query_and_key), layout)
+    assert_as_reference(ca_map, reference.ca_map, {"weight": weight, "value": inputs["value"]}, dtype)
+
+
 # Sizes on, below and above the vectors' lanes (4, 8, 16, and twice that in pairs), the tiles' 64 columns and 6 rows
 SHAPES = [
     (1, 16, 64, 16, 32),
@@ -106,10 +114,7 @@ def test_attention(each_capability, dtype, shape):
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7, 17), (1, 9, 65, 33, 6), (1, 6, 7, 1, 20)], ids=str)
 def test_explicit_form(each_capability, dtype, shape):
     inputs = random_inputs(*shape, scale=0.5)
-    value = inputs.pop("value")
-    assert_as_reference(ca_weight, reference.ca_weight, inputs, dtype)
-    weight = reference.ca_weight(**inputs)
-    assert_as_reference(ca_map, reference.ca_map, {"weight": weight, "value": value}, dtype)
+    assert_explicit_form_as_reference(inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,10 +128,7 @@ def test_three_dimensions(each_capability, dtype, shape):
 def test_lines_longer_than_a_block_of_queries(each_capability, dtype, pixels, cv):
     inputs = random_inputs(1, 5, cv, *pixels)
     assert_as_reference(criss_cross_attention, reference.criss_cross_attention, inputs, dtype)
-    value = inputs.pop("value")
-    assert_as_reference(ca_weight, reference.ca_weight, inputs, dtype)
-    weight = reference.ca_weight(**inputs)
-    assert_as_reference(ca_map, reference.ca_map, {"weight": weight, "value": value}, dtype)
+    assert_explicit_form_as_reference(inputs, dtype)
 
 
 def laid_out(x, layout):
@@ -173,11 +175,8 @@ def test_any_shape_layout_and_dtype(n, c, cv, pixels, layout, dtype, name):
 def test_explicit_form_of_any_shape_layout_and_dtype(n, c, cv, pixels, layout, dtype, name):
     inputs = random_inputs(n, c, cv, *pixels, scale=0.5)
     inputs = {key: laid_out(x, how) for (key, x), how in zip(inputs.items(), layout, strict=True)}
-    value = inputs.pop("value")
-    weight = laid_out(reference.ca_weight(**inputs), layout[0])
     with capability(name):
-        assert_as_reference(ca_weight, reference.ca_weight, inputs, dtype)
-        assert_as_reference(ca_map, reference.ca_map, {"weight": weight, "value": value}, dtype)
+        assert_explicit_form_as_reference(inputs, dtype, layout[0])
 
 
 def assert_errors_at_most_twice_those_of_pytorch(native_function, function, inputs, dtype):

@@ -3,20 +3,11 @@
 namespace ccnet {
 namespace CCNET_CAPABILITY {
 
-// The number whose bits hold an element while it moves. Elements of 2 bytes take up 4 on the way.
-template <class T>
-struct CarrierOf {
-  using type = float;
-};
-template <>
-struct CarrierOf<double> {
-  using type = double;
-};
-
+// An element's bits while it moves, in a lane of Accumulate<T>: elements of 2 bytes take up 4 on the way.
 template <class T>
 CCNET_INLINE auto load_bits(const T* p) {
   if constexpr (sizeof(T) == 2) {
-    return (Vector<float>)__builtin_convertvector(*reinterpret_cast<const HalfBits*>(p), Bits);
+    return (Vector<float>)load_halves(p);
   } else {
     return load(p);
   }
@@ -24,7 +15,7 @@ CCNET_INLINE auto load_bits(const T* p) {
 template <class T, class V>
 CCNET_INLINE void store_bits(T* p, V x) {
   if constexpr (sizeof(T) == 2) {
-    *reinterpret_cast<HalfBits*>(p) = __builtin_convertvector((Bits)x, HalfBits);
+    store_halves(p, (Bits)x);
   } else {
     store(p, x);
   }
@@ -33,7 +24,7 @@ CCNET_INLINE void store_bits(T* p, V x) {
 // y [columns, rows] from x [rows, columns], y_row and x_row numbers from row to row
 template <class T>
 static void transpose_matrix(const T* x, int64_t x_row, int64_t rows, int64_t columns, T* y, int64_t y_row) {
-  using Carrier = typename CarrierOf<T>::type;
+  using Carrier = Accumulate<T>;
   constexpr int lanes = kLanes<Carrier>;
   for (int64_t i = 0; i < rows; i += lanes) {
     for (int64_t j = 0; j < columns; j += lanes) {

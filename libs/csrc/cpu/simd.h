@@ -51,22 +51,23 @@ CCNET_INLINE void store(float* p, Vector<float> x) { *reinterpret_cast<VectorOf<
 CCNET_INLINE Vector<double> load(const double* p) { return *reinterpret_cast<const VectorOf<double>::unaligned*>(p); }
 CCNET_INLINE void store(double* p, Vector<double> x) { *reinterpret_cast<VectorOf<double>::unaligned*>(p) = x; }
 
-CCNET_INLINE Bits widen(const BFloat16* p) {
-  return __builtin_convertvector(*reinterpret_cast<const HalfBits*>(p), Bits);
-}
+// The bits of elements of 2 bytes, each in the lower half of a lane
+CCNET_INLINE Bits load_halves(const void* p) { return __builtin_convertvector(*static_cast<const HalfBits*>(p), Bits); }
+CCNET_INLINE void store_halves(void* p, Bits x) { *static_cast<HalfBits*>(p) = __builtin_convertvector(x, HalfBits); }
+
 // The nearest bfloat16, ties to even, in the lower half of each lane.
 CCNET_INLINE Bits round_to_bfloat16(Vector<float> x) {
   const Bits bits = (Bits)x;
   const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return x != x ? (bits >> 16) | 0x40 : rounded;
 }
-CCNET_INLINE Vector<float> load(const BFloat16* p) { return (Vector<float>)(widen(p) << 16); }
+CCNET_INLINE Vector<float> load(const BFloat16* p) { return (Vector<float>)(load_halves(p) << 16); }
 CCNET_INLINE void store(BFloat16* p, Vector<float> x) {
 #if CCNET_TARGET == CCNET_TARGET_AVX512_BF16
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
   std::memcpy(p, &rounded, sizeof rounded);
 #else
-  *reinterpret_cast<HalfBits*>(p) = __builtin_convertvector(round_to_bfloat16(x), HalfBits);
+  store_halves(p, round_to_bfloat16(x));
 #endif
 }
 
@@ -89,7 +90,7 @@ CCNET_INLINE void store(Half* p, Vector<float> x) {
 #else
 // Multiplying by 2^112 moves the exponent from half's bias to float's, subnormal numbers included.
 CCNET_INLINE Vector<float> load(const Half* p) {
-  const Bits half = __builtin_convertvector(*reinterpret_cast<const HalfBits*>(p), Bits);
+  const Bits half = load_halves(p);
   const Bits magnitude = (half & 0x7fff) << 13;
   const Bits number = (Bits)((Vector<float>)magnitude * 0x1p112f);
   const Bits special = magnitude | 0x7f800000;  // infinity or NaN
@@ -103,7 +104,7 @@ CCNET_INLINE void store(Half* p, Vector<float> x) {
   Bits half = magnitude < 0x38800000 ? subnormal : normal;
   half = magnitude >= 0x477ff000 ? Bits{} + 0x7c00 : half;
   half = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : half;
-  *reinterpret_cast<HalfBits*>(p) = __builtin_convertvector(half | sign, HalfBits);
+  store_halves(p, half | sign);
 }
 #endif
 
