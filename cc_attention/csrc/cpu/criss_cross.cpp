@@ -4,63 +4,20 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <atomic>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "cc_attention/csrc/cpu/channels_last.h"
 #include "cc_attention/csrc/cpu/line.h"
+#include "cc_attention/csrc/criss_cross.h"
 #include "libs/csrc/cpu/dtype.h"
 #include "libs/csrc/cpu/memory.h"
 
 namespace ccnet {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-using Shape = std::vector<int64_t>;
-
-Shape shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
-
-// [N, C, (D,) H, W] with `channels` for C
-Shape shape_with(const Tensor& x, int64_t channels) {
-  Shape shape = shape_of(x);
-  shape[1] = channels;
-  return shape;
-}
-
-std::string text_of(const Shape& shape) {
-  std::string text;
-  for (int64_t size : shape) {
-    text += (text.empty() ? "[" : ", ") + std::to_string(size);
-  }
-  return text + "]";
-}
-
-// Users meet the checks of functional.py, which know more; these keep a direct call from reading beyond a tensor.
-void check(const char* name, const Tensor& x, const Tensor& like, const Shape& shape) {
-  STD_TORCH_CHECK(x.is_cpu() && shape_of(x) == shape, name, ": expected shape ", text_of(shape), " on the CPU, got ",
-                  text_of(shape_of(x)));
-  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, ": expected the first tensor's dtype");
-}
-
-void check_dimensions(const char* name, const Tensor& x, bool may_be_3d) {
-  STD_TORCH_CHECK(x.dim() == 4 || (may_be_3d && x.dim() == 5), name, ": expected ",
-                  may_be_3d ? "[N, C, H, W] or [N, C, D, H, W]" : "[N, C, H, W]", ", got ", text_of(shape_of(x)));
-}
-
-// A number a pixel: [N, (D,) H, W]
-Tensor empty_per_pixel(const Tensor& like) {
-  Shape shape = shape_of(like);
-  shape.erase(shape.begin() + 1);
-  const auto dtype = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return torch::stable::new_empty(like, shape, dtype);
-}
 
 // A channels_last tensor as pixels, numbered as they lie in memory. at(u) is pixel u's first channel.
 template <class T>
@@ -145,17 +102,6 @@ void each_line(const Tensor& x, int64_t query_channels, int64_t value_channels, 
 
 // ---- the operators ----
 
-void check_query_and_key(const Tensor& query, const Tensor& key, bool may_be_3d) {
-  check_dimensions("query", query, may_be_3d);
-  check("key", key, query, shape_with(query, query.size(1)));
-}
-
-void check_query_key_and_value(const Tensor& query, const Tensor& key, const Tensor& value) {
-  check_query_and_key(query, key, true);
-  check_dimensions("value", value, true);
-  check("value", value, query, shape_with(query, value.size(1)));
-}
-
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_) {
   check_query_key_and_value(query_, key_, value_);
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_), value = in_channels_last(value_);
@@ -201,9 +147,6 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
   });
   return {grad_query, grad_key, grad_value};
 }
-
-// [N, H+W-1, H, W]
-Shape weight_shape(const Tensor& x) { return shape_with(x, x.size(2) + x.size(3) - 1); }
 
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);

@@ -1,0 +1,69 @@
+// What the criss-cross attention operators have in common on every device: shapes, and checks of inputs.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <string>
+#include <vector>
+
+namespace ccnet {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+using Shape = std::vector<int64_t>;
+
+inline Shape shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+
+// [N, C, (D,) H, W] with `channels` for C
+inline Shape shape_with(const Tensor& x, int64_t channels) {
+  Shape shape = shape_of(x);
+  shape[1] = channels;
+  return shape;
+}
+
+inline std::string text_of(const Shape& shape) {
+  std::string text;
+  for (int64_t size : shape) {
+    text += (text.empty() ? "[" : ", ") + std::to_string(size);
+  }
+  return text + "]";
+}
+
+// Users meet the checks of functional.py, which know more; these keep a direct call from reading beyond a tensor.
+inline void check(const char* name, const Tensor& x, const Tensor& like, const Shape& shape) {
+  STD_TORCH_CHECK(shape_of(x) == shape, name, ": expected shape ", text_of(shape), ", got ", text_of(shape_of(x)));
+  STD_TORCH_CHECK(x.device() == like.device(), name, ": expected on the first tensor's device");
+  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, ": expected the first tensor's dtype");
+}
+
+inline void check_dimensions(const char* name, const Tensor& x, bool may_be_3d) {
+  STD_TORCH_CHECK(x.dim() == 4 || (may_be_3d && x.dim() == 5), name, ": expected ",
+                  may_be_3d ? "[N, C, H, W] or [N, C, D, H, W]" : "[N, C, H, W]", ", got ", text_of(shape_of(x)));
+}
+
+// A number a pixel: [N, (D,) H, W]
+inline Tensor empty_per_pixel(const Tensor& like) {
+  Shape shape = shape_of(like);
+  shape.erase(shape.begin() + 1);
+  const auto dtype = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+inline void check_query_and_key(const Tensor& query, const Tensor& key, bool may_be_3d) {
+  check_dimensions("query", query, may_be_3d);
+  check("key", key, query, shape_with(query, query.size(1)));
+}
+
+inline void check_query_key_and_value(const Tensor& query, const Tensor& key, const Tensor& value) {
+  check_query_and_key(query, key, true);
+  check_dimensions("value", value, true);
+  check("value", value, query, shape_with(query, value.size(1)));
+}
+
+// [N, H+W-1, H, W]
+inline Shape weight_shape(const Tensor& x) { return shape_with(x, x.size(2) + x.size(3) - 1); }
+
+}  // namespace ccnet

@@ -1,0 +1,3 @@
+#include "cc_attention/csrc/cuda/line_attention.cuh"
+
+template struct ccnet::LineAttentionLaunchers<ccnet::Half, float>;

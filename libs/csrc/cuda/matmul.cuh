@@ -1,0 +1,244 @@
+// Products of matrices in shared memory, computed by a block: on tensor cores for elements of 2 bytes, and without.
+#pragma once
+
+#include "libs/csrc/cuda/tile.cuh"
+
+namespace ccnet {
+
+struct TensorCores {};  // 16-bit elements, mma.sync
+struct PlainCores {};
+
+// A thread's part of a matrix [kM, kN]: element x[i][j] is at (row(i), column(j)). Columns are in groups of kGroup that
+// lie side by side; kRowLanes lanes that differ in their low bits, of kColumnWarps warps, share a row.
+template <class Cores, class T, int kM, int kN, int kThreads>
+struct Accumulator;
+
+// Warps hold 2 columns of blocks (1 if there are only 32 columns); a warp's part is made of m16n8 fragments.
+template <class T, int kM, int kN, int kThreads>
+struct Accumulator<TensorCores, T, kM, kN, kThreads> {
+  static constexpr int kColumnWarps = kN >= 64 ? 2 : 1;
+  static constexpr int kWarpRows = kM / (kThreads / 32 / kColumnWarps), kWarpColumns = kN / kColumnWarps;
+  static constexpr int kRows = kWarpRows / 8, kColumns = kWarpColumns / 4;
+  static constexpr int kGroup = 2, kRowLanes = 4, kRun = 8;
+  static_assert(kWarpRows % 16 == 0 && kWarpColumns % 32 == 0, "whole fragments, and runs of 4 of them");
+
+  float x[kRows][kColumns];
+
+  static __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 / kColumnWarps * kWarpRows; }
+  static __device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % kColumnWarps * kWarpColumns; }
+  static __device__ __forceinline__ int row(int i) { return warp_row() + i * 8 + threadIdx.x % 32 / 4; }
+  static __device__ __forceinline__ int column(int j) {
+    return warp_column() + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
+  }
+
+  // f(row, column, Run of 8 columns) for all that the block has. The fragments give a lane 2 columns; four lanes
+  // exchange theirs so that each has 8 of one fragment.
+  template <class F>
+  __device__ __forceinline__ void each_run(const F& f) const {
+    const int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumns; j += 8) {
+        float pairs[4][2];  // of fragment k; at the end, of lane k
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          pairs[k / 2][k % 2] = x[i][j + k];
+        }
+#pragma unroll
+        for (int bit = 1; bit < 4; bit *= 2) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            if (k & bit) {
+              continue;
+            }
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const bool upper = lane & bit;
+              const float mine = upper ? pairs[k][e] : pairs[k | bit][e];
+              const float other = __shfl_xor_sync(~0u, mine, bit);
+              (upper ? pairs[k][e] : pairs[k | bit][e]) = other;
+            }
+          }
+        }
+        Run<float, 8> run;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          run.x[k] = pairs[k / 2][k % 2];
+        }
+        f(row(i), warp_column() + (j / 2 + lane) * 8, run);
+      }
+    }
+  }
+};
+
+// A warp has 4 rows of 8 lanes; a thread has 4 columns side by side.
+template <class T, int kM, int kN, int kThreads>
+struct Accumulator<PlainCores, T, kM, kN, kThreads> {
+  static constexpr int kColumnWarps = kN / 32, kRowWarps = kThreads / 32 / kColumnWarps;
+  static constexpr int kRows = kM / (4 * kRowWarps), kColumns = 4;
+  static constexpr int kGroup = 4, kRowLanes = 8, kRun = 4;
+  static_assert(kRows >= 1 && kRows <= 4 && kM % (4 * kRowWarps) == 0, "as many rows for every thread");
+
+  Accumulate<T> x[kRows][kColumns];
+
+  static __device__ __forceinline__ int row(int i) {
+    return (threadIdx.x / 32 / kColumnWarps * 4 + threadIdx.x % 32 / 8) * kRows + i;
+  }
+  static __device__ __forceinline__ int column(int j) {
+    return threadIdx.x / 32 % kColumnWarps * 32 + threadIdx.x % 8 * 4 + j;
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each_run(const F& f) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      Run<Accumulate<T>, 4> run;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        run.x[j] = x[i][j];
+      }
+      f(row(i), column(0), run);
+    }
+  }
+};
+
+template <class Cores, class T, int kM, int kN, int kThreads>
+__device__ __forceinline__ void clear(Accumulator<Cores, T, kM, kN, kThreads>& acc) {
+#pragma unroll
+  for (int i = 0; i < acc.kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < acc.kColumns; ++j) {
+      acc.x[i][j] = 0;
+    }
+  }
+}
+
+// acc += A B over `depth` columns of A, a multiple of 16. A lies in shared memory as [m, k], or [k, m] if transposed,
+// B as [k, n] or [n, k]. Both are there (after a barrier) and stay until every thread has come back.
+template <bool kTransposedA, bool kTransposedB, class T, int kM, int kN, int kThreads, class A, class B>
+__device__ __forceinline__ void multiply(Accumulator<TensorCores, T, kM, kN, kThreads>& acc, const A& a, const B& b,
+                                         int depth) {
+  using Acc = Accumulator<TensorCores, T, kM, kN, kThreads>;
+  static_assert((kTransposedA ? A::kColumns : A::kRows) == kM && (kTransposedB ? B::kRows : B::kColumns) == kN, "sizes");
+  constexpr int kFragments = Acc::kRows / 2, kPairs = Acc::kColumns / 4;
+  const int lane = threadIdx.x % 32, high = lane / 16 * 8, middle = lane / 8 % 2 * 8, low = lane % 8;
+#pragma unroll 1
+  for (int k = 0; k < depth; k += 16) {
+    uint32_t left[kFragments][4];
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m) {
+      const int row = acc.warp_row() + m * 16;
+      if constexpr (kTransposedA) {
+        ldmatrix_x4_trans(left[m], a.at(k + high + low, row + middle));
+      } else {
+        ldmatrix_x4(left[m], a.at(row + middle + low, k + high));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kPairs; ++n) {  // two fragments of B at once
+      const int column = acc.warp_column() + n * 16;
+      uint32_t right[4];
+      if constexpr (kTransposedB) {
+        ldmatrix_x4(right, b.at(column + high + low, k + middle));
+      } else {
+        ldmatrix_x4_trans(right, b.at(k + middle + low, column + high));
+      }
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+        float(&upper)[Acc::kColumns] = acc.x[2 * m], (&lower)[Acc::kColumns] = acc.x[2 * m + 1];
+        const int j = 4 * n;
+        mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], left[m], right[0], right[1]);
+        mma_m16n8k16<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], left[m], right[2], right[3]);
+      }
+    }
+  }
+}
+
+template <bool kTransposedA, bool kTransposedB, class T, int kM, int kN, int kThreads, class A, class B>
+__device__ __forceinline__ void multiply(Accumulator<PlainCores, T, kM, kN, kThreads>& acc, const A& a, const B& b,
+                                         int depth) {
+  using Acc = Accumulator<PlainCores, T, kM, kN, kThreads>;
+  static_assert((kTransposedA ? A::kColumns : A::kRows) == kM && (kTransposedB ? B::kRows : B::kColumns) == kN, "sizes");
+  constexpr int kRows = Acc::kRows;
+#pragma unroll 1
+  for (int k = 0; k < depth; k += 4) {
+    Accumulate<T> left[kRows][4], right[4][4];  // [row][k], [k][column]
+    if constexpr (kTransposedA) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const auto run = a.template load<kRows>(k + e, acc.row(0));
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          left[i][e] = up(run.x[i]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const auto run = a.template load<4>(acc.row(i), k);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          left[i][e] = up(run.x[e]);
+        }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const auto run = kTransposedB ? b.template load<4>(acc.column(e), k) : b.template load<4>(k + e, acc.column(0));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        (kTransposedB ? right[j][e] : right[e][j]) = up(run.x[j]);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          acc.x[i][j] += left[i][e] * right[e][j];
+        }
+      }
+    }
+  }
+}
+
+// x [kM, kN] from row first_row and channel first_channel on becomes acc, or with add: keep(row of the tile) * x + acc.
+template <class Cores, class T, int kM, int kN, int kThreads, class Keep>
+__device__ __forceinline__ void write_rows(const Accumulator<Cores, T, kM, kN, kThreads>& acc, const Rows<T>& x,
+                                           int first_row, int first_channel, bool add, const Keep& keep) {
+  using Acc = Accumulator<Cores, T, kM, kN, kThreads>;
+  constexpr int kRun = Acc::kRun;
+  acc.each_run([&](int row, int column, const Run<Accumulate<T>, kRun>& sums) {
+    const int channel = first_channel + column;
+    const bool inside = first_row + row < x.count;
+    T* to = x.data + (inside ? (first_row + row) * x.stride + channel : 0);
+    const Accumulate<T> factor = add ? keep(row) : 0;
+    if (x.aligned) {
+      constexpr int kPack = 16 / sizeof(T) < kRun ? 16 / sizeof(T) : kRun;
+#pragma unroll
+      for (int i = 0; i < kRun; i += kPack) {
+        const bool valid = inside && channel + i < x.channels;
+        Run<T, kPack>* pack = reinterpret_cast<Run<T, kPack>*>(valid ? to + i : x.data);
+        const auto before = load_global(pack, valid && add);
+        Run<T, kPack> after;
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          after.x[j] = down<T>(add ? factor * up(before.x[j]) + sums.x[i + j] : sums.x[i + j]);
+        }
+        store_global(pack, after, valid);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        const bool valid = inside && channel + j < x.channels;
+        T* number = valid ? to + j : x.data;
+        const T before = load_global(number, valid && add);
+        store_global(number, down<T>(add ? factor * up(before) + sums.x[j] : sums.x[j]), valid);
+      }
+    }
+  });
+}
+
+}  // namespace ccnet

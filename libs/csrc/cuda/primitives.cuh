@@ -1,0 +1,199 @@
+// What kernels use of the GPU. This is the only header with PTX or with a branch on the architecture; compiled by
+// anything but nvcc, the same functions come from tests/cuda_emulator, which runs the kernels on the CPU.
+//
+// Rules for the kernels that follow from it: shared memory comes from SharedCarver, launches go through launch(),
+// global and shared memory are read and written through the functions below, by every lane of a warp in the same order
+// (those with nothing to do pass valid = false), and a line has at most one barrier or operation of a warp.
+#pragma once
+
+#ifndef __CUDACC__
+#include <cuda_emulator.h>
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace ccnet {
+
+// Hands out dynamic shared memory; every piece begins at a multiple of 16 bytes.
+struct SharedCarver {
+  template <class T>
+  __device__ __forceinline__ T* take(int count) {
+    extern __shared__ __align__(128) char ccnet_dynamic_shared[];
+    T* piece = reinterpret_cast<T*>(ccnet_dynamic_shared + used);
+    used += (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
+    return piece;
+  }
+  int used = 0;
+};
+
+// x, of which the compiler knows no more: what depends on it is computed where it is used, and not ahead of a loop in
+// registers that the loop needs.
+__device__ __forceinline__ int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+template <int kBytes>
+struct WordOf {
+  static_assert(kBytes == 16, "2, 4, 8 or 16 bytes are moved at once");
+  using type = uint4;
+};
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+
+// What p points to, or zeros. Moved as one word: the compiler would take a struct apart.
+template <class T>
+__device__ __forceinline__ T load_global(const T* p, bool valid) {
+  using Word = typename WordOf<sizeof(T)>::type;
+  Word word = {};
+  if (valid) {
+    word = *reinterpret_cast<const Word*>(p);
+  }
+  T x;
+  memcpy(&x, &word, sizeof x);
+  return x;
+}
+template <class T>
+__device__ __forceinline__ void store_global(T* p, const T& x, bool valid) {
+  using Word = typename WordOf<sizeof(T)>::type;
+  Word word;
+  memcpy(&word, &x, sizeof x);
+  if (valid) {
+    *reinterpret_cast<Word*>(p) = word;
+  }
+}
+template <class T>
+__device__ __forceinline__ T load_shared(const T* p) {
+  using Word = typename WordOf<sizeof(T)>::type;
+  const Word word = *reinterpret_cast<const Word*>(p);
+  T x;
+  memcpy(&x, &word, sizeof x);
+  return x;
+}
+template <class T>
+__device__ __forceinline__ void store_shared(T* p, const T& x, bool valid = true) {
+  store_global(p, x, valid);
+}
+
+// 16 bytes from global to shared memory, there after copies_wait(), or zeros. On sm_75 an ordinary copy.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+#else
+  *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+#endif
+}
+// This thread's copies so far are complete. Other threads see them after a barrier.
+__device__ __forceinline__ void copies_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Four matrices of 8x8 elements of 2 bytes: lane l gives the address of row l % 8 of matrix l / 8, and gets of each
+// matrix elements (l / 4, l % 4 * 2) and the one beside it, or those of the transposed matrix.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&x)[4], const void* row) {
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(from)
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&x)[4], const void* row) {
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(from)
+               : "memory");
+}
+
+// D += A B, A [16, 16], B [16, 8], D in float32. With g = lane / 4 and t = lane % 4 a lane has, in pairs of elements,
+// of A rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8; of B column g at rows 2t, 2t + 8; of D rows g, g + 8
+// at columns 2t, 2t + 1.
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4],
+                                             uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#else  // sm_75 has half of it, and no bfloat16: launchers take the kernels without tensor cores there
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(a[2]), "r"(a[3]), "r"(b1));
+  } else {
+    __trap();
+  }
+#endif
+}
+
+struct Device {
+  int shared_bytes;  // that a block can have
+  bool has_bfloat16;
+};
+inline cudaError_t device_of_this_thread(Device& device) {
+  int index = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  }
+  device.has_bfloat16 = major >= 8;
+  return error;
+}
+
+inline const char* text_of(cudaError_t error) { return cudaGetErrorString(error); }
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+                   const A&... arguments) {
+  if (blocks > 0x7fffffff) {
+    return cudaErrorInvalidConfiguration;
+  }
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) {
+      return error;
+    }
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+}  // namespace ccnet
+#endif

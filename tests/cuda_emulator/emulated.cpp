@@ -1,0 +1,13 @@
+// The emulated kernels as operators ccnet_emulated::* for tensors on the CPU, and what tests set and read.
+#define CCNET_CUDA_LIBRARY ccnet_emulated
+#define CCNET_CUDA_KEY CPU
+#include "cc_attention/csrc/cuda/criss_cross.cu"
+
+extern "C" __attribute__((visibility("default"))) void emulator_set(int order, uint64_t seed, int shared_bytes,
+                                                                    int has_bfloat16, int counting) {
+  emulator::options = {static_cast<emulator::Order>(order), seed, shared_bytes, has_bfloat16 != 0, counting != 0};
+}
+// Since the last call
+extern "C" __attribute__((visibility("default"))) void emulator_take_counters(emulator::Counters* to) {
+  *to = std::exchange(emulator::counters, {});
+}

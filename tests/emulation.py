@@ -1,0 +1,159 @@
+"""The CUDA kernels on the CPU: compiled with the emulator (cuda_emulator/), as functions of tensors on the CPU."""
+
+import ctypes
+import hashlib
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATOR = ROOT / "tests" / "cuda_emulator"
+ORDERS = ("forward", "reverse", "random")
+COMPILE = "g++ -std=c++17 -O1 -g1 -Wall -Werror -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -fPIC"
+SANITIZERS = {
+    "": "",
+    # What a kernel leaves unset is a pattern that shows, not what happened to lie there.
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=all -ftrivial-auto-var-init=pattern",
+    "thread": "-fsanitize=thread",
+}
+
+
+@cache
+def cuda_headers() -> Path | None:
+    """CUDA's headers: of the toolkit that setup.py finds, or of PyTorch's wheels."""
+    sys.path.insert(0, str(ROOT))
+    import setup
+
+    nvcc = setup.find_nvcc()
+    folders = [nvcc.parent.parent / "include"] if nvcc else []
+    folders += [path for folder in setup.site_packages() for path in Path(folder).glob("nvidia/**/include")]
+    return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
+
+
+def compile_with_emulator(name: str, sources: list[Path], sanitizer: str = "", flags: str = "", link: str = "") -> Path:
+    """An executable, or what `link` makes of it; kept in build/ until something that it is made of changes."""
+    headers = cuda_headers()
+    if headers is None:
+        pytest.skip("needs CUDA's headers: a toolkit, or pip install nvidia-cuda-runtime")
+    flags = f"{COMPILE} {SANITIZERS[sanitizer]} -I{ROOT} -I{EMULATOR} -isystem {headers} {flags}"
+    content = hashlib.sha256(f"{flags} {link} {[str(source) for source in sources]}".encode())
+    for folder in ("libs/csrc", "cc_attention/csrc", "tests/cuda_emulator"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file():
+                content.update(path.read_bytes())
+    folder = ROOT / "build" / "emulator" / f"{name}-{sanitizer or 'plain'}-{content.hexdigest()[:16]}"
+    target = folder / name
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def run(command: str) -> None:
+        result = subprocess.run(shlex.split(command), text=True, capture_output=True, cwd=ROOT)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    with ThreadPoolExecutor(2) as compilers:
+        list(compilers.map(lambda x: run(f"{flags} -c -x c++ {x[0]} -o {x[1]}"), zip(sources, objects, strict=True)))
+    run(f"g++ {SANITIZERS[sanitizer]} {' '.join(map(str, objects))} {link} -o {target}.part")
+    Path(f"{target}.part").rename(target)
+    return target
+
+
+KERNELS = sorted((ROOT / "cc_attention" / "csrc" / "cuda").glob("line_attention_*.cu"))
+
+
+class Counters(ctypes.Structure):
+    """As in cuda_emulator/counters.h."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "launches",
+            "blocks",
+            "load_bytes",
+            "load_sectors",
+            "store_bytes",
+            "store_sectors",
+            "shared_passes",
+            "shared_conflicts",
+            "ldmatrix_passes",
+            "ldmatrix_conflicts",
+            "mma",
+        )
+    ]
+
+
+@cache
+def _library(sanitizer: str = "") -> ctypes.CDLL:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    includes = " ".join(f"-isystem {path}" for path in include_paths())
+    path = compile_with_emulator(
+        "emulated.so",
+        [EMULATOR / "emulated.cpp", *KERNELS],
+        sanitizer,
+        flags=f"{includes} -DTORCH_TARGET_VERSION=0x020a000000000000 -fvisibility=hidden",
+        link=f"-shared -L{library_paths()[0]} -ltorch -ltorch_cpu -lc10",
+    )
+    definitions = torch.library.Library("ccnet_emulated", "DEF")
+    for name in ("criss_cross_attention", "ca_weight", "ca_map"):
+        for operator in (name, f"{name}_backward"):
+            schema = str(getattr(torch.ops.ccnet, operator).default._schema)
+            definitions.define(schema.removeprefix("ccnet::"))
+    library = ctypes.CDLL(str(path))
+    library.definitions = definitions  # they go when nobody has them
+    return library
+
+
+@contextmanager
+def emulated_gpu(order="forward", seed=1, shared_bytes=163 * 1024, has_bfloat16=True, counting=False):
+    """The kernels on a device like that: threads and blocks in that order. Gives the function that takes the counters."""
+    library = _library()
+    default = (0, ctypes.c_uint64(1), 163 * 1024, 1, 0)
+    library.emulator_set(ORDERS.index(order), ctypes.c_uint64(seed), shared_bytes, int(has_bfloat16), int(counting))
+
+    def take_counters() -> Counters:
+        counters = Counters()
+        library.emulator_take_counters(ctypes.byref(counters))
+        return counters
+
+    take_counters()
+    try:
+        yield take_counters
+    finally:
+        library.emulator_set(*default)
+
+
+def _differentiable(name: str):
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            outputs = getattr(torch.ops.ccnet_emulated, name)(*inputs)
+            if name == "criss_cross_attention":
+                ctx.save_for_backward(*inputs, *outputs)
+                return outputs[0]
+            ctx.save_for_backward(*inputs, *([outputs] if name == "ca_weight" else []))
+            return outputs
+
+        @staticmethod
+        def backward(ctx, grad):
+            return getattr(torch.ops.ccnet_emulated, f"{name}_backward")(grad, *ctx.saved_tensors)
+
+    def operator(*args, **kwargs):
+        _library()
+        return Operator.apply(*args, *kwargs.values())
+
+    return operator
+
+
+kernels = SimpleNamespace(
+    **{name: _differentiable(name) for name in ("criss_cross_attention", "ca_weight", "ca_map")},
+)
