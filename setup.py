@@ -6,12 +6,21 @@ builds their native code in libs/_C, once for every PyTorch from 2.10 and every 
 ABI). It needs a C++17 compiler; without one the package is installed all the same, and computes in plain PyTorch. The
 scripts (train.py, evaluate.py) and what only they use run from the checkout.
 
-CXX names the compiler. CUDA sources, once there are any, will be compiled where nvcc is found: in CUDA_HOME, on the
-PATH, or among the installed nvidia-cuda-nvcc wheels; FORCE_CUDA=1 makes it an error not to find it.
+CXX names the compiler. The CUDA kernels, libs/_C_cuda, are built as well where PyTorch is a CUDA build and nvcc is
+found: in CUDA_HOME, on the PATH, or among the installed nvidia-cuda-nvcc wheels, which
+
+    pip install -e .[nvcc]
+
+installs. On a machine with a GPU and without nvcc, pip fetches these wheels for the build by itself. FORCE_CUDA=1 does
+so without a GPU too, and makes it an error to end without CUDA kernels; FORCE_CUDA=0 leaves them out.
+TORCH_CUDA_ARCH_LIST names the architectures; by default they are those of the GPUs here, or all from sm_75 on.
+
+This file is also the build backend that pyproject.toml names: setuptools', which in addition asks for those wheels.
 """
 
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -20,10 +29,11 @@ import sysconfig
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import build_meta, setup
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # where there is no GPU to ask
 COMPILER_PROBE = """
 #include <type_traits>
 #if defined(__clang__) ? __clang_major__ < 12 && !defined(__apple_build_version__) : __GNUC__ < 10
@@ -42,6 +52,7 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     f"-ffile-prefix-map={ROOT}/=",
 ]
+NVCC_FLAGS = ["-std=c++17", "-O2", "-Xcompiler", f"-fvisibility=hidden,-ffile-prefix-map={ROOT}/="]
 
 
 def site_packages() -> list[str]:
@@ -99,8 +110,22 @@ def find_nvcc() -> Path | None:
         top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
         toolkit = Path(top[1]).resolve() if top else Path(on_path).resolve().parent.parent
         return toolkit / "bin" / "nvcc"
-    wheels = sorted(nvcc for folder in site_packages() for nvcc in Path(folder).glob("nvidia/**/bin/nvcc"))
-    return wheels[-1] if wheels else None
+    folders = dict.fromkeys([*sys.path, *site_packages()])  # pip's isolated builds have what they need on sys.path
+    return next((nvcc for folder in folders for nvcc in sorted(Path(folder).glob("nvidia/**/bin/nvcc"))), None)
+
+
+def nvcc_wheels(torch) -> list[str]:
+    """Requirements that bring nvcc for torch's CUDA. Before CUDA 13 there are none: those wheels lack nvcc itself."""
+    major, minor = map(int, (torch.version.cuda or "0.0").split(".")[:2])
+    names = ("cuda-nvcc", "cuda-crt", "cuda-cccl", "cuda-runtime", "nvvm")
+    return [f"nvidia-{name}=={major}.{minor}.*" for name in names] if major >= 13 else []
+
+
+def missing_nvcc_wheels() -> list[str]:
+    """What a build of the CUDA kernels, if they are of use here, needs in addition."""
+    torch = import_torch()
+    wanted = os.environ.get("FORCE_CUDA", "1" if torch.cuda.is_available() else "0") == "1"
+    return nvcc_wheels(torch) if wanted and find_nvcc() is None else []
 
 
 def check_nvcc(nvcc: Path, cuda_of_torch: str) -> None:
@@ -119,6 +144,8 @@ def check_nvcc(nvcc: Path, cuda_of_torch: str) -> None:
 def cuda_toolkit(torch) -> Path | None:
     """The folder of the toolkit to compile CUDA sources with, None for none."""
     forced = os.environ.get("FORCE_CUDA") == "1"
+    if os.environ.get("FORCE_CUDA") == "0":
+        return None
     if torch.version.cuda is None:
         if forced:
             raise SystemExit(f"error: FORCE_CUDA=1, and PyTorch {torch.__version__} was built without CUDA")
@@ -126,35 +153,65 @@ def cuda_toolkit(torch) -> Path | None:
     nvcc = find_nvcc()
     if nvcc is None:
         if forced:
+            wheels = nvcc_wheels(torch)
+            needed = f"it: pip install {shlex.join(wheels)}" if wheels else f"a toolkit of CUDA {torch.version.cuda}"
             raise SystemExit(
                 "error: FORCE_CUDA=1, and there is no nvcc: none in CUDA_HOME, on the PATH or in the wheels. "
-                f"pip install nvidia-cuda-nvcc of CUDA {torch.version.cuda} brings it"
+                f"Install {needed}"
             )
         return None
     check_nvcc(nvcc, torch.version.cuda)
     return nvcc.parent.parent
 
 
+def cuda_runtime(toolkit: Path) -> Path:
+    """libcudart, by its file: wheels have no libcudart.so. PyTorch has loaded the same one when ours is loaded."""
+    found = [path for folder in ("lib64", "lib", "targets/*/lib") for path in toolkit.glob(f"{folder}/libcudart.so*")]
+    if not found:
+        raise SystemExit(f"error: no libcudart.so in {toolkit}")
+    return found[0]
+
+
+def set_architectures(torch, toolkit: Path) -> None:
+    """Tell torch's build code for which architectures to compile, unless the user or the GPUs here do."""
+    if "TORCH_CUDA_ARCH_LIST" in os.environ or torch.cuda.is_available():
+        return
+    result = subprocess.run([str(toolkit / "bin" / "nvcc"), "--list-gpu-code"], text=True, capture_output=True)
+    known = [name for name in ARCHITECTURES if f"sm_{name.replace('.', '')}" in result.stdout.split()]
+    if not known:
+        raise SystemExit(
+            f"error: {toolkit}/bin/nvcc --list-gpu-code names none of ours: {result.stdout}{result.stderr}"
+        )
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(known) + "+PTX"
+
+
 def extensions(torch) -> list:
-    """libs._C; and libs._C_cuda, where there are CUDA sources and nvcc."""
-    from torch.utils.cpp_extension import CppExtension
+    """libs._C; and libs._C_cuda, where there is nvcc."""
+    from torch.utils import cpp_extension
 
     if find_compiler() is None:
         print("warning: no C++ compiler (CXX, c++): the operators will run in plain PyTorch", file=sys.stderr)
         return []
-    cuda_sources = sorted(glob("*/csrc/cuda/*.cu"))
-    if cuda_sources:
-        cuda_toolkit(torch)
-    return [
-        CppExtension(
-            "libs._C",
-            sorted(glob("*/csrc/*.cpp") + glob("*/csrc/cpu/*.cpp")),
-            include_dirs=[str(ROOT)],
-            depends=["setup.py", *sorted(glob("*/csrc/**/*.h", recursive=True))],
-            extra_compile_args={"cxx": CXX_FLAGS + STABLE_ABI},
-            py_limited_api=True,
-        )
-    ]
+    common = {
+        "include_dirs": [str(ROOT)],
+        "depends": [
+            "setup.py",
+            *(path for end in ("h", "cuh") for path in sorted(glob(f"*/csrc/**/*.{end}", recursive=True))),
+        ],
+        "extra_compile_args": {"cxx": CXX_FLAGS + STABLE_ABI, "nvcc": NVCC_FLAGS + STABLE_ABI + ["-DUSE_CUDA"]},
+        "py_limited_api": True,
+    }
+    sources = sorted(glob("*/csrc/*.cpp") + glob("*/csrc/cpu/*.cpp"))
+    found = [cpp_extension.CppExtension("libs._C", sources, **common)]
+    toolkit = cuda_toolkit(torch)
+    if toolkit is not None:
+        set_architectures(torch, toolkit)
+        cpp_extension.CUDA_HOME = str(toolkit)  # torch's own guess knows neither wrappers nor wheels
+        cuda = cpp_extension.CUDAExtension("libs._C_cuda", sorted(glob("*/csrc/cuda/*.cu")), **common)
+        cuda.libraries.remove("cudart")
+        cuda.extra_objects.append(str(cuda_runtime(toolkit)))
+        found.append(cuda)
+    return found
 
 
 def main() -> None:
@@ -174,10 +231,28 @@ def main() -> None:
         python_requires=">=3.10",
         packages=["cc_attention", "libs"],
         install_requires=["torch>=2.10"],
+        extras_require={"nvcc": nvcc_wheels(torch)},
         ext_modules=extensions(torch),
         cmdclass={"build_ext": Build},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
+
+
+# ---- what pip calls (PEP 517) ----
+
+
+def get_requires_for_build_wheel(config_settings=None) -> list[str]:
+    return build_meta.get_requires_for_build_wheel(config_settings) + missing_nvcc_wheels()
+
+
+def get_requires_for_build_editable(config_settings=None) -> list[str]:
+    return build_meta.get_requires_for_build_editable(config_settings) + missing_nvcc_wheels()
+
+
+get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
+prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
+prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
+build_wheel, build_editable, build_sdist = build_meta.build_wheel, build_meta.build_editable, build_meta.build_sdist
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The criss-cross attention operators: inputs are checked here, then handed to native code or to the reference.
 
-Native code runs on the CPU. Its results, and the gradients, are in channels_last memory format, and inputs in that
-format are not copied. Dtypes are float32, float64, bfloat16 and float16; under autocast, what is not float64 gets
-autocast's.
+Native code runs on the CPU and on CUDA GPUs. Its results, and the gradients, are in channels_last memory format, and
+inputs in that format are not copied. Dtypes are float32, float64, bfloat16 and float16; under autocast, what is not
+float64 gets autocast's.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def channels_last_format(x: Tensor) -> torch.memory_format:
 def channels_last(x: Tensor) -> Tensor:
     """x in channels_last memory format, itself if it is so already."""
     memory_format = channels_last_format(x)
-    if not x.is_contiguous(memory_format=memory_format) and native.runs_on(x.device):
+    if x.device.type == "cpu" and not x.is_contiguous(memory_format=memory_format) and native.runs_on(x.device):
         return torch.ops.ccnet.channels_last(x)  # several times faster than PyTorch's own
     return x.contiguous(memory_format=memory_format)
 

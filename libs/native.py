@@ -5,32 +5,49 @@ from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(__file__).with_name("_C.abi3.so")
+_FOLDER = Path(__file__).parent
 
 
-def _load() -> bool:
-    """Whether the operators can be called; one warning if not."""
-    if _LIBRARY.exists():
-        try:
-            torch.ops.load_library(_LIBRARY)
-            return True
-        except OSError as error:
-            reason = f"{_LIBRARY} cannot be loaded ({error})"
-    else:
-        reason = "their native code has not been built"
-    checkout = _LIBRARY.parents[1]
+def _load(name: str) -> str | None:
+    """None if the library is loaded, otherwise why not."""
+    library = _FOLDER / f"{name}.abi3.so"
+    if not library.exists():
+        return "their native code has not been built"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library} cannot be loaded ({error})"
+    return None
+
+
+def _warn(where: str, reason: str, needs: str) -> None:
+    checkout = _FOLDER.parent
     source = f"-e {checkout}" if (checkout / "setup.py").exists() else "--force-reinstall PATH_OF_CCNET'S_SOURCE"
     warnings.warn(
-        f"the operators run in plain PyTorch, slower and with more memory: {reason}. "
-        f"This builds it, with a C++ compiler: pip install --no-deps {source}",
-        stacklevel=2,
+        f"the operators run in plain PyTorch{where}, slower and with more memory: {reason}. "
+        f"This builds it, with {needs}: pip install --no-deps {source}",
+        stacklevel=3,
     )
-    return False
 
 
-LOADED = _load()
-# Types of devices that the operators run on. On "meta" are shapes only, as torch.compile and torch.export use them.
-_DEVICES = frozenset({"cpu", "meta"}) if LOADED else frozenset()
+def _devices() -> frozenset[str]:
+    """Types of devices that the operators run on, with a warning where they could run on one and do not."""
+    missing = _load("_C")
+    if missing is not None:
+        _warn("", missing, "a C++ compiler")
+        return frozenset()
+    devices = {"cpu", "meta"}  # on "meta" are shapes only, as torch.compile and torch.export use them
+    if torch.version.cuda is not None:
+        missing = _load("_C_cuda")
+        if missing is None:
+            devices.add("cuda")
+        elif torch.cuda.is_available():
+            _warn(" on the GPU", missing, "a C++ compiler and nvcc (README.md)")
+    return frozenset(devices)
+
+
+_DEVICES = _devices()
+LOADED = "cpu" in _DEVICES
 
 
 def runs_on(device: torch.device) -> bool:

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cc_attention  # noqa: F401 - declares the operators, whose schemas the emulated ones have
+
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 ORDERS = ("forward", "reverse", "random")
@@ -115,7 +117,7 @@ def _library(sanitizer: str = "") -> ctypes.CDLL:
 
 @contextmanager
 def emulated_gpu(order="forward", seed=1, shared_bytes=163 * 1024, has_bfloat16=True, counting=False):
-    """The kernels on a device like that: threads and blocks in that order. Gives the function that takes the counters."""
+    """The kernels on a device like that, threads and blocks in that order. Gives the function that takes counters."""
     library = _library()
     default = (0, ctypes.c_uint64(1), 163 * 1024, 1, 0)
     library.emulator_set(ORDERS.index(order), ctypes.c_uint64(seed), shared_bytes, int(has_bfloat16), int(counting))

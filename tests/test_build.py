@@ -104,8 +104,13 @@ def test_forced_cuda_needs_a_pytorch_with_it_and_nvcc(setup_py, monkeypatch):
         setup_py.cuda_toolkit(without)
     monkeypatch.setattr(setup_py, "find_nvcc", lambda: None)
     with_cuda = types.SimpleNamespace(__version__="2.12.0", version=types.SimpleNamespace(cuda="13.0"))
-    with pytest.raises(SystemExit, match=r"FORCE_CUDA=1, and there is no nvcc.*nvidia-cuda-nvcc of CUDA 13\.0"):
+    with pytest.raises(
+        SystemExit, match=r"FORCE_CUDA=1, and there is no nvcc.*pip install 'nvidia-cuda-nvcc==13\.0\.\*'"
+    ):
         setup_py.cuda_toolkit(with_cuda)
+    with_older_cuda = types.SimpleNamespace(__version__="2.12.0", version=types.SimpleNamespace(cuda="12.8"))
+    with pytest.raises(SystemExit, match=r"there is no nvcc.*Install a toolkit of CUDA 12\.8"):
+        setup_py.cuda_toolkit(with_older_cuda)
     monkeypatch.delenv("FORCE_CUDA")
     assert setup_py.cuda_toolkit(without) is setup_py.cuda_toolkit(with_cuda) is None
 
@@ -122,7 +127,10 @@ def test_native_code_is_there_where_there_is_a_compiler(setup_py):
 def test_vector_instructions_stay_in_the_code_for_their_cpus():
     """An AVX instruction in a function that every CPU runs would stop the older ones."""
     listing = subprocess.run(
-        ["objdump", "-d", "-C", "--no-show-raw-insn", native._LIBRARY], check=True, text=True, stdout=subprocess.PIPE
+        ["objdump", "-d", "-C", "--no-show-raw-insn", Path(native.__file__).with_name("_C.abi3.so")],
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
     ).stdout
     function, seen = "", set()
     for line in listing.splitlines():

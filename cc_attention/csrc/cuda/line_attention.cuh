@@ -1,4 +1,4 @@
-// Attention along lines, declared in line.h: the kernels, and what launches them.
+// Attention along lines, declared in line.h: the kernels.
 //
 // A block has a tile of a line's weights, [queries, keys], and everything is a product with it:
 //   energy = Q K^T, out = P V;  dV = P^T dO, dP = dO V^T, dE = P * (dP - delta), dQ = dE K, dK = dE^T Q
@@ -19,6 +19,11 @@ __device__ __forceinline__ T larger(T a, T b) {
   return b > a || b != b ? b : a;  // NaN stays
 }
 __device__ __forceinline__ int at_most(int limit, int x) { return x < limit ? x : limit; }
+
+// Of the line of that number
+__device__ __forceinline__ int64_t first_pixel(const Line& line, int64_t number) {
+  return number / line.step * line.step * line.length + number % line.step;
+}
 
 // A map, as one block sees it: the rows of one line
 template <class T>
@@ -58,12 +63,6 @@ struct LineAttention {
   static constexpr int kBackwardBytes = kMapBytes + 2 * GradSlice::kBytes;
   static constexpr int kMapBackwardBytes = WeightTile::kBytes + 2 * GradSlice::kBytes;
   static constexpr int kMostBytes = kForwardBytes > kBackwardBytes ? kForwardBytes : kBackwardBytes;
-
-  // ---- which tile ----
-
-  static __device__ __forceinline__ int64_t first_pixel(const Line& line, int64_t number) {
-    return number / line.step * line.step * line.length + number % line.step;
-  }
 
   // Of queries and keys of a tile that begins at first_query and first_key
   struct Corner {
@@ -157,8 +156,8 @@ struct LineAttention {
       const int row = threadIdx.x;
       const bool valid = row < kTile && corner.has_query(row);
       const int64_t u = valid ? pixel + (corner.first_query + row) * corner.line.step : 0;
-      store_global(path.largest + u, load_shared(largest + (valid ? row : 0)), valid);
-      store_global(path.sum + u, load_shared(sum + (valid ? row : 0)), valid);
+      store_global(path.largest + u, load_shared(largest + row % kTile), valid);
+      store_global(path.sum + u, load_shared(sum + row % kTile), valid);
     }
   };
 
@@ -344,7 +343,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
   const typename Work::Slice first(carver), second(carver);
   const typename Work::RowNumbers numbers(carver);
   const int tiles = (line.length + kTile - 1) / kTile;
-  const int64_t pixel = Work::first_pixel(line, blockIdx.x / tiles);
+  const int64_t pixel = first_pixel(line, blockIdx.x / tiles);
   const int first_query = blockIdx.x % tiles * kTile;
   const auto q = query.rows(line, pixel), k = key.rows(line, pixel), v = value.rows(line, pixel);
   numbers.begin(path, {line, first_query, 0}, pixel);
@@ -377,7 +376,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
   const typename Work::WeightTile weight(carver);
   const typename Work::Slice queries(carver), keys(carver);
   const typename Work::GradSlice grads(carver), values(carver);
-  const int64_t pixel = Work::first_pixel(line, blockIdx.x);
+  const int64_t pixel = first_pixel(line, blockIdx.x);
   for (int first_key = 0; first_key < line.length; first_key += kTile) {
     for (int first_query = 0; first_query < line.length; first_query += kTile) {
       const auto corner = [&] { return typename Work::Corner{line, unknown(first_query), unknown(first_key)}; };
@@ -439,7 +438,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
   const typename Work::WeightTile weight(carver);
   const typename Work::Slice queries(carver), keys(carver);
   const int tiles = (line.length + kTile - 1) / kTile;
-  const int64_t pixel = Work::first_pixel(line, blockIdx.x / tiles);
+  const int64_t pixel = first_pixel(line, blockIdx.x / tiles);
   const int first_query = blockIdx.x % tiles * kTile;
   const auto rows = weight_map.rows(line, pixel);
   for (int first_key = 0; first_key < line.length; first_key += kTile) {
@@ -465,7 +464,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
   SharedCarver carver;
   const typename Work::WeightTile grad_energy(carver);
   const typename Work::Slice queries(carver), keys(carver);
-  const int64_t pixel = Work::first_pixel(line, blockIdx.x);
+  const int64_t pixel = first_pixel(line, blockIdx.x);
   const auto weights = weight_map.rows(line, pixel), grad_weights = grad_weight_map.rows(line, pixel);
   for (int first_key = 0; first_key < line.length; first_key += kTile) {
     for (int first_query = 0; first_query < line.length; first_query += kTile) {
@@ -493,7 +492,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
   const typename Work::WeightTile weight(carver);
   const typename Work::Slice first(carver), second(carver);
   const int tiles = (line.length + kTile - 1) / kTile;
-  const int64_t pixel = Work::first_pixel(line, blockIdx.x / tiles);
+  const int64_t pixel = first_pixel(line, blockIdx.x / tiles);
   const int first_query = blockIdx.x % tiles * kTile;
   const auto weights = weight_map.rows(line, pixel), v = value.rows(line, pixel);
   for (int first_key = 0; first_key < line.length; first_key += kTile) {
@@ -516,7 +515,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
   SharedCarver carver;
   const typename Work::WeightTile weight(carver);
   const typename Work::GradSlice grads(carver), values(carver);
-  const int64_t pixel = Work::first_pixel(line, blockIdx.x);
+  const int64_t pixel = first_pixel(line, blockIdx.x);
   const auto weights = weight_map.rows(line, pixel);
   const auto grad_weights = grad_weight_map.rows(line, pixel);
   for (int first_key = 0; first_key < line.length; first_key += kTile) {
@@ -536,133 +535,6 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
       __syncthreads();
     }
   }
-}
-
-// ---- launching ----
-
-// f(line, number of lines) for each axis
-template <class F>
-cudaError_t each_axis(const Axes& axes, const F& f) {
-  cudaError_t error = cudaSuccess;
-  for (int i = 0; i < axes.count && axes.pixels > 0 && error == cudaSuccess; ++i) {
-    error = f(axes.lines[i], axes.pixels / axes.lines[i].length);
-  }
-  return error;
-}
-
-// f(work, line, number of lines) for each axis, work being a LineAttention<...>* that suits the line and the device
-template <class T, class F>
-cudaError_t each_axis_with_tile(const Axes& axes, const F& f) {
-  Device device;
-  const cudaError_t error = device_of_this_thread(device);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  return each_axis(axes, [&](const Line& line, int64_t lines) {
-    if constexpr (sizeof(T) == 2) {
-      using Large = LineAttention<TensorCores, T, 128>;
-      if constexpr (std::is_same_v<T, BFloat16>) {
-        if (!device.has_bfloat16) {
-          return f(static_cast<LineAttention<PlainCores, T, 64>*>(nullptr), line, lines);
-        }
-      }
-      if (line.length > 64 && device.shared_bytes >= Large::kMostBytes) {
-        return f(static_cast<Large*>(nullptr), line, lines);
-      }
-      return f(static_cast<LineAttention<TensorCores, T, 64>*>(nullptr), line, lines);
-    } else {
-      return f(static_cast<LineAttention<PlainCores, T, 256 / sizeof(T)>*>(nullptr), line, lines);
-    }
-  });
-}
-
-template <class T>
-cudaError_t dot_products(Pixels<const T> a, Pixels<const T> b, int64_t pixels, Accumulate<T>* delta,
-                         cudaStream_t stream) {
-  if (pixels == 0) {
-    return cudaSuccess;
-  }
-  return launch(dot_product_kernel<T>, (pixels + 7) / 8, 256, 0, stream, LineMap(a), LineMap(b), pixels, delta);
-}
-
-inline int64_t tiles_of(const Line& line, int tile) { return (line.length + tile - 1) / tile; }
-
-template <class T, class Real>
-cudaError_t LineAttentionLaunchers<T, Real>::attention(const Axes& axes, Pixels<const T> query, Pixels<const T> key,
-                                                       Pixels<const T> value, Pixels<T> out, PathSum<Real> path,
-                                                       cudaStream_t stream) {
-  return each_axis_with_tile<T>(axes, [&](auto* work, const Line& line, int64_t lines) {
-    using Work = std::remove_pointer_t<decltype(work)>;
-    return launch(attention_kernel<Work>, lines * tiles_of(line, Work::kSide), Work::kThreads, Work::kForwardBytes,
-                  stream, line, LineMap(query), LineMap(key), LineMap(value), LineMap(out), path);
-  });
-}
-
-template <class T, class Real>
-cudaError_t LineAttentionLaunchers<T, Real>::attention_backward(
-    const Axes& axes, Pixels<const T> query, Pixels<const T> key, Pixels<const T> value, Pixels<const T> out,
-    Pixels<const T> grad_out, PathSum<const Real> path, Real* delta, Pixels<T> grad_query, Pixels<T> grad_key,
-    Pixels<T> grad_value, cudaStream_t stream) {
-  const cudaError_t error = dot_products(out, grad_out, axes.pixels, delta, stream);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  return each_axis_with_tile<T>(axes, [&](auto* work, const Line& line, int64_t lines) {
-    using Work = std::remove_pointer_t<decltype(work)>;
-    return launch(attention_backward_kernel<Work>, lines, Work::kThreads, Work::kBackwardBytes, stream, line,
-                  LineMap(query), LineMap(key), LineMap(value), LineMap(grad_out), path,
-                  static_cast<const Real*>(delta), LineMap(grad_query), LineMap(grad_key), LineMap(grad_value));
-  });
-}
-
-template <class T, class Real>
-cudaError_t LineAttentionLaunchers<T, Real>::weight(const Axes& axes, Pixels<const T> query, Pixels<const T> key,
-                                                    PathSum<const Real> path, Pixels<T> weight, cudaStream_t stream) {
-  return each_axis_with_tile<T>(axes, [&](auto* work, const Line& line, int64_t lines) {
-    using Work = std::remove_pointer_t<decltype(work)>;
-    return launch(weight_kernel<Work>, lines * tiles_of(line, Work::kSide), Work::kThreads, Work::kMapBytes, stream,
-                  line, LineMap(query), LineMap(key), path, LineMap(weight));
-  });
-}
-
-template <class T, class Real>
-cudaError_t LineAttentionLaunchers<T, Real>::weight_backward(const Axes& axes, Pixels<const T> query,
-                                                             Pixels<const T> key, Pixels<const T> weight,
-                                                             Pixels<const T> grad_weight, Real* delta,
-                                                             Pixels<T> grad_query, Pixels<T> grad_key,
-                                                             cudaStream_t stream) {
-  const cudaError_t error = dot_products(weight, grad_weight, axes.pixels, delta, stream);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  return each_axis_with_tile<T>(axes, [&](auto* work, const Line& line, int64_t lines) {
-    using Work = std::remove_pointer_t<decltype(work)>;
-    return launch(weight_backward_kernel<Work>, lines, Work::kThreads, Work::kMapBytes, stream, line, LineMap(query),
-                  LineMap(key), LineMap(weight), LineMap(grad_weight), static_cast<const Real*>(delta),
-                  LineMap(grad_query), LineMap(grad_key));
-  });
-}
-
-template <class T, class Real>
-cudaError_t LineAttentionLaunchers<T, Real>::map(const Axes& axes, Pixels<const T> weight, Pixels<const T> value,
-                                                 Pixels<T> out, cudaStream_t stream) {
-  return each_axis_with_tile<T>(axes, [&](auto* work, const Line& line, int64_t lines) {
-    using Work = std::remove_pointer_t<decltype(work)>;
-    return launch(map_kernel<Work>, lines * tiles_of(line, Work::kSide), Work::kThreads, Work::kMapBytes, stream, line,
-                  LineMap(weight), LineMap(value), LineMap(out));
-  });
-}
-
-template <class T, class Real>
-cudaError_t LineAttentionLaunchers<T, Real>::map_backward(const Axes& axes, Pixels<const T> weight,
-                                                          Pixels<const T> value, Pixels<const T> grad_out,
-                                                          Pixels<T> grad_weight, Pixels<T> grad_value,
-                                                          cudaStream_t stream) {
-  return each_axis_with_tile<T>(axes, [&](auto* work, const Line& line, int64_t lines) {
-    using Work = std::remove_pointer_t<decltype(work)>;
-    return launch(map_backward_kernel<Work>, lines, Work::kThreads, Work::kMapBackwardBytes, stream, line,
-                  LineMap(weight), LineMap(value), LineMap(grad_out), LineMap(grad_weight), LineMap(grad_value));
-  });
 }
 
 }  // namespace ccnet

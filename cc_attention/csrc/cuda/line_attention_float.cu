@@ -1,3 +1,3 @@
-#include "cc_attention/csrc/cuda/line_attention.cuh"
+#include "cc_attention/csrc/cuda/launchers.cuh"
 
 template struct ccnet::LineAttentionLaunchers<float, float>;

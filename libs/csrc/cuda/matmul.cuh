@@ -10,13 +10,13 @@ struct PlainCores {};
 
 // A thread's part of a matrix [kM, kN]: element x[i][j] is at (row(i), column(j)). Columns are in groups of kGroup that
 // lie side by side; kRowLanes lanes that differ in their low bits, of kColumnWarps warps, share a row.
-template <class Cores, class T, int kM, int kN, int kThreads>
+template <class Cores, class T, int kM, int kN, int kThreads, int kColumnWarps_ = 0>
 struct Accumulator;
 
-// Warps hold 2 columns of blocks (1 if there are only 32 columns); a warp's part is made of m16n8 fragments.
-template <class T, int kM, int kN, int kThreads>
-struct Accumulator<TensorCores, T, kM, kN, kThreads> {
-  static constexpr int kColumnWarps = kN >= 64 ? 2 : 1;
+// A warp's part is made of m16n8 fragments.
+template <class T, int kM, int kN, int kThreads, int kColumnWarps_>
+struct Accumulator<TensorCores, T, kM, kN, kThreads, kColumnWarps_> {
+  static constexpr int kColumnWarps = kColumnWarps_ > 0 ? kColumnWarps_ : kN >= 64 ? 2 : 1;
   static constexpr int kWarpRows = kM / (kThreads / 32 / kColumnWarps), kWarpColumns = kN / kColumnWarps;
   static constexpr int kRows = kWarpRows / 8, kColumns = kWarpColumns / 4;
   static constexpr int kGroup = 2, kRowLanes = 4, kRun = 8;
@@ -74,7 +74,7 @@ struct Accumulator<TensorCores, T, kM, kN, kThreads> {
 
 // A warp has 4 rows of 8 lanes; a thread has 4 columns side by side.
 template <class T, int kM, int kN, int kThreads>
-struct Accumulator<PlainCores, T, kM, kN, kThreads> {
+struct Accumulator<PlainCores, T, kM, kN, kThreads, 0> {
   static constexpr int kColumnWarps = kN / 32, kRowWarps = kThreads / 32 / kColumnWarps;
   static constexpr int kRows = kM / (4 * kRowWarps), kColumns = 4;
   static constexpr int kGroup = 4, kRowLanes = 8, kRun = 4;
@@ -103,14 +103,35 @@ struct Accumulator<PlainCores, T, kM, kN, kThreads> {
   }
 };
 
-template <class Cores, class T, int kM, int kN, int kThreads>
-__device__ __forceinline__ void clear(Accumulator<Cores, T, kM, kN, kThreads>& acc) {
+template <class Cores, class T, int kM, int kN, int kThreads, int kColumnWarps>
+__device__ __forceinline__ void clear(Accumulator<Cores, T, kM, kN, kThreads, kColumnWarps>& acc) {
 #pragma unroll
   for (int i = 0; i < acc.kRows; ++i) {
 #pragma unroll
     for (int j = 0; j < acc.kColumns; ++j) {
       acc.x[i][j] = 0;
     }
+  }
+}
+
+// The fragment of A, 16x16 elements from row m and column k on, that mma_m16n8k16 takes
+template <bool kTransposed, class A>
+__device__ __forceinline__ void load_left(uint32_t (&x)[4], const A& a, int m, int k) {
+  const int lane = threadIdx.x % 32, high = lane / 16 * 8, middle = lane / 8 % 2 * 8, low = lane % 8;
+  if constexpr (kTransposed) {
+    ldmatrix_x4_trans(x, a.at(k + high + low, m + middle));
+  } else {
+    ldmatrix_x4(x, a.at(m + middle + low, k + high));
+  }
+}
+// Two fragments of B, side by side: 16x16 elements from row k and column n on
+template <bool kTransposed, class B>
+__device__ __forceinline__ void load_right(uint32_t (&x)[4], const B& b, int k, int n) {
+  const int lane = threadIdx.x % 32, high = lane / 16 * 8, middle = lane / 8 % 2 * 8, low = lane % 8;
+  if constexpr (kTransposed) {
+    ldmatrix_x4(x, b.at(n + high + low, k + middle));
+  } else {
+    ldmatrix_x4_trans(x, b.at(k + middle + low, n + high));
   }
 }
 
@@ -122,28 +143,17 @@ __device__ __forceinline__ void multiply(Accumulator<TensorCores, T, kM, kN, kTh
   using Acc = Accumulator<TensorCores, T, kM, kN, kThreads>;
   static_assert((kTransposedA ? A::kColumns : A::kRows) == kM && (kTransposedB ? B::kRows : B::kColumns) == kN, "sizes");
   constexpr int kFragments = Acc::kRows / 2, kPairs = Acc::kColumns / 4;
-  const int lane = threadIdx.x % 32, high = lane / 16 * 8, middle = lane / 8 % 2 * 8, low = lane % 8;
 #pragma unroll 1
   for (int k = 0; k < depth; k += 16) {
     uint32_t left[kFragments][4];
 #pragma unroll
     for (int m = 0; m < kFragments; ++m) {
-      const int row = acc.warp_row() + m * 16;
-      if constexpr (kTransposedA) {
-        ldmatrix_x4_trans(left[m], a.at(k + high + low, row + middle));
-      } else {
-        ldmatrix_x4(left[m], a.at(row + middle + low, k + high));
-      }
+      load_left<kTransposedA>(left[m], a, acc.warp_row() + m * 16, k);
     }
 #pragma unroll
-    for (int n = 0; n < kPairs; ++n) {  // two fragments of B at once
-      const int column = acc.warp_column() + n * 16;
+    for (int n = 0; n < kPairs; ++n) {
       uint32_t right[4];
-      if constexpr (kTransposedB) {
-        ldmatrix_x4(right, b.at(column + high + low, k + middle));
-      } else {
-        ldmatrix_x4_trans(right, b.at(k + middle + low, column + high));
-      }
+      load_right<kTransposedB>(right, b, k, acc.warp_column() + n * 16);
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
         float(&upper)[Acc::kColumns] = acc.x[2 * m], (&lower)[Acc::kColumns] = acc.x[2 * m + 1];
@@ -205,10 +215,11 @@ __device__ __forceinline__ void multiply(Accumulator<PlainCores, T, kM, kN, kThr
 }
 
 // x [kM, kN] from row first_row and channel first_channel on becomes acc, or with add: keep(row of the tile) * x + acc.
-template <class Cores, class T, int kM, int kN, int kThreads, class Keep>
-__device__ __forceinline__ void write_rows(const Accumulator<Cores, T, kM, kN, kThreads>& acc, const Rows<T>& x,
-                                           int first_row, int first_channel, bool add, const Keep& keep) {
-  using Acc = Accumulator<Cores, T, kM, kN, kThreads>;
+template <class Cores, class T, int kM, int kN, int kThreads, int kColumnWarps, class Keep>
+__device__ __forceinline__ void write_rows(const Accumulator<Cores, T, kM, kN, kThreads, kColumnWarps>& acc,
+                                           const Rows<T>& x, int first_row, int first_channel, bool add,
+                                           const Keep& keep) {
+  using Acc = Accumulator<Cores, T, kM, kN, kThreads, kColumnWarps>;
   constexpr int kRun = Acc::kRun;
   acc.each_run([&](int row, int column, const Run<Accumulate<T>, kRun>& sums) {
     const int channel = first_channel + column;
