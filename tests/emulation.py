@@ -47,10 +47,10 @@ def compile_with_emulator(name: str, sources: list[Path], sanitizer: str = "", f
         pytest.skip("needs CUDA's headers: a toolkit, or pip install nvidia-cuda-runtime")
     flags = f"{COMPILE} {SANITIZERS[sanitizer]} -I{ROOT} -I{EMULATOR} -isystem {headers} {flags}"
     content = hashlib.sha256(f"{flags} {link} {[str(source) for source in sources]}".encode())
-    for folder in ("libs/csrc", "cc_attention/csrc", "tests/cuda_emulator"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file():
-                content.update(path.read_bytes())
+    included = [ROOT / folder for folder in ("libs/csrc", "cc_attention/csrc", "tests/cuda_emulator")]
+    for path in [*sources, *(path for folder in included for path in sorted(folder.rglob("*")))]:
+        if path.is_file():
+            content.update(path.read_bytes())
     folder = ROOT / "build" / "emulator" / f"{name}-{sanitizer or 'plain'}-{content.hexdigest()[:16]}"
     target = folder / name
     if target.exists():
@@ -115,23 +115,37 @@ def _library(sanitizer: str = "") -> ctypes.CDLL:
     return library
 
 
+ALL_BLOCKS = 2**63 - 1
+
+
 @contextmanager
-def emulated_gpu(order="forward", seed=1, shared_bytes=163 * 1024, has_bfloat16=True, counting=False):
+def emulated_gpu(
+    order="forward", seed=1, shared_bytes=163 * 1024, has_bfloat16=True, counting=False, last_blocks=ALL_BLOCKS
+):
     """The kernels on a device like that, threads and blocks in that order. Gives the function that takes counters."""
     library = _library()
-    default = (0, ctypes.c_uint64(1), 163 * 1024, 1, 0)
-    library.emulator_set(ORDERS.index(order), ctypes.c_uint64(seed), shared_bytes, int(has_bfloat16), int(counting))
+
+    def set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks):
+        library.emulator_set(
+            ORDERS.index(order),
+            ctypes.c_uint64(seed),
+            shared_bytes,
+            int(has_bfloat16),
+            int(counting),
+            ctypes.c_int64(last_blocks),
+        )
 
     def take_counters() -> Counters:
         counters = Counters()
         library.emulator_take_counters(ctypes.byref(counters))
         return counters
 
+    set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks)
     take_counters()
     try:
         yield take_counters
     finally:
-        library.emulator_set(*default)
+        set_options("forward", 1, 163 * 1024, True, False, ALL_BLOCKS)
 
 
 def _differentiable(name: str):

@@ -4,8 +4,10 @@
 #include "cc_attention/csrc/cuda/criss_cross.cu"
 
 extern "C" __attribute__((visibility("default"))) void emulator_set(int order, uint64_t seed, int shared_bytes,
-                                                                    int has_bfloat16, int counting) {
-  emulator::options = {static_cast<emulator::Order>(order), seed, shared_bytes, has_bfloat16 != 0, counting != 0};
+                                                                    int has_bfloat16, int counting,
+                                                                    int64_t last_blocks) {
+  emulator::options = {static_cast<emulator::Order>(order), seed,       shared_bytes, has_bfloat16 != 0, counting != 0,
+                       last_blocks};
 }
 // Since the last call
 extern "C" __attribute__((visibility("default"))) void emulator_take_counters(emulator::Counters* to) {

@@ -498,7 +498,9 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
   for (int first_key = 0; first_key < line.length; first_key += kTile) {
     const typename Work::Corner corner{line, unknown(first_query), unknown(first_key)};
     __syncthreads();
-    first.template fetch<Work::kThreads>(v, first_key, 0);
+    if (v.channels > 0) {
+      first.template fetch<Work::kThreads>(v, first_key, 0);
+    }
     Work::each_weight(weights, corner, [&](int row, int column, int64_t place, bool valid) {
       store_shared(weight.at(row, column), load_global(weights.data + place, valid));
     });

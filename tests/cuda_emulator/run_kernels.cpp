@@ -1,0 +1,105 @@
+// Runs every attention kernel once, for sanitizers to watch: run_kernels half|bfloat16|float|double
+//
+// Buffers are of exactly the size that the kernels may touch and hold NaN where they have to be written. Results are
+// compared with the reference elsewhere; here none may be NaN.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+
+#include "cc_attention/csrc/cuda/line.h"
+#include "libs/csrc/cuda/scalar_types.cuh"
+
+namespace {
+
+using namespace ccnet;
+
+template <class T>
+struct Buffer {
+  Buffer(int64_t pixels, int channels, std::mt19937* random = nullptr)
+      : size(pixels * channels),
+        channels(channels),
+        data(static_cast<T*>(std::aligned_alloc(16, (size * sizeof(T) + 15) / 16 * 16)), std::free) {
+    std::normal_distribution<float> normal(0, 0.5f);
+    std::memset(static_cast<void*>(data.get()), 0xff, size * sizeof(T));
+    for (int64_t i = 0; random != nullptr && i < size; ++i) {
+      data.get()[i] = down<T>(normal(*random));
+    }
+  }
+  operator Pixels<const T>() const { return {data.get(), channels}; }
+  operator Pixels<T>() const { return {data.get(), channels}; }
+  void check(const char* name) const {
+    for (int64_t i = 0; i < size; ++i) {
+      if (up(data.get()[i]) != up(data.get()[i])) {
+        std::printf("%s: element %ld of %ld is NaN\n", name, static_cast<long>(i), static_cast<long>(size));
+        std::exit(1);
+      }
+    }
+  }
+  const int64_t size;
+  const int channels;
+  const std::unique_ptr<T, void (*)(void*)> data;
+};
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) {
+    std::puts(emulator::last_error.c_str());
+    std::exit(1);
+  }
+}
+
+template <class T>
+void run(int images, int height, int width, int c, int cv) {
+  using Real = Accumulate<T>;
+  using Launchers = LineAttentionLaunchers<T, Real>;
+  const int path_length = height + width - 1;
+  const int64_t pixels = int64_t{images} * height * width;
+  Axes axes{{{1, width, true, height == 1, path_length, 0}, {width, height, false, true, path_length, width}}, 2, pixels};
+  axes.count = height == 1 ? 1 : 2;
+  std::mt19937 random(7);
+  const Buffer<T> query(pixels, c, &random), key(pixels, c, &random), value(pixels, cv, &random);
+  const Buffer<T> grad_out(pixels, cv, &random), grad_weight(pixels, path_length, &random);
+  const Buffer<T> out(pixels, cv), grad_query(pixels, c), grad_key(pixels, c), grad_value(pixels, cv);
+  const Buffer<T> weight(pixels, path_length), weight_grad(pixels, path_length), mapped(pixels, cv);
+  const Buffer<Real> largest(pixels, 1), sum(pixels, 1), delta(pixels, 1);
+  const PathSum<Real> path{largest.data.get(), sum.data.get()};
+  const PathSum<const Real> read_path{path.largest, path.sum};
+  check(Launchers::attention(axes, query, key, value, out, path, nullptr));
+  check(Launchers::attention_backward(axes, query, key, value, out, grad_out, read_path, delta.data.get(), grad_query,
+                                      grad_key, grad_value, nullptr));
+  for (const auto* x : {&out, &grad_query, &grad_key, &grad_value}) {
+    x->check("attention");
+  }
+  largest.check("largest"), sum.check("sum");
+  check(Launchers::weight(axes, query, key, read_path, weight, nullptr));
+  check(Launchers::weight_backward(axes, query, key, weight, grad_weight, delta.data.get(), grad_query, grad_key,
+                                   nullptr));
+  check(Launchers::map(axes, weight, value, mapped, nullptr));
+  check(Launchers::map_backward(axes, weight, value, grad_out, weight_grad, grad_value, nullptr));
+  for (const auto* x : {&weight, &grad_query, &grad_key, &mapped, &weight_grad, &grad_value}) {
+    x->check("explicit form");
+  }
+}
+
+template <class T>
+void run_all() {
+  emulator::options.order = emulator::Order::random;
+  run<T>(1, 5, 33, 8, 72);   // small tiles; a slice and a part of one
+  run<T>(2, 3, 7, 5, 9);     // rows that are no multiple of 16 bytes
+  run<T>(1, 1, 97, 64, 72);  // a large tile, on the first axis
+  run<T>(1, 97, 1, 64, 8);   // and on the second
+  run<T>(1, 1, 133, 72, 8);  // two tiles, two slices of query and key
+  run<T>(1, 1, 150, 16, 8);  // a whole line of 16-bit elements
+  emulator::options.shared_bytes = 64 * 1024;  // as on sm_75
+  emulator::options.has_bfloat16 = false;
+  run<T>(1, 1, 97, 8, 40);
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const std::string type = arguments[1];
+  type == "half" ? run_all<Half>() : type == "bfloat16" ? run_all<BFloat16>()
+      : type == "float" ? run_all<float>() : run_all<double>();
+  std::puts("done");
+}

@@ -1,0 +1,281 @@
+"""The CUDA kernels in the emulator (cuda_emulator/): what only there can be chosen or seen. Their results are compared
+with the reference by test_criss_cross_native.py, whose tests run them in the emulator too."""
+
+import ctypes
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from attention import (
+    DTYPES,
+    TOLERANCE,
+    assert_attention_as_reference,
+    assert_close,
+    assert_explicit_form_as_reference,
+    assert_same_bits,
+    everything,
+    random_inputs,
+    run,
+)
+from emulation import EMULATOR, KERNELS, ROOT, compile_with_emulator, emulated_gpu, kernels
+
+from cc_attention import reference
+from libs import native
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not native.LOADED, reason="needs the native operators: pip install -e ."),
+]
+
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+DEVICES = {
+    "sm_75": {"shared_bytes": 64 * 1024, "has_bfloat16": False},
+    "sm_80": {"shared_bytes": 163 * 1024},
+    "sm_86": {"shared_bytes": 99 * 1024},
+    "sm_90": {"shared_bytes": 227 * 1024},
+}
+
+
+# ---- order of threads, devices, sizes ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_in_every_order_of_threads_and_blocks(dtype):
+    inputs = {name: x.to(dtype) for name, x in random_inputs(1, 16, 40, 5, 33).items()}
+    in_3d = {name: x.to(dtype) for name, x in random_inputs(1, 9, 33, 2, 3, 13).items()}
+    results = []
+    for order, seed in [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)]:
+        with emulated_gpu(order=order, seed=seed):
+            results.append(list(everything(kernels, inputs, in_3d)))
+    assert_same_bits(results)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("length", [97, 150])
+def test_same_bits_in_every_order_where_a_block_has_a_long_line(dtype, length):
+    inputs = {name: x.to(dtype) for name, x in random_inputs(1, 64, 72, 2, length).items()}
+    upstream = torch.randn(inputs["value"].shape).to(dtype)
+    results = []
+    for order in ("forward", "reverse", "random"):
+        with emulated_gpu(order=order):
+            out, largest, sum_ = torch.ops.ccnet_emulated.criss_cross_attention(*inputs.values())
+            gradients = torch.ops.ccnet_emulated.criss_cross_attention_backward(
+                upstream, *inputs.values(), out, largest, sum_
+            )
+            results.append(list(enumerate([out, largest, sum_, *gradients])))
+    assert_same_bits(results)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_of_every_device(device, dtype):
+    """How much shared memory there is, and whether tensor cores know bfloat16, chooses among kernels."""
+    with emulated_gpu(**DEVICES[device]):
+        assert_attention_as_reference(kernels, random_inputs(1, 64, 72, 3, 97, scale=0.4), dtype)
+        assert_attention_as_reference(kernels, random_inputs(1, 24, 40, 135, 2, scale=0.5), dtype)
+        assert_explicit_form_as_reference(kernels, random_inputs(1, 24, 40, 3, 97, scale=0.5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 5, 29, 33, 97])
+def test_lengths_off_the_tiles(length, dtype):
+    for c, cv in ((8, 16), (7, 9)):  # rows of whole packs of 16 bytes, and not
+        assert_attention_as_reference(kernels, random_inputs(1, c, cv, 2, length, scale=0.5), dtype)
+        assert_explicit_form_as_reference(kernels, random_inputs(1, c, cv, length, 2, scale=0.5), dtype)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize(
+    ("c", "cv", "pixels"),
+    [
+        (64, 136, (3, 129)),  # one pixel beyond a tile, a slice of values and a part of one
+        (64, 64, (256, 2)),  # the longest, as the second axis
+        (8, 8, (2, 3, 200)),
+        (72, 8, (2, 150)),  # more channels than are kept: the tiled kernel
+        (60, 8, (2, 150)),  # rows that are not whole packs: the tiled kernel
+        (64, 64, (2, 257)),  # longer than a whole line may be: the tiled kernel
+    ],
+)
+def test_whole_lines_and_what_is_beyond_them(c, cv, pixels, dtype):
+    assert_attention_as_reference(kernels, random_inputs(1, c, cv, *pixels, scale=0.4), dtype)
+
+
+def test_offsets_beyond_two_to_the_31():
+    """The last of so many images that the map has more elements than that; only its blocks run, the rest is virtual."""
+    height, width, channels = 16, 8, 520
+    images = 2**31 // (height * width * channels) + 2
+
+    def batch(channels, scale):
+        zeros = np.zeros((images, height, width, channels), dtype=np.int16)  # NumPy's take memory when they are written
+        x = torch.from_numpy(zeros).view(torch.bfloat16).permute(0, 3, 1, 2)
+        x[-1] = scale * torch.randn(channels, height, width)
+        return x
+
+    query, key, value, grad_out = batch(8, 0.4), batch(8, 0.4), batch(channels, 1), batch(channels, 1)
+    assert value[-1].storage_offset() > 2**31
+    ops = torch.ops.ccnet_emulated
+    with emulated_gpu(last_blocks=16):  # rows, columns (of two images) and eights of pixels
+        out, *path = ops.criss_cross_attention(query, key, value)
+        gradients = ops.criss_cross_attention_backward(grad_out, query, key, value, out, *path)
+    last = {"query": query[-1:], "key": key[-1:], "value": value[-1:]}
+    expected = run(reference.criss_cross_attention, {k: x.double() for k, x in last.items()}, grad_out[-1:].double())
+    actual = dict(zip(expected, [out[-1:], *(x[-1:] for x in gradients)], strict=True))
+    assert_close(actual, expected, TOLERANCE[torch.bfloat16])
+
+
+# ---- sanitizers ----
+
+
+def run_sanitized(executable, *arguments):
+    result = subprocess.run([executable, *map(str, arguments)], text=True, capture_output=True)
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("dtype", ["half", "bfloat16", "float", "double"])
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers_find_nothing(sanitizer, dtype):
+    """AddressSanitizer and UndefinedBehaviorSanitizer; ThreadSanitizer, for which threads of a block are threads."""
+    executable = compile_with_emulator("run_kernels", [EMULATOR / "run_kernels.cpp", *KERNELS], sanitizer)
+    code, out, error = run_sanitized(executable, dtype)
+    assert (code, out) == (0, "done\n"), out + error
+
+
+# Where a planted bug shows: in a run without sanitizer (what it says), under AddressSanitizer and
+# UndefinedBehaviorSanitizer, under ThreadSanitizer. Where nothing stands it may pass unseen.
+BUGS = {
+    "first_barrier_missing": {"": r"wrong: out", "thread": "data race"},
+    "second_barrier_missing": {"": r"wrong: out", "thread": "data race"},
+    "syncwarp_missing": {"": r"wrong: out", "thread": "data race"},
+    "partial_tile_not_masked": {"": r"wrong: out"},
+    "copy_not_waited": {"": r"a thread returned without waiting for its copies"},
+    "read_past_shared": {"address": "use-after-poison"},
+    "read_before_shared": {"address": "use-after-poison"},
+    "write_past_shared": {"": r"a write past the end of a piece of shared memory", "address": "use-after-poison"},
+    "divergent_barrier": {"": r"at different __syncthreads: .*planted_bugs\.cpp:\d+ and .*planted_bugs\.cpp:\d+"},
+    "early_return": {"": r"threads returned before a __syncthreads\n.* wait at .*planted_bugs\.cpp:\d+"},
+    "half_warp_shuffle": {"": r"deadlock: no thread of the block can go on\n.* wait at .*planted_bugs\.cpp:\d+"},
+    "blocks_race": {"thread": "data race"},
+    "misaligned_vector": {"address": "misaligned address"},
+    "uninitialised_sum": {"address": r"wrong: out"},
+    "different_accesses": {"": r"lanes of one warp access memory at .*planted_bugs\.cpp:\d+, others do not"},
+    "too_much_shared": {"": r"the kernel takes \d+ bytes of shared memory, the launch gave \d+"},
+}
+
+
+@pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
+def test_planted_bugs_are_caught(sanitizer):
+    executable = compile_with_emulator("planted_bugs", [EMULATOR / "planted_bugs.cpp"], sanitizer)
+    assert run_sanitized(executable, "none", 97) == (0, "right\n", "")
+    for bug, where in BUGS.items():
+        if sanitizer in where:
+            _, out, error = run_sanitized(executable, bug, 97)
+            assert re.search(where[sanitizer], out + error), f"{bug}: {out}{error}"
+            if where[sanitizer] == "data race":  # with both lines
+                assert len(re.findall(r"planted_bugs\.cpp:\d+", error)) >= 2, error
+    # A tile that is not masked is seen only at lengths that leave a part of one.
+    assert run_sanitized(executable, "partial_tile_not_masked", 96) == (0, "right\n", "")
+
+
+# ---- the wrappers of tensor-core instructions, by the tables of the PTX ISA ----
+# "Matrix Fragments for mma.m16n8k16 with floating point type" and, for sm_75, "... for mma.m16n8k8"; "ldmatrix".
+# Elements are numbered in their registers from the lower half of the first one on.
+
+
+def a_fragment(lane, i):
+    """(row, column) of the i-th of 8 elements of A."""
+    group, thread = lane >> 2, lane % 4
+    row = group if 0 <= i < 2 or 4 <= i < 6 else group + 8
+    return row, thread * 2 + (i & 1) + (8 if i >= 4 else 0)
+
+
+def b_fragment(lane, i):
+    """(row, column) of the i-th of 4 elements of B."""
+    group, thread = lane >> 2, lane % 4
+    return thread * 2 + (i & 1) + (8 if i >= 2 else 0), group
+
+
+def c_fragment(lane, i):
+    """(row, column) of the i-th of 4 elements of C and D."""
+    group, thread = lane >> 2, lane % 4
+    return group if i < 2 else group + 8, thread * 2 + (i & 1)
+
+
+def in_registers(matrix, fragment, count):
+    """What each lane has of a matrix of 16-bit elements: [32, count] of them."""
+    elements = [[matrix[fragment(lane, i)] for i in range(count)] for lane in range(32)]
+    return torch.stack([torch.stack(row) for row in elements]).contiguous()
+
+
+@pytest.fixture(scope="module")
+def fragments():
+    return ctypes.CDLL(str(compile_with_emulator("fragments.so", [EMULATOR / "fragments.cpp"], link="-shared")))
+
+
+def pointer(x):
+    return ctypes.c_void_p(x.data_ptr())
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+def test_mma_has_the_layout_of_the_isa(fragments, dtype):
+    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
+    d = in_registers(c, c_fragment, 4)
+    left, right = in_registers(a, a_fragment, 8), in_registers(b, b_fragment, 4)
+    assert fragments.run_mma(int(dtype == torch.float16), pointer(left), pointer(right), pointer(d)) == 0
+    expected = in_registers(a.float() @ b.float() + c, c_fragment, 4)
+    torch.testing.assert_close(d, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_two_halves_of_mma_on_sm_75_have_the_same_layout():
+    """m16n8k8 has A as rows group, group, group + 8, group + 8 and B as rows thread * 2 + i: each half of ours."""
+    for lane in range(32):
+        group, thread = lane >> 2, lane % 4
+        for half in range(2):
+            for i in range(4):
+                expected = (group if i < 2 else group + 8, thread * 2 + (i & 1) + 8 * half)
+                assert a_fragment(lane, 4 * half + i) == expected
+            for i in range(2):
+                assert b_fragment(lane, 2 * half + i) == (thread * 2 + i + 8 * half, group)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ldmatrix_has_the_layout_of_the_isa(fragments, transposed):
+    """Lane l gives the address of row l % 8 of matrix l / 8, and gets of each row l / 4 the elements l % 4 * 2, + 1."""
+    matrices = torch.arange(4 * 8 * 8, dtype=torch.int16).view(4, 8, 8)
+    x = torch.zeros(32, 4, 2, dtype=torch.int16)
+    rows = torch.zeros(64, 8, dtype=torch.int16)
+    rows = rows[(-rows.data_ptr() // 16) % 2 :][:32]  # whatever PyTorch aligns to, 16 bytes
+    rows.copy_(matrices.view(32, 8))
+    assert fragments.run_ldmatrix(int(transposed), pointer(rows), pointer(x)) == 0
+    for lane in range(32):
+        for matrix in range(4):
+            source = matrices[matrix].T if transposed else matrices[matrix]
+            assert x[lane, matrix].tolist() == source[lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2].tolist()
+
+
+def test_operands_of_the_instructions_are_in_the_order_of_the_isa():
+    """D, A, B, C; and of sm_75's halves, A's first two registers and B's first, then the others."""
+    text = (ROOT / "libs/csrc/cuda/primitives.cuh").read_text()
+    sums = ["d0", "d1", "d2", "d3"]
+    whole = re.findall(r'"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)\.\1\.f32 ([^"]*)"\s*(:[^;]*);', text)
+    assert [kind for kind, _, _ in whole] == ["f16", "bf16"]
+    for _, operands, bound in whole:
+        assert operands == "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        assert re.findall(r'"\+?[fr]"\((.*?)\)', bound) == [*sums, "a[0]", "a[1]", "a[2]", "a[3]", "b0", "b1"]
+    halves = re.findall(r'"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.f16\.f16\.f32 ([^"]*)"\s*(:[^;]*);', text)
+    assert [operands for operands, _ in halves] == ["{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"] * 2
+    bound = [re.findall(r'"\+?[fr]"\((.*?)\)', part) for _, part in halves]
+    assert bound == [[*sums, "a[0]", "a[1]", "b0"], [*sums, "a[2]", "a[3]", "b1"]]
+    assert set(re.findall(r"ldmatrix\.\S+", text)) == {
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+    }
+
+
+def test_kernel_sources_keep_the_rules_of_the_emulator():
+    """What it cannot run or would not see is only in primitives.cuh."""
+    for path in [*(ROOT / "libs/csrc/cuda").iterdir(), *(ROOT / "cc_attention/csrc/cuda").iterdir()]:
+        if path.name != "primitives.cuh":
+            found = re.findall(r"\basm\b|__CUDA_ARCH__|<<<|__shared__|__activemask|\batomic\w+", path.read_text())
+            assert not found, f"{path.name}: {found}"
