@@ -242,13 +242,10 @@ def main() -> None:
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
-    return build_meta.get_requires_for_build_wheel(config_settings) + missing_nvcc_wheels()
+    return missing_nvcc_wheels()  # setuptools' would run main() to find out, which needs them
 
 
-def get_requires_for_build_editable(config_settings=None) -> list[str]:
-    return build_meta.get_requires_for_build_editable(config_settings) + missing_nvcc_wheels()
-
-
+get_requires_for_build_editable = get_requires_for_build_wheel
 get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
 prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
 prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable

@@ -1,15 +1,17 @@
 """Time and memory of criss-cross attention on this machine, beside plain PyTorch and the machine's limit.
 
-    python -m benchmarks.criss_cross [--threads 1 2] [--dtypes float32 bfloat16] [--sizes 97x97 128x256] ...
+    python -m benchmarks.criss_cross [--device cuda] [--threads 1 2] [--dtypes float32 bfloat16] [--sizes 97x97] ...
 
 Everything in a row is measured in one process, the contenders taking turns; the numbers are medians in milliseconds.
 They are: this project's operator; the two usual forms in plain PyTorch, batched matrix products (CCNet's own pure
-PyTorch version) and einsum (mmcv's), each also under torch.compile, and batched products written for channels_last; and
-the limit, which is the time that the same multiplications take at the fastest rate of matrix products measured in the
-same turns, a 1x1 convolution or a large product. (The limit leaves out that our backward makes the energies anew.) Full
-non-local attention is another function and stands there for its cost; PyTorch has no fused kernel for it on the CPU
-where query and value differ in channels. Where a contender's result or a gradient differs from ours, the run ends.
-Results of NCHW inputs are NCHW for the usual forms and channels_last for ours.
+PyTorch version) and einsum (mmcv's), each also under torch.compile, and batched products written for channels_last;
+and the limit, which is the time that the same multiplications take at the fastest rate of matrix products measured in
+the same turns, a 1x1 convolution or a large product. (The limit leaves out that our backward makes the energies
+anew.) On a GPU, where times are those between CUDA events, it is no less than the time to move inputs and results
+once at the rate of a large copy; and float32 is not TF32 for anybody. Full non-local attention is another function
+and stands there for its cost; PyTorch has no fused kernel for it on the CPU where query and value differ in channels.
+Where a contender's result or a gradient differs from ours, the run ends. Results of NCHW inputs are NCHW for the
+usual forms and channels_last for ours.
 """
 
 import argparse
@@ -36,6 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Norm of the difference over the norm that contenders may have
 AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Work = Callable[[], object]
 
 
 # Each thread stays on a CPU: otherwise two of them share one at times, for a second on end.
@@ -115,6 +118,7 @@ CONTENDERS: dict[str, Attention] = {
     "bmm for channels_last": bmm_channels_last_attention,
 }
 COMPILED = ("bmm", "einsum")
+ATTENTIONS: dict[str, Attention] = {"ours": criss_cross_attention, **CONTENDERS}
 
 
 # ---- measuring ----
@@ -123,12 +127,14 @@ COMPILED = ("bmm", "einsum")
 class Case:
     """Inputs of one row of the table."""
 
-    def __init__(self, size: tuple[int, int], dtype: torch.dtype, layout: str):
+    def __init__(self, size: tuple[int, int], dtype: torch.dtype, layout: str, device: str = "cpu"):
         torch.manual_seed(0)
+        self.device = device
         memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
 
         def images(channels: int, scale: float) -> Tensor:
-            return (scale * torch.randn(1, channels, *size)).to(dtype).contiguous(memory_format=memory_format)
+            image = (scale * torch.randn(1, channels, *size)).to(device, dtype)
+            return image.contiguous(memory_format=memory_format)
 
         c, cv = CHANNELS
         self.query, self.key, self.value = images(c, 0.35), images(c, 0.35), images(cv, 1.0)
@@ -137,6 +143,9 @@ class Case:
         self.map_bytes = pixels * path * 4
         # Multiplications and additions: energies and weighted values; and the gradients of both factors of each
         self.flops = {"forward": 2 * pixels * path * (c + cv), "forward+backward": 6 * pixels * path * (c + cv)}
+        # Inputs read and results written once, in the forward; and in the backward, of twice as many
+        once = 2 * pixels * (c + cv) * dtype.itemsize
+        self.fewest_bytes = {"forward": once, "forward+backward": 3 * once}
 
     def forward(self, attention: Attention) -> Tensor:
         return attention(self.query, self.key, self.value)
@@ -146,7 +155,7 @@ class Case:
         out = attention(*inputs)
         return (out, *torch.autograd.grad(out, inputs, self.upstream))
 
-    def work(self, what: str, attention: Attention) -> Callable[[], object]:
+    def work(self, what: str, attention: Attention) -> Work:
         if what == "forward":
             return lambda: self.forward(attention)
         return lambda: self.forward_and_backward(attention)
@@ -162,36 +171,62 @@ class Case:
                     raise SystemExit(f"{contender}: {name} differs by {difference:.1e}: no times are printed")
 
 
-def matrix_products(dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], int]]:
+def matrix_products(dtype: torch.dtype, device: str) -> dict[str, tuple[Work, int]]:
     """What the limit is taken from, each with its multiplications and additions."""
-    image = torch.randn(1, 576, 97, 97).to(dtype).contiguous(memory_format=torch.channels_last)
-    kernel = torch.randn(576, 576, 1, 1).to(dtype).contiguous(memory_format=torch.channels_last)
-    a, b = torch.randn(2, 1536, 1536).to(dtype)
+    image = torch.randn(1, 576, 97, 97).to(device, dtype).contiguous(memory_format=torch.channels_last)
+    kernel = torch.randn(576, 576, 1, 1).to(device, dtype).contiguous(memory_format=torch.channels_last)
+    n = 1536 if device == "cpu" else 8192
+    a, b = torch.randn(2, n, n).to(device, dtype)
     return {
         "1x1 convolution": (lambda: F.conv2d(image, kernel), 2 * 97 * 97 * 576 * 576),
-        "matrix product": (lambda: a @ b, 2 * 1536**3),
+        "matrix product": (lambda: a @ b, 2 * n**3),
     }
 
 
-def take_turns(works: dict[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, float]:
+def large_copies(device: str) -> dict[str, tuple[Work, int]]:
+    """What the limit of a GPU is taken from too, with the bytes read and written."""
+    if device == "cpu":
+        return {}
+    x = torch.zeros(2**28, dtype=torch.uint8, device=device)
+    return {"copy": (x.clone, 2 * x.numel())}
+
+
+def milliseconds(work: Work, device: str) -> float:
+    if device == "cpu":
+        begin = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - begin)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def take_turns(works: dict[str, Work], repeats: int, seconds: float, device: str) -> dict[str, float]:
     """Median milliseconds of each, in turns. What would take longer than `seconds` is run as often as that allows."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():
-            if turn and sum(times[name]) > seconds:
+            if turn and sum(times[name]) > 1e3 * seconds:
                 continue
-            start = time.perf_counter()
-            work()
+            ms = milliseconds(work, device)
             if turn:  # the first warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+                times[name].append(ms)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 # ---- memory ----
 
 
 def peak_extra_bytes(case: Case, attention: Attention) -> int:
-    """Most memory that forward and backward hold beyond inputs, result and gradients. Call it once in a process."""
+    """Most memory that forward and backward hold beyond inputs, result and gradients. On the CPU, once in a process."""
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        in_use = torch.cuda.memory_allocated()
+        results = case.forward_and_backward(attention)
+        return torch.cuda.max_memory_allocated() - in_use - sum(x.numel() * x.element_size() for x in results)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status_bytes("VmRSS")
@@ -215,12 +250,16 @@ def peak_extra_in_a_new_process(name: str, size: tuple[int, int], dtype_name: st
 # ---- the tables ----
 
 
-def print_header() -> None:
+def print_header(device: str) -> None:
+    channels = f"query and key of {CHANNELS[0]} channels, value of {CHANNELS[1]}"
+    if device == "cuda":
+        print(f"{torch.cuda.get_device_name()}; PyTorch {torch.__version__}; {channels}")
+        return
     model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
     print(
         f"{platform.machine()}, {model.split(': ')[-1]}, {os.cpu_count()} CPUs; PyTorch {torch.__version__}; ", end=""
     )
-    print(f"kernels for {native.cpu_capability()}; query and key of {CHANNELS[0]} channels, value of {CHANNELS[1]}")
+    print(f"kernels for {native.cpu_capability()}; {channels}")
 
 
 def print_table(title: str, header: list[str], rows: Iterable[list[str]]) -> None:
@@ -234,7 +273,7 @@ def time_non_local(case: Case, what: str, seconds: float) -> str:
     pixels = case.value.shape[2] * case.value.shape[3]
     if pixels**2 * case.value.element_size() > 2e9:
         return "-"
-    return f"{take_turns({'': case.work(what, non_local_attention)}, 3, seconds)['']:.0f}"
+    return f"{take_turns({'': case.work(what, non_local_attention)}, 3, seconds, case.device)['']:.1f}"
 
 
 def time_rows(args: argparse.Namespace) -> Iterable[list[str]]:
@@ -242,38 +281,44 @@ def time_rows(args: argparse.Namespace) -> Iterable[list[str]]:
         torch.set_num_threads(threads)
         torch._dynamo.reset()  # compiled code is for one number of threads and one shape
         dtype = DTYPES[dtype_name]
-        case = Case(size, dtype, layout)
+        case = Case(size, dtype, layout, args.device)
         contenders = dict(CONTENDERS)
         if args.compile:
             for name in COMPILED:
                 contenders[f"{name}, compiled"] = torch.compile(CONTENDERS[name], dynamic=False)
         case.check(contenders, dtype)
-        products = matrix_products(dtype)
+        on = "GPU" if args.device == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
+        products, copies = matrix_products(dtype, args.device), large_copies(args.device)
         for what in ("forward", "forward+backward"):
             works = {"ours": case.work(what, criss_cross_attention)}
             works |= {name: case.work(what, attention) for name, attention in contenders.items()}
-            works |= {name: work for name, (work, _) in products.items()}
-            ms = take_turns(works, args.repeats, args.seconds)
+            works |= {name: work for name, (work, _) in (products | copies).items()}
+            ms = take_turns(works, args.repeats, args.seconds, args.device)
             limit = case.flops[what] / max(flops / ms[name] for name, (_, flops) in products.items())
+            for name, (_, moved) in copies.items():
+                limit = max(limit, case.fewest_bytes[what] * ms[name] / moved)
             yield [
                 f"{size[0]}x{size[1]} {dtype_name} {layout}",
-                f"{what}, {threads} thread{'s' if threads > 1 else ''}",
-                f"{ms['ours']:.1f}",
-                f"{limit:.1f}",
+                f"{what}, {on}",
+                f"{ms['ours']:.2f}",
+                f"{limit:.2f}",
                 f"{ms['ours'] / limit:.2f}",
-                *(f"{ms[name]:.1f} ({ms[name] / ms['ours']:.1f}x)" for name in contenders),
+                *(f"{ms[name]:.2f} ({ms[name] / ms['ours']:.1f}x)" for name in contenders),
                 time_non_local(case, what, args.seconds) if args.non_local else "-",
             ]
 
 
 def memory_rows(args: argparse.Namespace) -> Iterable[list[str]]:
     for size, dtype_name, layout in itertools.product(args.sizes, args.dtypes, args.layouts):
-        one_map = Case(size, DTYPES[dtype_name], layout).map_bytes
-        extra = {name: peak_extra_in_a_new_process(name, size, dtype_name, layout) for name in ("ours", *CONTENDERS)}
+        case = Case(size, DTYPES[dtype_name], layout, args.device)
+        if args.device == "cuda":
+            extra = {name: peak_extra_bytes(case, attention) for name, attention in ATTENTIONS.items()}
+        else:
+            extra = {name: peak_extra_in_a_new_process(name, size, dtype_name, layout) for name in ATTENTIONS}
         yield [
             f"{size[0]}x{size[1]} {dtype_name}",
             layout,
-            f"{one_map / 1e6:.1f}",
+            f"{case.map_bytes / 1e6:.1f}",
             *(f"{bytes_ / 1e6:.1f}" for bytes_ in extra.values()),
         ]
 
@@ -281,11 +326,12 @@ def memory_rows(args: argparse.Namespace) -> Iterable[list[str]]:
 def scaling_rows(args: argparse.Namespace) -> Iterable[list[str]]:
     torch.set_num_threads(max(args.threads))
     for side in args.scaling:
-        case = Case((side, side), torch.float32, "channels_last")
+        case = Case((side, side), torch.float32, "channels_last", args.device)
         ms = take_turns(
             {what: case.work(what, criss_cross_attention) for what in ("forward", "forward+backward")},
             args.repeats,
             args.seconds,
+            args.device,
         )
         non_local = time_non_local(case, "forward", args.seconds)
         steps, pairs = side * side * (2 * side), side**4
@@ -307,6 +353,7 @@ def sides(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Criss-cross attention beside plain PyTorch and the machine's limit.")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--sizes", type=sides, nargs="+", default=[(97, 97), (128, 256)], metavar="HxW")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--layouts", nargs="+", default=["channels_last", "NCHW"], choices=["channels_last", "NCHW"])
@@ -321,16 +368,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.memory_of:
         case = Case(args.sizes[0], DTYPES[args.dtypes[0]], args.layouts[0])
-        attentions = {"ours": criss_cross_attention, **CONTENDERS}
-        Case((5, 5), torch.float32, "NCHW").forward_and_backward(attentions[args.memory_of])  # what is loaded only once
-        print(peak_extra_bytes(case, attentions[args.memory_of]))
+        attention = ATTENTIONS[args.memory_of]
+        Case((5, 5), torch.float32, "NCHW").forward_and_backward(attention)  # what is loaded only once
+        print(peak_extra_bytes(case, attention))
         return
-    if not native.LOADED:
-        raise SystemExit("the native operators are not built: pip install -e .")
-    if "OMP_PROC_BIND" not in os.environ:  # read when a process starts
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no GPU")
+    if not native.runs_on(torch.device(args.device)):
+        raise SystemExit(f"the native operators for {args.device} are not built: pip install -e .")
+    if args.device == "cuda":
+        args.threads = args.threads[:1]
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    elif "OMP_PROC_BIND" not in os.environ:  # read when a process starts
         environment = {**os.environ, **STEADY_THREADS, **({} if args.fresh_memory else STEADY_MEMORY)}
         os.execve(sys.executable, sys.orig_argv, environment)
-    print_header()
+    print_header(args.device)
     names = [*CONTENDERS, *(f"{name}, compiled" for name in COMPILED if args.compile)]
     print_table(
         "Median milliseconds; in brackets, how many times ours that is.",
@@ -343,8 +395,7 @@ def main() -> None:
         memory_rows(args),
     )
     print_table(
-        f"Cost by size, float32, channels_last, {max(args.threads)} threads: milliseconds and nanoseconds a step of "
-        "the growth that is expected.",
+        "Cost by size, float32, channels_last: milliseconds, and nanoseconds a step of the growth that is expected.",
         ["", "HW(H+W)", "forward", "/ HW(H+W)", "forward+backward", "non-local forward", "/ (HW)^2"],
         scaling_rows(args),
     )

@@ -102,7 +102,7 @@ def _library(sanitizer: str = "") -> ctypes.CDLL:
         "emulated.so",
         [EMULATOR / "emulated.cpp", *KERNELS],
         sanitizer,
-        flags=f"{includes} -DTORCH_TARGET_VERSION=0x020a000000000000 -fvisibility=hidden",
+        flags=f"{includes} -DTORCH_TARGET_VERSION=0x020a000000000000",
         link=f"-shared -L{library_paths()[0]} -ltorch -ltorch_cpu -lc10",
     )
     definitions = torch.library.Library("ccnet_emulated", "DEF")
@@ -111,6 +111,7 @@ def _library(sanitizer: str = "") -> ctypes.CDLL:
             schema = str(getattr(torch.ops.ccnet, operator).default._schema)
             definitions.define(schema.removeprefix("ccnet::"))
     library = ctypes.CDLL(str(path))
+    library.emulator_launches.restype = ctypes.c_char_p
     library.definitions = definitions  # they go when nobody has them
     return library
 
@@ -146,6 +147,12 @@ def emulated_gpu(
         yield take_counters
     finally:
         set_options("forward", 1, 163 * 1024, True, False, ALL_BLOCKS)
+
+
+def launches() -> dict[str, tuple[int, int]]:
+    """Threads a block and bytes of shared memory of every kernel launched so far, by name."""
+    lines = _library().emulator_launches().decode().splitlines()
+    return {name: (int(threads), int(shared)) for name, threads, shared in (line.split("|") for line in lines)}
 
 
 def _differentiable(name: str):

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import tarfile
 import types
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from libs import native
 
@@ -115,9 +117,70 @@ def test_forced_cuda_needs_a_pytorch_with_it_and_nvcc(setup_py, monkeypatch):
     assert setup_py.cuda_toolkit(without) is setup_py.cuda_toolkit(with_cuda) is None
 
 
+def test_nvcc_is_asked_for_where_it_is_of_use_and_missing(setup_py, monkeypatch):
+    torch = types.SimpleNamespace(
+        version=types.SimpleNamespace(cuda="13.2"), cuda=types.SimpleNamespace(is_available=lambda: True)
+    )
+    monkeypatch.setattr(setup_py, "import_torch", lambda: torch)
+    monkeypatch.setattr(setup_py, "find_nvcc", lambda: None)
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
+    wheels = setup_py.missing_nvcc_wheels()
+    assert wheels[0] == "nvidia-cuda-nvcc==13.2.*"
+    assert setup_py.get_requires_for_build_editable() == setup_py.get_requires_for_build_wheel() == wheels
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    assert setup_py.missing_nvcc_wheels() == []
+    monkeypatch.delenv("FORCE_CUDA")
+    torch.cuda.is_available = lambda: False
+    assert setup_py.missing_nvcc_wheels() == []
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    assert setup_py.missing_nvcc_wheels() == wheels
+    monkeypatch.setattr(setup_py, "find_nvcc", lambda: Path("/usr/local/cuda/bin/nvcc"))
+    assert setup_py.missing_nvcc_wheels() == []
+
+
+def test_architectures(setup_py, monkeypatch, tmp_path):
+    """The user's, those of the GPUs here (PyTorch asks them), or all that this nvcc knows, with PTX for later ones."""
+    torch = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False))
+    executable(tmp_path / "bin/nvcc", "echo sm_70; echo sm_75; echo sm_90; echo sm_90a")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    setup_py.set_architectures(torch, tmp_path)
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.6"
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    setup_py.set_architectures(torch, tmp_path)
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;9.0+PTX"
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    torch.cuda.is_available = lambda: True
+    setup_py.set_architectures(torch, tmp_path)
+    assert "TORCH_CUDA_ARCH_LIST" not in os.environ
+    executable(tmp_path / "bin/nvcc", "echo sm_50")
+    torch.cuda.is_available = lambda: False
+    with pytest.raises(SystemExit, match="--list-gpu-code names none of ours: sm_50"):
+        setup_py.set_architectures(torch, tmp_path)
+
+
 def test_native_code_is_there_where_there_is_a_compiler(setup_py):
     """Otherwise its tests would all be skipped."""
     assert native.LOADED or setup_py.find_compiler() is None
+
+
+def test_cuda_kernels_are_there_where_there_is_nvcc(setup_py):
+    """And load without a GPU and its driver."""
+    wanted = torch.version.cuda is not None and native.LOADED and setup_py.find_nvcc() is not None
+    assert native.runs_on(torch.device("cuda")) or not wanted or os.environ.get("FORCE_CUDA") == "0"
+
+
+def test_a_gpu_without_kernels_for_it_is_warned_about(monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda name: None if name == "_C" else "it is broken")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match=r"in plain PyTorch on the GPU.*it is broken\. This builds it, with .* nvcc"):
+        assert native._devices() == {"cpu", "meta"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native._devices() == {"cpu", "meta"}
+    monkeypatch.setattr(native, "_load", lambda name: None)
+    assert native._devices() == {"cpu", "meta", "cuda"}
 
 
 @pytest.mark.skipif(

@@ -22,7 +22,14 @@ set_up_environment() { # requirement files...
     done
     [[ -e libs/_C.abi3.so ]] || rm -f .venv/.done-building-the-operators # built without a compiler, or removed since
     _unless_done "building the operators" setup.py pyproject.toml $(find cc_attention/csrc libs/csrc -type f | sort) -- \
-        python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+        _build_operators
+}
+
+_build_operators() {
+    local nvcc # as wheels, where there is a GPU and no nvcc
+    nvcc=$(python -c "import setup; print(*setup.missing_nvcc_wheels())") || return
+    [[ -z $nvcc ]] || python -m pip install --quiet --disable-pip-version-check $nvcc || return
+    python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 }
 
 _unless_done() { # what, files it depends on..., --, command...

@@ -148,7 +148,8 @@ inline void copies_wait() { emulator::copies_wait(); }
 
 }  // namespace ccnet
 
-// ---- tensor cores, by the PTX ISA's tables ("Matrix Fragments for mma.m16n8k16 with floating point type", "ldmatrix") ----
+// ---- tensor cores, by the PTX ISA's tables ("Matrix Fragments for mma.m16n8k16 with floating point type", "ldmatrix")
+// ----
 
 namespace emulator {
 

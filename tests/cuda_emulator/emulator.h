@@ -7,8 +7,11 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <cxxabi.h>
+#include <dlfcn.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <stdexcept>
@@ -38,6 +41,12 @@ struct Options {
 };
 inline Options options;
 inline std::string last_error;
+
+// What kernels were launched with, by name
+struct Launch {
+  int threads, shared_bytes;
+};
+inline std::map<std::string, Launch> launches;
 
 struct Error : std::runtime_error {
   using runtime_error::runtime_error;
@@ -448,8 +457,8 @@ EMULATOR_INTERNAL inline void run_block(unsigned block) {
     const size_t end = state.pieces[i].begin + state.pieces[i].bytes;
     for (size_t byte = end; byte < end + kGap; ++byte) {
       if (state.arena[byte] != static_cast<char>(0xff)) {
-        fail("a write past the end of a piece of shared memory of " + std::to_string(state.pieces[i].bytes) +
-             " bytes" + where);
+        fail("a write past the end of a piece of shared memory of " + std::to_string(state.pieces[i].bytes) + " bytes" +
+             where);
       }
     }
   }
@@ -475,6 +484,16 @@ inline void prepare_threads(int threads) {
 #if defined(__SANITIZE_THREAD__)
   state.main.tsan = __tsan_get_current_fiber();
 #endif
+}
+inline std::string name_of(const void* function) {
+  Dl_info info;
+  if (dladdr(function, &info) == 0 || info.dli_sname == nullptr) {
+    return "a kernel that is not exported";
+  }
+  char* const name = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
+  const std::string copy = name;
+  std::free(name);
+  return copy.substr(0, copy.find('('));
 }
 template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, const A&... arguments) {
@@ -515,6 +534,7 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
     }
   }
   counters.launches += options.counting;
+  launches[name_of(reinterpret_cast<const void*>(kernel))] = {threads, shared_bytes};
 #if defined(__SANITIZE_THREAD__)
   __tsan_acquire(&state.error);
 #endif

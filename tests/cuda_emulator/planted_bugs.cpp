@@ -2,8 +2,8 @@
 //
 //   planted_bugs BUG LENGTH      prints "right", or "wrong: why"; sanitizers speak for themselves
 //
-// The right one ("none") computes the same sum in every thread, in a way that needs copies, barriers, an exchange within
-// the warp and a partial tile.
+// The right one ("none") computes the same sum in every thread, in a way that needs copies, barriers, an exchange
+// within the warp and a partial tile.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -32,10 +32,22 @@ enum Bug {
   too_much_shared,
   count_of_bugs
 };
-const char* const kNames[] = {"none", "first_barrier_missing", "second_barrier_missing", "syncwarp_missing",
-                              "partial_tile_not_masked", "copy_not_waited", "read_past_shared", "read_before_shared",
-                              "write_past_shared", "divergent_barrier", "early_return", "half_warp_shuffle",
-                              "blocks_race", "misaligned_vector", "uninitialised_sum", "different_accesses",
+const char* const kNames[] = {"none",
+                              "first_barrier_missing",
+                              "second_barrier_missing",
+                              "syncwarp_missing",
+                              "partial_tile_not_masked",
+                              "copy_not_waited",
+                              "read_past_shared",
+                              "read_before_shared",
+                              "write_past_shared",
+                              "divergent_barrier",
+                              "early_return",
+                              "half_warp_shuffle",
+                              "blocks_race",
+                              "misaligned_vector",
+                              "uninitialised_sum",
+                              "different_accesses",
                               "too_much_shared"};
 static_assert(sizeof kNames / sizeof *kNames == count_of_bugs);
 

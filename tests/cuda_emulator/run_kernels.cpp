@@ -54,7 +54,8 @@ void run(int images, int height, int width, int c, int cv) {
   using Launchers = LineAttentionLaunchers<T, Real>;
   const int path_length = height + width - 1;
   const int64_t pixels = int64_t{images} * height * width;
-  Axes axes{{{1, width, true, height == 1, path_length, 0}, {width, height, false, true, path_length, width}}, 2, pixels};
+  Axes axes{
+      {{1, width, true, height == 1, path_length, 0}, {width, height, false, true, path_length, width}}, 2, pixels};
   axes.count = height == 1 ? 1 : 2;
   std::mt19937 random(7);
   const Buffer<T> query(pixels, c, &random), key(pixels, c, &random), value(pixels, cv, &random);
@@ -84,12 +85,12 @@ void run(int images, int height, int width, int c, int cv) {
 template <class T>
 void run_all() {
   emulator::options.order = emulator::Order::random;
-  run<T>(1, 5, 33, 8, 72);   // small tiles; a slice and a part of one
-  run<T>(2, 3, 7, 5, 9);     // rows that are no multiple of 16 bytes
-  run<T>(1, 1, 97, 64, 72);  // a large tile, on the first axis
-  run<T>(1, 97, 1, 64, 8);   // and on the second
-  run<T>(1, 1, 133, 72, 8);  // two tiles, two slices of query and key
-  run<T>(1, 1, 150, 16, 8);  // a whole line of 16-bit elements
+  run<T>(1, 5, 33, 8, 72);                     // small tiles; a slice and a part of one
+  run<T>(2, 3, 7, 5, 9);                       // rows that are no multiple of 16 bytes
+  run<T>(1, 1, 97, 64, 72);                    // a large tile, on the first axis
+  run<T>(1, 97, 1, 64, 8);                     // and on the second
+  run<T>(1, 1, 133, 72, 8);                    // two tiles, two slices of query and key
+  run<T>(1, 1, 150, 16, 8);                    // a whole line of 16-bit elements
   emulator::options.shared_bytes = 64 * 1024;  // as on sm_75
   emulator::options.has_bfloat16 = false;
   run<T>(1, 1, 97, 8, 40);
@@ -99,7 +100,9 @@ void run_all() {
 
 int main(int, char** arguments) {
   const std::string type = arguments[1];
-  type == "half" ? run_all<Half>() : type == "bfloat16" ? run_all<BFloat16>()
-      : type == "float" ? run_all<float>() : run_all<double>();
+  type == "half"       ? run_all<Half>()
+  : type == "bfloat16" ? run_all<BFloat16>()
+  : type == "float"    ? run_all<float>()
+                       : run_all<double>();
   std::puts("done");
 }

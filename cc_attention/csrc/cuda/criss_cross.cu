@@ -1,5 +1,5 @@
-// The criss-cross attention operators on the GPU: each runs its kernel (line.h) over all rows, then all columns (then all
-// lines along depth). No two blocks of a launch write to the same place, so results are the same in every run.
+// The criss-cross attention operators on the GPU: each runs its kernel (line.h) over all rows, then all columns (then
+// all lines along depth). No two blocks of a launch write to the same place, so results are the same in every run.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -75,7 +75,8 @@ using Launchers = LineAttentionLaunchers<T, Accumulate<T>>;
 
 // ---- the operators ----
 
-std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_) {
+std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_,
+                                                         const Tensor& value_) {
   check_query_key_and_value(query_, key_, value_);
   const OnDeviceOf device(query_);
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_), value = in_channels_last(value_);
@@ -125,9 +126,8 @@ Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Axes axes = axes_of(query);
     const Pixels<T> nothing{nullptr, 0};
-    const cudaError_t error =
-        Launchers<T>::attention(axes, read<T>(query), read<T>(key), {nullptr, 0}, nothing,
-                                {numbers<T>(largest), numbers<T>(sum)}, device.stream());
+    const cudaError_t error = Launchers<T>::attention(axes, read<T>(query), read<T>(key), {nullptr, 0}, nothing,
+                                                      {numbers<T>(largest), numbers<T>(sum)}, device.stream());
     if (error != cudaSuccess) {
       return error;
     }

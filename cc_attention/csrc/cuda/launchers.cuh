@@ -75,10 +75,12 @@ cudaError_t LineAttentionLaunchers<T, Real>::attention(const Axes& axes, Pixels<
 }
 
 template <class T, class Real>
-cudaError_t LineAttentionLaunchers<T, Real>::attention_backward(
-    const Axes& axes, Pixels<const T> query, Pixels<const T> key, Pixels<const T> value, Pixels<const T> out,
-    Pixels<const T> grad_out, PathSum<const Real> path, Real* delta, Pixels<T> grad_query, Pixels<T> grad_key,
-    Pixels<T> grad_value, cudaStream_t stream) {
+cudaError_t LineAttentionLaunchers<T, Real>::attention_backward(const Axes& axes, Pixels<const T> query,
+                                                                Pixels<const T> key, Pixels<const T> value,
+                                                                Pixels<const T> out, Pixels<const T> grad_out,
+                                                                PathSum<const Real> path, Real* delta,
+                                                                Pixels<T> grad_query, Pixels<T> grad_key,
+                                                                Pixels<T> grad_value, cudaStream_t stream) {
   const cudaError_t error = dot_products(out, grad_out, axes.pixels, delta, stream);
   if (error != cudaSuccess) {
     return error;

@@ -55,11 +55,11 @@ struct LineAttentionLaunchers {
   static cudaError_t weight(const Axes&, Pixels<const T> query, Pixels<const T> key, PathSum<const Real> path,
                             Pixels<T> weight, cudaStream_t);
   static cudaError_t weight_backward(const Axes&, Pixels<const T> query, Pixels<const T> key, Pixels<const T> weight,
-                                     Pixels<const T> grad_weight, Real* delta, Pixels<T> grad_query,
-                                     Pixels<T> grad_key, cudaStream_t);
+                                     Pixels<const T> grad_weight, Real* delta, Pixels<T> grad_query, Pixels<T> grad_key,
+                                     cudaStream_t);
   static cudaError_t map(const Axes&, Pixels<const T> weight, Pixels<const T> value, Pixels<T> out, cudaStream_t);
-  static cudaError_t map_backward(const Axes&, Pixels<const T> weight, Pixels<const T> value,
-                                  Pixels<const T> grad_out, Pixels<T> grad_weight, Pixels<T> grad_value, cudaStream_t);
+  static cudaError_t map_backward(const Axes&, Pixels<const T> weight, Pixels<const T> value, Pixels<const T> grad_out,
+                                  Pixels<T> grad_weight, Pixels<T> grad_value, cudaStream_t);
 };
 
 }  // namespace ccnet

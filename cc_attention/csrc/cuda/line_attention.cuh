@@ -135,8 +135,8 @@ struct LineAttention {
 
   // What softmax needs of a tile's rows between threads. largest and sum are those of each query's path so far.
   struct RowNumbers {
-    Real *largest, *sum, *keep;       // [kTile]
-    Real *largest_here, *sum_here;    // [kColumnWarps, kTile]
+    Real *largest, *sum, *keep;     // [kTile]
+    Real *largest_here, *sum_here;  // [kColumnWarps, kTile]
     __device__ __forceinline__ explicit RowNumbers(SharedCarver& carver)
         : largest(carver.take<Real>(kTile)),
           sum(carver.take<Real>(kTile)),
@@ -320,7 +320,8 @@ struct LineAttention {
     }
   }
 
-  // f(row, column, number of the weight in its map, whether it is on the path) for a tile's weights of the explicit form
+  // f(row, column, number of the weight in its map, whether it is on the path) for a tile's weights of the explicit
+  // form
   template <class U, class F>
   static __device__ __forceinline__ void each_weight(const Rows<U>& weight, const Corner& corner, const F& f) {
     for (int k = threadIdx.x; k < kTile * kTile; k += kThreads) {
@@ -336,7 +337,8 @@ struct LineAttention {
 template <class Work>
 __global__ void __launch_bounds__(Work::kThreads, 2)
     attention_kernel(const Line line, const typename Work::In query, const typename Work::In key,
-                     const typename Work::In value, const typename Work::Out out, const PathSum<typename Work::Real> path) {
+                     const typename Work::In value, const typename Work::Out out,
+                     const PathSum<typename Work::Real> path) {
   constexpr int kTile = Work::kSide;
   SharedCarver carver;
   const typename Work::WeightTile weight(carver);
@@ -369,7 +371,8 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
     attention_backward_kernel(const Line line, const typename Work::In query, const typename Work::In key,
                               const typename Work::In value, const typename Work::In grad_out,
                               const PathSum<const typename Work::Real> path, const typename Work::Real* delta,
-                              const typename Work::Out grad_query, const typename Work::Out grad_key, const typename Work::Out grad_value) {
+                              const typename Work::Out grad_query, const typename Work::Out grad_key,
+                              const typename Work::Out grad_value) {
   constexpr int kTile = Work::kSide;
   using Weights = typename Work::Weights;
   SharedCarver carver;
@@ -459,7 +462,8 @@ template <class Work>
 __global__ void __launch_bounds__(Work::kThreads, 2)
     weight_backward_kernel(const Line line, const typename Work::In query, const typename Work::In key,
                            const typename Work::In weight_map, const typename Work::In grad_weight_map,
-                           const typename Work::Real* delta, const typename Work::Out grad_query, const typename Work::Out grad_key) {
+                           const typename Work::Real* delta, const typename Work::Out grad_query,
+                           const typename Work::Out grad_key) {
   constexpr int kTile = Work::kSide;
   SharedCarver carver;
   const typename Work::WeightTile grad_energy(carver);
@@ -486,7 +490,8 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
 
 template <class Work>
 __global__ void __launch_bounds__(Work::kThreads, 2)
-    map_kernel(const Line line, const typename Work::In weight_map, const typename Work::In value, const typename Work::Out out) {
+    map_kernel(const Line line, const typename Work::In weight_map, const typename Work::In value,
+               const typename Work::Out out) {
   constexpr int kTile = Work::kSide;
   SharedCarver carver;
   const typename Work::WeightTile weight(carver);
@@ -512,7 +517,8 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
 template <class Work>
 __global__ void __launch_bounds__(Work::kThreads, 2)
     map_backward_kernel(const Line line, const typename Work::In weight_map, const typename Work::In value,
-                        const typename Work::In grad_out, const typename Work::Out grad_weight_map, const typename Work::Out grad_value) {
+                        const typename Work::In grad_out, const typename Work::Out grad_weight_map,
+                        const typename Work::Out grad_value) {
   constexpr int kTile = Work::kSide;
   SharedCarver carver;
   const typename Work::WeightTile weight(carver);

@@ -13,7 +13,7 @@ template <class T_>
 struct WholeLineAttention {
   using T = T_;
   static constexpr int kLength = 256, kSlice = 64, kThreads = 256;
-  static constexpr int kQueries = kThreads / 32 * 16;        // a warp has 16 at a time
+  static constexpr int kQueries = kThreads / 32 * 16;  // a warp has 16 at a time
   static constexpr int kTiles = kLength / kQueries;
   using Slice = Tile<T, kLength, kSlice>;
   using Sums = Accumulator<TensorCores, T, kQueries, kSlice, kThreads, 1>;
@@ -44,7 +44,7 @@ struct WholeLineAttention {
     for (int k = 0; k < kSlice / 16; ++k) {
       uint32_t right[4];
       load_right<true>(right, keys, k * 16, first_key);
-      float(&upper)[4] = energy.x[0], (&lower)[4] = energy.x[1];
+      float (&upper)[4] = energy.x[0], (&lower)[4] = energy.x[1];
       mma_m16n8k16<T>(upper[0], upper[1], lower[0], lower[1], queries[k], right[0], right[1]);
       mma_m16n8k16<T>(upper[2], upper[3], lower[2], lower[3], queries[k], right[2], right[3]);
     }
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
       const auto energy = Work::energies(queries[tile], keys, line, first_query, first_key);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float(&x)[4] = energy.x[i];
+        const float (&x)[4] = energy.x[i];
         const float most = larger(larger(x[0], x[1]), larger(x[2], x[3])), from = Work::base_of(most);
         float total = 0;
 #pragma unroll
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
           uint32_t right[4];
           load_right<false>(right, values, first_key, n * 16);
           const int j = 4 * n;
-          float(&upper)[16] = sums.x[0], (&lower)[16] = sums.x[1];
+          float (&upper)[16] = sums.x[0], (&lower)[16] = sums.x[1];
           mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], weights, right[0], right[1]);
           mma_m16n8k16<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], weights, right[2], right[3]);
         }

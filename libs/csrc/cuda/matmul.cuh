@@ -141,7 +141,8 @@ template <bool kTransposedA, bool kTransposedB, class T, int kM, int kN, int kTh
 __device__ __forceinline__ void multiply(Accumulator<TensorCores, T, kM, kN, kThreads>& acc, const A& a, const B& b,
                                          int depth) {
   using Acc = Accumulator<TensorCores, T, kM, kN, kThreads>;
-  static_assert((kTransposedA ? A::kColumns : A::kRows) == kM && (kTransposedB ? B::kRows : B::kColumns) == kN, "sizes");
+  static_assert((kTransposedA ? A::kColumns : A::kRows) == kM && (kTransposedB ? B::kRows : B::kColumns) == kN,
+                "sizes");
   constexpr int kFragments = Acc::kRows / 2, kPairs = Acc::kColumns / 4;
 #pragma unroll 1
   for (int k = 0; k < depth; k += 16) {
@@ -156,7 +157,7 @@ __device__ __forceinline__ void multiply(Accumulator<TensorCores, T, kM, kN, kTh
       load_right<kTransposedB>(right, b, k, acc.warp_column() + n * 16);
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
-        float(&upper)[Acc::kColumns] = acc.x[2 * m], (&lower)[Acc::kColumns] = acc.x[2 * m + 1];
+        float (&upper)[Acc::kColumns] = acc.x[2 * m], (&lower)[Acc::kColumns] = acc.x[2 * m + 1];
         const int j = 4 * n;
         mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], left[m], right[0], right[1]);
         mma_m16n8k16<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], left[m], right[2], right[3]);
@@ -169,7 +170,8 @@ template <bool kTransposedA, bool kTransposedB, class T, int kM, int kN, int kTh
 __device__ __forceinline__ void multiply(Accumulator<PlainCores, T, kM, kN, kThreads>& acc, const A& a, const B& b,
                                          int depth) {
   using Acc = Accumulator<PlainCores, T, kM, kN, kThreads>;
-  static_assert((kTransposedA ? A::kColumns : A::kRows) == kM && (kTransposedB ? B::kRows : B::kColumns) == kN, "sizes");
+  static_assert((kTransposedA ? A::kColumns : A::kRows) == kM && (kTransposedB ? B::kRows : B::kColumns) == kN,
+                "sizes");
   constexpr int kRows = Acc::kRows;
 #pragma unroll 1
   for (int k = 0; k < depth; k += 4) {

@@ -89,8 +89,8 @@ struct Tile {
         copy_async(at(row, pack * kPack), from, valid);
       }
     } else {
-  #pragma unroll 1
-    for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
         const int row = i / kColumns, channel = first_channel + i % kColumns;
         const bool valid = first_row + row < x.count && channel < x.channels;
         const T* from = x.data + (valid ? (first_row + row) * x.stride + channel : 0);
