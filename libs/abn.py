@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import reference
+from .functional import activated_batch_norm
 
 
 class ABN(nn.Module):
@@ -13,7 +14,8 @@ class ABN(nn.Module):
     Args:
         num_features: channels C.
         eps: added to the variance, and to |weight|.
-        momentum: weight of the new batch in the running statistics.
+        momentum: weight of the new batch in the running statistics; None for the mean over all batches, which are
+            counted from when the module was made.
         affine: whether there are a weight (1 at the start) and a bias (0).
         activation: leaky_relu, elu, identity, or none (the same as identity).
         slope: leaky_relu's slope on the negative side.
@@ -28,12 +30,14 @@ class ABN(nn.Module):
     bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor
+    _in_place = False
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
         activation: str = "leaky_relu",
         slope: float = 0.01,
@@ -51,23 +55,33 @@ class ABN(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
+        # In no state dict: the original's have none.
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"x: expected shape [N, {self.num_features}, ...], got {list(x.shape)}")
-        return reference.activated_batch_norm(
+        return activated_batch_norm(
             x,
             self.weight,
             self.bias,
             self.running_mean,
             self.running_var,
             self.training,
-            self.momentum,
+            self._weight_of_batch(),
             self.eps,
             self.activation,
             self.slope,
             self._synchronised_over(),
+            self._in_place,
         )
+
+    def _weight_of_batch(self) -> float:
+        """The batch's part in the running statistics."""
+        if self.momentum is not None or not self.training:
+            return self.momentum or 0.0
+        self.num_batches_tracked.add_(1)
+        return 1 / float(self.num_batches_tracked)
 
     def _synchronised_over(self) -> dist.ProcessGroup | None:
         """The process group that shares its statistics; None for this process alone."""
@@ -82,11 +96,19 @@ class ABN(nn.Module):
 
 
 class InPlaceABN(ABN):
-    """ABN that may overwrite its input with its output, to save the memory of one of the two.
+    """ABN that overwrites its input with its output, which must not be used afterwards.
 
-    The input must not be used after the call. (The plain PyTorch form, which runs where there is no native one, does
+    The activation is inverted in the backward pass: slope has to be more than 0. What the input has to be, and the
+    errors, are told at `activated_batch_norm`. (The plain PyTorch form, which runs where there is no native one, does
     not overwrite.)
     """
+
+    _in_place = True
+
+    def __init__(self, num_features: int, *args, **kwargs):
+        super().__init__(num_features, *args, **kwargs)
+        if self.activation == "leaky_relu" and not self.slope > 0:
+            raise ValueError(f"slope: expected more than 0 for an activation that can be inverted, got {self.slope}")
 
 
 class InPlaceABNSync(InPlaceABN):
@@ -95,7 +117,9 @@ class InPlaceABNSync(InPlaceABN):
     Args:
         group: the process group; None for all processes. The others as in `ABN`.
 
-    Where torch.distributed is not initialised, or the group is of one process, this is InPlaceABN.
+    Every process takes part in each training step, also one with an empty batch. If one of them fails, the error of
+    the collective is raised in the others. Where torch.distributed is not initialised, or the group is of one process,
+    this is InPlaceABN.
     """
 
     def __init__(self, num_features: int, *args, group: dist.ProcessGroup | None = None, **kwargs):

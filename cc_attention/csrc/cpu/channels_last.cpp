@@ -68,11 +68,7 @@ Tensor channels_last(const Tensor& x) {
 Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& shape) {
   Tensor x = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                                   channels_last_format(like));
-  constexpr int64_t large = 4 << 20;
-  const int64_t bytes = x.numel() * x.element_size();
-  if (bytes >= large) {
-    prefer_huge_pages(x.mutable_data_ptr(), bytes);
-  }
+  prefer_huge_pages(x.mutable_data_ptr(), x.numel() * x.element_size());
   return x;
 }
 

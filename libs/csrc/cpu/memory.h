@@ -29,6 +29,10 @@ inline char* thread_block(int64_t bytes) {
 
 // Large fresh memory is written to in 4 KB pages, each a fault that costs more than filling the page: ask for 2 MB ones.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
+  constexpr int64_t large = 4 << 20;
+  if (bytes < large) {
+    return;
+  }
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;

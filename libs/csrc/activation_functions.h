@@ -1,0 +1,72 @@
+// The activations that follow batch norm, with their inverses, once for all devices: V is a number or, in the CPU's
+// kernels, a vector of them, and Real the type of a number.
+//
+// Every activation is increasing, so z tells y and the derivative at y:
+//   z = f(y), y = f.inverse(z), dz/dy = f.derivative(z)
+//
+// Included in the namespace of its code: by the CPU's kernels once per instruction set, as simd.h is and after it. expm1
+// and log1p are the including file's.
+
+#ifdef __CUDACC__
+#define CCNET_ANYWHERE __host__ __device__ __forceinline__
+#else
+#define CCNET_ANYWHERE __attribute__((always_inline))
+#endif
+
+struct IdentityActivation {
+  template <class V>
+  CCNET_ANYWHERE V operator()(V y) const {
+    return y;
+  }
+  template <class V>
+  CCNET_ANYWHERE V inverse(V z) const {
+    return z;
+  }
+  template <class V>
+  CCNET_ANYWHERE V derivative(V z) const {
+    return z - z + 1;  // NaN stays NaN
+  }
+};
+
+template <class Real>
+struct LeakyRelu {
+  Real slope, inverse_slope;
+  CCNET_ANYWHERE explicit LeakyRelu(double slope) : slope(slope), inverse_slope(1 / slope) {}
+
+  template <class V>
+  CCNET_ANYWHERE V operator()(V y) const {
+    return y > V{} ? y : y * slope;
+  }
+  template <class V>
+  CCNET_ANYWHERE V inverse(V z) const {
+    return z > V{} ? z : z * inverse_slope;
+  }
+  template <class V>
+  CCNET_ANYWHERE V derivative(V z) const {
+    return z > V{} ? V{} + 1 : V{} + slope;
+  }
+};
+
+// z + 1 = e^y is lost where z is rounded to -1; there y is taken to be the logarithm of half of what would not be lost.
+template <class Real>
+struct Elu {
+  Real lost;
+  // epsilon: of the type that z is stored in, the distance from 1 to the next larger number
+  CCNET_ANYWHERE explicit Elu(double epsilon) : lost(epsilon / 4) {}
+
+  template <class V>
+  CCNET_ANYWHERE V operator()(V y) const {
+    return y > V{} ? y : expm1(y);
+  }
+  template <class V>
+  CCNET_ANYWHERE V inverse(V z) const {
+    const V negative = z < V{} + (lost - 1) ? V{} + (lost - 1) : z;
+    return z > V{} ? z : log1p(negative);
+  }
+  template <class V>
+  CCNET_ANYWHERE V derivative(V z) const {
+    return z > V{} ? V{} + 1 : z + 1;
+  }
+};
+
+#undef CCNET_ANYWHERE

@@ -1,0 +1,4 @@
+#if defined(__x86_64__)
+#define CCNET_TARGET CCNET_TARGET_AVX2
+#include "libs/csrc/cpu/abn_target.h"
+#endif

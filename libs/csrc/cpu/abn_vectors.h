@@ -1,0 +1,328 @@
+// Activated batch norm of one block, declared in abn_kernels.h. Included as simd.h is, after activation_functions.h.
+
+namespace ccnet {
+namespace CCNET_CAPABILITY {
+
+#define CCNET_MEMBER __attribute__((always_inline))
+
+// ---- vectors of a row ----
+
+struct WholeVector {
+  template <class T>
+  CCNET_MEMBER auto read(const T* p) const {
+    return load(p);
+  }
+  template <class T>
+  CCNET_MEMBER void write(T* p, Vector<Accumulate<T>> x) const {
+    store(p, x);
+  }
+  template <class T>
+  CCNET_MEMBER void write_past_caches(T* p, Vector<Accumulate<T>> x) const {
+    stream(p, x);
+  }
+  template <class Real>
+  CCNET_MEMBER auto with_zeros(Vector<Real> x) const {
+    return x;
+  }
+};
+
+// The first n lanes; the others are read as 0 and not written.
+struct PartOfVector {
+  int64_t n;
+  template <class T>
+  CCNET_MEMBER auto read(const T* p) const {
+    return load_part(p, n);
+  }
+  template <class T>
+  CCNET_MEMBER void write(T* p, Vector<Accumulate<T>> x) const {
+    store_part(p, x, n);
+  }
+  template <class T>
+  CCNET_MEMBER void write_past_caches(T* p, Vector<Accumulate<T>> x) const {
+    write(p, x);
+  }
+  template <class Real>
+  CCNET_MEMBER auto with_zeros(Vector<Real> x) const {
+    Real lanes[kLanes<Real>];
+    store(lanes, x);
+    return load_part(lanes, n);
+  }
+};
+
+// f(i, vector) for elements i, i + 1, ... of n
+template <class Real, class F>
+CCNET_INLINE void each_vector(int64_t n, const F& f) {
+  constexpr int64_t lanes = kLanes<Real>;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    f(i, WholeVector{});
+  }
+  if (i < n) {
+    f(i, PartOfVector{n - i});
+  }
+}
+
+// The same, whole vectors being those that are aligned in `to`, which f writes to
+template <class T, class F>
+CCNET_INLINE void each_aligned_vector(const T* to, int64_t n, const F& f) {
+  using Real = Accumulate<T>;
+  constexpr uintptr_t bytes = kLanes<Real> * sizeof(T);
+  const int64_t before = (bytes - reinterpret_cast<uintptr_t>(to) % bytes) % bytes / sizeof(T);
+  const int64_t head = before < n ? before : n;
+  if (head > 0) {
+    f(0, PartOfVector{head});
+  }
+  each_vector<Real>(n - head, [&](int64_t i, auto vector) CCNET_MEMBER { f(head + i, vector); });
+}
+
+// A number a channel, for a vector at column i: the block's one channel's, or each column's own
+template <class Real>
+struct OneNumber {
+  Vector<Real> number;
+  CCNET_MEMBER explicit OneNumber(const Real* p) : number(splat(*p)) {}
+  CCNET_MEMBER Vector<Real> at(int64_t) const { return number; }
+};
+template <class Real>
+struct NumberOfEach {
+  const Real* numbers;
+  CCNET_MEMBER explicit NumberOfEach(const Real* p) : numbers(p) {}
+  CCNET_MEMBER Vector<Real> at(int64_t i) const { return load(numbers + i); }
+};
+
+// ---- sums of each channel ----
+
+constexpr int64_t kChain = 64;   // numbers that are added up in Real, before their sum is added in double
+constexpr int64_t kStrip = 512;  // columns whose sums are held at a time
+
+template <class Real>
+struct Pair {
+  Vector<Real> first, second;
+};
+
+// The sums of terms(i, column, vector), i being the element's number in the block
+template <class Real, class Terms>
+CCNET_INLINE void sum_of_one_channel(int64_t n, const Terms& terms, double* first, double* second) {
+  constexpr int64_t lanes = kLanes<Real>;
+  double totals[2][lanes] = {};
+  for (int64_t begin = 0; begin < n; begin += kChain * lanes) {
+    const int64_t count = n - begin < kChain * lanes ? n - begin : kChain * lanes;
+    Pair<Real> sum = {};
+    each_vector<Real>(count, [&](int64_t i, auto vector) CCNET_MEMBER {
+      const Pair<Real> term = terms(begin + i, 0, vector);
+      sum.first += term.first;
+      sum.second += term.second;
+    });
+    for (int64_t k = 0; k < lanes; ++k) {
+      totals[0][k] += sum.first[k];
+      totals[1][k] += sum.second[k];
+    }
+  }
+  *first = *second = 0;
+  for (int64_t k = 0; k < lanes; ++k) {
+    *first += totals[0][k];
+    *second += totals[1][k];
+  }
+}
+
+template <class Real, class Terms>
+CCNET_INLINE void sums_of_columns(const Block& block, const Terms& terms, double* first, double* second) {
+  for (int64_t strip = 0; strip < block.length; strip += kStrip) {
+    const int64_t width = block.length - strip < kStrip ? block.length - strip : kStrip;
+    for (int64_t i = strip; i < strip + width; ++i) {
+      first[i] = second[i] = 0;
+    }
+    for (int64_t begin = 0; begin < block.rows; begin += kChain) {
+      const int64_t end = block.rows - begin < kChain ? block.rows : begin + kChain;
+      Real sums[2][kStrip] = {};
+      for (int64_t row = begin; row < end; ++row) {
+        each_vector<Real>(width, [&](int64_t i, auto vector) CCNET_MEMBER {
+          const Pair<Real> term = terms(row * block.length + strip + i, strip + i, vector);
+          store(sums[0] + i, load(sums[0] + i) + term.first);
+          store(sums[1] + i, load(sums[1] + i) + term.second);
+        });
+      }
+      for (int64_t i = 0; i < width; ++i) {
+        first[strip + i] += sums[0][i];
+        second[strip + i] += sums[1][i];
+      }
+    }
+  }
+}
+
+template <class Real, class Terms>
+CCNET_INLINE void sum(const Block& block, const Terms& terms, double* first, double* second) {
+  if (block.one_channel) {
+    sum_of_one_channel<Real>(block.rows * block.length, terms, first, second);
+  } else {
+    sums_of_columns<Real>(block, terms, first, second);
+  }
+}
+
+// ---- the kernels ----
+
+template <class T>
+constexpr double kEpsilon = 0x1p-23;  // from 1 to the next larger number
+template <>
+constexpr double kEpsilon<double> = 0x1p-52;
+template <>
+constexpr double kEpsilon<Half> = 0x1p-10;
+template <>
+constexpr double kEpsilon<BFloat16> = 0x1p-7;
+
+template <class T, class F>
+CCNET_INLINE void with_activation(ActivationOf activation, const F& f) {
+  using Real = Accumulate<T>;
+  switch (activation.name) {
+    case Activation::identity:
+      return f(IdentityActivation());
+    case Activation::leaky_relu:
+      return f(LeakyRelu<Real>(activation.slope));
+    case Activation::elu:
+      return f(Elu<Real>(kEpsilon<T>));
+  }
+}
+
+template <class T>
+struct Abn {
+  using Real = Accumulate<T>;
+
+  // Deviations are taken from a number near the mean, so that their squares do not drown what is small beside it: the
+  // mean of the first vector, or each column's first element. One of these in a block can be far off, but then it
+  // makes the variance as large as that.
+  static void statistics(const Block& block, const T* x, double* mean, double* squares) {
+    const int64_t n = block.one_channel ? block.rows * block.length : block.rows;
+    const int64_t channels = block.one_channel ? 1 : block.length;
+    if (block.one_channel) {
+      const Real near = mean_of_first(x, n);
+      const Vector<Real> shift = splat(near);
+      sum<Real>(block, [&](int64_t i, int64_t, auto vector) CCNET_MEMBER {
+        const Vector<Real> deviation = vector.template with_zeros<Real>(vector.read(x + i) - shift);
+        return Pair<Real>{deviation, deviation * deviation};
+      }, mean, squares);
+      finish(n, near, mean, squares);
+    } else {
+      sum<Real>(block, [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
+        const Vector<Real> deviation = vector.read(x + i) - vector.read(x + column);
+        return Pair<Real>{deviation, deviation * deviation};
+      }, mean, squares);
+      each_vector<Real>(channels, [&](int64_t i, auto vector) CCNET_MEMBER {
+        Real near[kLanes<Real>];
+        store(near, vector.read(x + i));
+        for (int64_t k = 0; k < kLanes<Real> && i + k < channels; ++k) {
+          finish(n, near[k], mean + i + k, squares + i + k);
+        }
+      });
+    }
+  }
+
+  static void forward(const Block& block, ActivationOf activation, const T* x, AffineNumbers<Real> numbers, T* z) {
+    with_activation<T>(activation, [&](auto activate) CCNET_MEMBER {
+      if (block.one_channel) {
+        forward_with<OneNumber<Real>>(block, activate, x, numbers, z);
+      } else {
+        forward_with<NumberOfEach<Real>>(block, activate, x, numbers, z);
+      }
+    });
+  }
+
+  static void backward_sums(const Block& block, ActivationOf activation, const T* z, const T* grad_z, const Real* bias,
+                            double* sum, double* product_sum) {
+    with_activation<T>(activation, [&](auto activate) CCNET_MEMBER {
+      if (block.one_channel) {
+        backward_sums_with<OneNumber<Real>>(block, activate, z, grad_z, bias, sum, product_sum);
+      } else {
+        backward_sums_with<NumberOfEach<Real>>(block, activate, z, grad_z, bias, sum, product_sum);
+      }
+    });
+  }
+
+  static void backward(const Block& block, ActivationOf activation, const T* z, const T* grad_z,
+                       GradientNumbers<Real> numbers, T* grad_x, bool past_caches) {
+    with_activation<T>(activation, [&](auto activate) CCNET_MEMBER {
+      if (block.one_channel) {
+        backward_with<OneNumber<Real>>(block, activate, z, grad_z, numbers, grad_x, past_caches);
+      } else {
+        backward_with<NumberOfEach<Real>>(block, activate, z, grad_z, numbers, grad_x, past_caches);
+      }
+    });
+  }
+
+ private:
+  CCNET_INLINE Real mean_of_first(const T* x, int64_t n) {
+    constexpr int64_t lanes = kLanes<Real>;
+    const int64_t count = n < lanes ? n : lanes;
+    Real first[lanes], sum = 0;
+    store(first, load_up_to(x, n));
+    for (int64_t k = 0; k < count; ++k) {
+      sum += first[k];
+    }
+    return sum / count;
+  }
+
+  // From the sums of n deviations from `near` and of their squares
+  CCNET_INLINE void finish(int64_t n, double near, double* mean, double* squares) {
+    const double sum = *mean;
+    *mean = near + sum / n;
+    const double rest = *squares - sum * (sum / n);
+    *squares = rest < 0 ? 0 : rest;
+  }
+
+  template <class Numbers, class Activate>
+  CCNET_INLINE void forward_with(const Block& block, const Activate& activate, const T* x, AffineNumbers<Real> numbers,
+                                 T* z) {
+    const Numbers shift(numbers.shift), scale(numbers.scale), offset(numbers.offset);
+    for (int64_t row = 0; row < block.rows; ++row, x += block.length, z += block.length) {
+      each_vector<Real>(block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
+        vector.write(z + i, activate((vector.read(x + i) - shift.at(i)) * scale.at(i) + offset.at(i)));
+      });
+    }
+  }
+
+  template <class Numbers, class Activate>
+  CCNET_INLINE void backward_sums_with(const Block& block, const Activate& activate, const T* z, const T* grad_z,
+                                       const Real* bias_numbers, double* sums, double* product_sums) {
+    const Numbers bias(bias_numbers);
+    sum<Real>(block, [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
+      const Vector<Real> out = vector.read(z + i);
+      const Vector<Real> grad_y = vector.read(grad_z + i) * activate.derivative(out);
+      return Pair<Real>{grad_y, grad_y * (activate.inverse(out) - bias.at(column))};
+    }, sums, product_sums);
+  }
+
+  template <class Numbers, class Activate>
+  CCNET_INLINE void backward_with(const Block& block, const Activate& activate, const T* z, const T* grad_z,
+                                  GradientNumbers<Real> numbers, T* grad_x, bool past_caches) {
+    const Numbers bias(numbers.bias), of_grad(numbers.of_grad);
+    const Numbers of_deviation(numbers.of_deviation), constant(numbers.constant);
+    const auto gradient = [&](int64_t i, auto vector) CCNET_MEMBER {
+      const Vector<Real> out = vector.read(z + i);
+      const Vector<Real> grad_y = vector.read(grad_z + i) * activate.derivative(out);
+      const Vector<Real> deviation = activate.inverse(out) - bias.at(i);
+      return grad_y * of_grad.at(i) + (deviation * of_deviation.at(i) + constant.at(i));
+    };
+    for (int64_t row = 0; row < block.rows; ++row, z += block.length, grad_z += block.length, grad_x += block.length) {
+      if (past_caches) {
+        each_aligned_vector(grad_x, block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
+          vector.write_past_caches(grad_x + i, gradient(i, vector));
+        });
+      } else {
+        each_vector<Real>(block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
+          vector.write(grad_x + i, gradient(i, vector));
+        });
+      }
+    }
+    streamed();
+  }
+};
+
+template <class T>
+const AbnKernels<T>& kernels_of() {
+  static constexpr AbnKernels<T> kernels = {Abn<T>::statistics, Abn<T>::forward, Abn<T>::backward_sums,
+                                            Abn<T>::backward};
+  return kernels;
+}
+
+}  // namespace CCNET_CAPABILITY
+}  // namespace ccnet
+
+#undef CCNET_MEMBER
