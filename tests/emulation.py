@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import re
 import shlex
 import subprocess
 import sys
@@ -69,7 +70,10 @@ def compile_with_emulator(name: str, sources: list[Path], sanitizer: str = "", f
     return target
 
 
-KERNELS = sorted((ROOT / "cc_attention" / "csrc" / "cuda").glob("line_attention_*.cu"))
+CUDA_FOLDERS = (ROOT / "cc_attention" / "csrc" / "cuda", ROOT / "libs" / "csrc" / "cuda")
+# What launches kernels, and the operators that call it
+KERNELS = sorted(path for folder in CUDA_FOLDERS for path in folder.glob("*_*.cu") if path.name != "criss_cross.cu")
+OPERATORS = [CUDA_FOLDERS[0] / "criss_cross.cu", CUDA_FOLDERS[1] / "abn.cu"]
 
 
 class Counters(ctypes.Structure):
@@ -100,14 +104,15 @@ def _library(sanitizer: str = "") -> ctypes.CDLL:
     includes = " ".join(f"-isystem {path}" for path in include_paths())
     path = compile_with_emulator(
         "emulated.so",
-        [EMULATOR / "emulated.cpp", *KERNELS],
+        [EMULATOR / "emulated.cpp", *OPERATORS, *KERNELS],
         sanitizer,
-        flags=f"{includes} -DTORCH_TARGET_VERSION=0x020a000000000000",
+        flags=f"{includes} -DTORCH_TARGET_VERSION=0x020a000000000000 -DCCNET_CUDA_LIBRARY=ccnet_emulated "
+        "-DCCNET_CUDA_KEY=CPU",
         link=f"-shared -L{library_paths()[0]} -ltorch -ltorch_cpu -lc10",
     )
     definitions = torch.library.Library("ccnet_emulated", "DEF")
-    for name in ("criss_cross_attention", "ca_weight", "ca_map"):
-        for operator in (name, f"{name}_backward"):
+    for source in OPERATORS:
+        for operator in re.findall(r'm\.impl\("(\w+)"', source.read_text()):
             schema = str(getattr(torch.ops.ccnet, operator).default._schema)
             definitions.define(schema.removeprefix("ccnet::"))
     library = ctypes.CDLL(str(path))

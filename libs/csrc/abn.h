@@ -24,8 +24,8 @@ inline Activation activation_of(const std::string& name) {
   if (name == "elu") {
     return Activation::elu;
   }
-  STD_TORCH_CHECK(name == "identity" || name == "none",
-                  "activation: expected leaky_relu, elu, identity or none, got ", name);
+  STD_TORCH_CHECK(name == "identity" || name == "none", "activation: expected leaky_relu, elu, identity or none, got ",
+                  name);
   return Activation::identity;
 }
 
@@ -46,12 +46,14 @@ inline void check_like(const char* name, const Tensor& x, const Tensor& like) {
 }
 
 // Contiguous [rows, C] of that dtype, or [C] where rows is 0
-inline void check_per_channel(const char* name, const Tensor& numbers, const Tensor& x, int64_t rows, ScalarType dtype) {
+inline void check_per_channel(const char* name, const Tensor& numbers, const Tensor& x, int64_t rows,
+                              ScalarType dtype) {
   const int64_t channels = x.size(1);
   const bool fits = rows == 0 ? numbers.dim() == 1 && numbers.size(0) == channels
                               : numbers.dim() == 2 && numbers.size(0) == rows && numbers.size(1) == channels;
   STD_TORCH_CHECK(fits, name, ": expected a number for each of ", channels, " channels");
-  STD_TORCH_CHECK(numbers.scalar_type() == dtype, name, ": expected float64, or for weight and bias of tensors that are not, float32");
+  STD_TORCH_CHECK(numbers.scalar_type() == dtype, name,
+                  ": expected float64, or for weight and bias of tensors that are not, float32");
   STD_TORCH_CHECK(numbers.device() == x.device(), name, ": expected on the first tensor's device");
   STD_TORCH_CHECK(numbers.is_contiguous(), name, ": expected to be contiguous");
 }
@@ -68,6 +70,18 @@ inline void check_parameters(const Tensor& x, const OptionalTensor& weight, cons
 
 inline void check_statistics(const Tensor& x, const Tensor& statistics) {
   check_per_channel("statistics", statistics, x, 3, ScalarType::Double);
+}
+
+inline void check_running(const Tensor& running_mean, const Tensor& running_var, const Tensor& statistics) {
+  STD_TORCH_CHECK(running_mean.dim() == 1 && running_mean.is_contiguous() && running_var.is_contiguous(),
+                  "running statistics: expected [C], contiguous");
+  STD_TORCH_CHECK(running_mean.scalar_type() == ScalarType::Float || running_mean.scalar_type() == ScalarType::Double,
+                  "running statistics: expected float32 or float64");
+  check_like("running_var", running_var, running_mean);
+  STD_TORCH_CHECK(statistics.dim() == 2 && statistics.size(0) == 3 && statistics.size(1) == running_mean.numel() &&
+                      statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
+                      statistics.device() == running_mean.device(),
+                  "statistics: expected [3, C] in float64, on the running statistics' device");
 }
 
 // ---- memory ----

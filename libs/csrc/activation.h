@@ -5,4 +5,9 @@ namespace ccnet {
 
 enum class Activation { identity, leaky_relu, elu };
 
+struct ActivationOf {
+  Activation name;
+  double slope;  // of leaky_relu
+};
+
 }  // namespace ccnet

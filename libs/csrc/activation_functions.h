@@ -4,13 +4,15 @@
 // Every activation is increasing, so z tells y and the derivative at y:
 //   z = f(y), y = f.inverse(z), dz/dy = f.derivative(z)
 //
-// Included in the namespace of its code: by the CPU's kernels once per instruction set, as simd.h is and after it. expm1
-// and log1p are the including file's.
+// Included in the namespace of its code: by the CPU's kernels once per instruction set, as simd.h is and after it.
+// expm1 and log1p are the including file's.
 
 #ifdef __CUDACC__
 #define CCNET_ANYWHERE __host__ __device__ __forceinline__
+#define CCNET_WITH_ACTIVATION inline
 #else
 #define CCNET_ANYWHERE __attribute__((always_inline))
+#define CCNET_WITH_ACTIVATION static inline __attribute__((always_inline))
 #endif
 
 struct IdentityActivation {
@@ -69,4 +71,18 @@ struct Elu {
   }
 };
 
+// f(the activation); epsilon as in Elu
+template <class Real, class F>
+CCNET_WITH_ACTIVATION auto with_activation(const ActivationOf& activation, double epsilon, const F& f) {
+  switch (activation.name) {
+    case Activation::leaky_relu:
+      return f(LeakyRelu<Real>(activation.slope));
+    case Activation::elu:
+      return f(Elu<Real>(epsilon));
+    default:
+      return f(IdentityActivation());
+  }
+}
+
 #undef CCNET_ANYWHERE
+#undef CCNET_WITH_ACTIVATION

@@ -1,7 +1,5 @@
-// The emulated kernels as operators ccnet_emulated::* for tensors on the CPU, and what tests set and read.
-#define CCNET_CUDA_LIBRARY ccnet_emulated
-#define CCNET_CUDA_KEY CPU
-#include "cc_attention/csrc/cuda/criss_cross.cu"
+// What tests set and read of the emulator, in the library of the emulated operators.
+#include "cuda_emulator.h"
 
 extern "C" __attribute__((visibility("default"))) void emulator_set(int order, uint64_t seed, int shared_bytes,
                                                                     int has_bfloat16, int counting,

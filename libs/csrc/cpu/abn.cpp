@@ -248,13 +248,8 @@ Tensor abn_statistics(const Tensor& x_) {
 }
 
 void abn_update_running_(Tensor running_mean, Tensor running_var, const Tensor& statistics, double momentum) {
+  check_running(running_mean, running_var, statistics);
   const int64_t channels = running_mean.numel();
-  check_like("running_var", running_var, running_mean);
-  STD_TORCH_CHECK(running_mean.dim() == 1 && running_mean.is_contiguous() && running_var.is_contiguous(),
-                  "running statistics: expected [C], contiguous");
-  STD_TORCH_CHECK(statistics.dim() == 2 && statistics.size(0) == 3 && statistics.size(1) == channels &&
-                      statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous(),
-                  "statistics: expected [3, C] in float64");
   const double* count = static_cast<const double*>(statistics.const_data_ptr());
   const double *mean = count + channels, *squares = mean + channels;
   for_type("running_mean", running_mean, [&](auto* type) {
@@ -269,8 +264,6 @@ void abn_update_running_(Tensor running_mean, Tensor running_var, const Tensor& 
           to_var[c] += momentum * (var - to_var[c]);
         }
       }
-    } else {
-      STD_TORCH_CHECK(false, "running statistics: expected float32 or float64");
     }
   });
 }

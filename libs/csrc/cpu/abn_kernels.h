@@ -18,11 +18,6 @@ struct Block {
 };
 constexpr int64_t kNumbersBeyond = 16;
 
-struct ActivationOf {
-  Activation name;
-  double slope;
-};
-
 // y = (x - shift) * scale + offset. Taking off the mean first, rounded to shift, loses nothing where x is near it; what
 // the rounding left out is in offset.
 template <class Real>

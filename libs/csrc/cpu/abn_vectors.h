@@ -169,19 +169,6 @@ constexpr double kEpsilon<Half> = 0x1p-10;
 template <>
 constexpr double kEpsilon<BFloat16> = 0x1p-7;
 
-template <class T, class F>
-CCNET_INLINE void with_activation(ActivationOf activation, const F& f) {
-  using Real = Accumulate<T>;
-  switch (activation.name) {
-    case Activation::identity:
-      return f(IdentityActivation());
-    case Activation::leaky_relu:
-      return f(LeakyRelu<Real>(activation.slope));
-    case Activation::elu:
-      return f(Elu<Real>(kEpsilon<T>));
-  }
-}
-
 template <class T>
 struct Abn {
   using Real = Accumulate<T>;
@@ -216,7 +203,7 @@ struct Abn {
   }
 
   static void forward(const Block& block, ActivationOf activation, const T* x, AffineNumbers<Real> numbers, T* z) {
-    with_activation<T>(activation, [&](auto activate) CCNET_MEMBER {
+    with_activation<Real>(activation, kEpsilon<T>, [&](auto activate) CCNET_MEMBER {
       if (block.one_channel) {
         forward_with<OneNumber<Real>>(block, activate, x, numbers, z);
       } else {
@@ -227,7 +214,7 @@ struct Abn {
 
   static void backward_sums(const Block& block, ActivationOf activation, const T* z, const T* grad_z, const Real* bias,
                             double* sum, double* product_sum) {
-    with_activation<T>(activation, [&](auto activate) CCNET_MEMBER {
+    with_activation<Real>(activation, kEpsilon<T>, [&](auto activate) CCNET_MEMBER {
       if (block.one_channel) {
         backward_sums_with<OneNumber<Real>>(block, activate, z, grad_z, bias, sum, product_sum);
       } else {
@@ -238,7 +225,7 @@ struct Abn {
 
   static void backward(const Block& block, ActivationOf activation, const T* z, const T* grad_z,
                        GradientNumbers<Real> numbers, T* grad_x, bool past_caches) {
-    with_activation<T>(activation, [&](auto activate) CCNET_MEMBER {
+    with_activation<Real>(activation, kEpsilon<T>, [&](auto activate) CCNET_MEMBER {
       if (block.one_channel) {
         backward_with<OneNumber<Real>>(block, activate, z, grad_z, numbers, grad_x, past_caches);
       } else {

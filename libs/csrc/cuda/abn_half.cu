@@ -1,0 +1,3 @@
+#include "libs/csrc/cuda/abn_kernels.cuh"
+
+template struct ccnet::AbnLaunchers<ccnet::Half, float>;
