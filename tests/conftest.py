@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from capabilities import ALL_CAPABILITIES, CAPABILITIES, capability
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,3 +49,12 @@ def no_host_copies():
 def _seeded():
     """Every test begins with the same random numbers, whichever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=ALL_CAPABILITIES)
+def each_capability(request):
+    """The test runs once with every instruction set that this CPU has."""
+    if request.param not in CAPABILITIES:
+        pytest.skip(f"this CPU has no {request.param}")
+    with capability(request.param):
+        yield request.param

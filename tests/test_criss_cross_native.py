@@ -1,13 +1,12 @@
 """The native criss-cross attention: every instruction set and dtype against the reference in float64, and what PyTorch
 does with operators: compiling, exporting, autocast, checks of its own."""
 
-import os
-from contextlib import contextmanager
-
 import pytest
 import torch
+from capabilities import CAPABILITIES, capability
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import laid_out
 
 from cc_attention import CrissCrossAttention, CrissCrossAttention3d, ca_map, ca_weight, criss_cross_attention, reference
 from libs import native
@@ -18,39 +17,6 @@ LOW_PRECISION = [torch.bfloat16, torch.float16]
 # Largest error over the largest number, of results and of gradients
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 DTYPES = list(TOLERANCE)
-
-
-@contextmanager
-def capability(name):
-    before = os.environ.get("CCNET_CPU_CAPABILITY")
-    os.environ["CCNET_CPU_CAPABILITY"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CCNET_CPU_CAPABILITY"]
-        else:
-            os.environ["CCNET_CPU_CAPABILITY"] = before
-
-
-def is_supported(name):
-    with capability(name):
-        try:
-            return native.cpu_capability() == name
-        except RuntimeError:
-            return False
-
-
-ALL_CAPABILITIES = ["baseline", "avx2", "avx512", "avx512_bf16"]
-CAPABILITIES = [name for name in ALL_CAPABILITIES if native.LOADED and is_supported(name)]
-
-
-@pytest.fixture(params=ALL_CAPABILITIES)
-def each_capability(request):
-    if request.param not in CAPABILITIES:
-        pytest.skip(f"this CPU has no {request.param}")
-    with capability(request.param):
-        yield request.param
 
 
 def random_inputs(n, c, cv, *pixels, scale=1.0):
@@ -129,17 +95,6 @@ def test_lines_longer_than_a_block_of_queries(each_capability, dtype, pixels, cv
     inputs = random_inputs(1, 5, cv, *pixels)
     assert_as_reference(criss_cross_attention, reference.criss_cross_attention, inputs, dtype)
     assert_explicit_form_as_reference(inputs, dtype)
-
-
-def laid_out(x, layout):
-    """x with other strides."""
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    if layout == "sliced":
-        return torch.stack([x, x.flip(1)], dim=-1)[..., 0]
-    if layout == "transposed":
-        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    return x
 
 
 layouts = st.sampled_from(["contiguous", "channels_last", "sliced", "transposed"])
