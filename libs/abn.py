@@ -13,7 +13,7 @@ class ABN(nn.Module):
 
     Args:
         num_features: channels C.
-        eps: added to the variance, and to |weight|.
+        eps: added to the variance, and to |weight|; more than 0.
         momentum: weight of the new batch in the running statistics; None for the mean over all batches, which are
             counted from when the module was made.
         affine: whether there are a weight (1 at the start) and a bias (0).

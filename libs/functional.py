@@ -1,8 +1,7 @@
 """Activated batch norm as a function: inputs are checked here, then handed to native code or to the reference.
 
 Native code saves for the backward pass the result z and not the input x: activation and affine map are inverted there
-(Rota Bulo et al., "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", arXiv 1712.02616). It runs on
-the CPU.
+(Rota Bulo et al., "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", arXiv 1712.02616).
 """
 
 from typing import Any
@@ -39,6 +38,7 @@ def activated_batch_norm(
         weight, bias: [C] in the dtype of x, or float32 for x of 16 bits. None for 1 and 0.
         running_mean, running_var: [C]. In training, `momentum` of the batch's is mixed into them, the variance as its
             unbiased estimate; otherwise they are used as constants.
+        eps: more than 0.
         activation, slope: leaky_relu (with that slope), elu, identity, or none.
         group: processes whose batches make one batch, in training. One collective each way.
         in_place: whether z is written over x, which must not be used afterwards. x must then not be a leaf that
@@ -53,12 +53,14 @@ def activated_batch_norm(
             computation is not possible; the message names the argument.
     """
     _check(x, weight, bias, running_mean, running_var)
+    if not eps > 0:
+        raise ValueError(f"eps: expected more than 0, since a weight of 0 could not be inverted without, got {eps}")
     if training and group is None and x.numel() == x.shape[1]:
         raise ValueError(f"x: expected more than one element a channel in training, got {list(x.shape)}")
     if in_place:
-        _check_in_place(x, weight, eps, activation, slope)
-    invertible = eps > 0 and (activation != "leaky_relu" or slope > 0)
-    if not (_runs_on(x.device) and (in_place or invertible)):
+        _check_in_place(x, activation, slope)
+    invertible = activation != "leaky_relu" or slope > 0
+    if not (native.runs_on(x.device) and invertible):
         return reference.activated_batch_norm(
             x, weight, bias, running_mean, running_var, training, momentum, eps, activation, slope, group
         )
@@ -111,7 +113,8 @@ class _ActivatedBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         z, statistics, weight, bias = ctx.saved_tensors
         needs_x, _, needs_weight, needs_bias, *others = ctx.needs_input_grad
-        grad_x = sums = None
+        grad_x = None
+        sums: Any = None
         if ctx.of_batch or needs_weight or needs_bias:
             sums = torch.ops.ccnet.abn_backward_sums(z, grad_z, weight, bias, *ctx.constants)
         grad_weight = (sums[1] * weight.sign()).to(weight.dtype) if needs_weight else None
@@ -120,6 +123,7 @@ class _ActivatedBatchNorm(torch.autograd.Function):
             if not ctx.of_batch:
                 sums = None
             elif ctx.group is not None:
+                sums = sums.clone()  # those of weight and bias stay this process's own
                 dist.all_reduce(sums, group=ctx.group)
             grad_x = torch.ops.ccnet.abn_backward(z, grad_z, statistics, sums, weight, bias, *ctx.constants)
         return grad_x, None, grad_weight, grad_bias, *(None for _ in others)
@@ -131,7 +135,7 @@ def _of_all(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:
     The parts' means may differ much: their squares are taken as deviations from the mean of all.
     """
     parts = statistics.new_empty([dist.get_world_size(group), *statistics.shape])
-    dist.all_gather_into_tensor(parts.view(-1, statistics.shape[1]), statistics, group=group)
+    dist.all_gather(list(parts.unbind()), statistics, group=group)
     count, mean, squares = parts.unbind(1)
     total = count.sum(0)
     mean_of_all = (count * mean).sum(0) / total.clamp(min=1)
@@ -146,10 +150,6 @@ def _update_running(running_mean: Tensor, running_var: Tensor, statistics: Tenso
     torch.ops.ccnet.abn_update_running_(mean, var, statistics, momentum)
     running_mean.copy_(mean)
     running_var.copy_(var)
-
-
-def _runs_on(device: torch.device) -> bool:
-    return device.type in ("cpu", "meta") and native.runs_on(device)
 
 
 # ---- checks ----
@@ -174,7 +174,7 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: 
             raise ValueError(f"{name}: expected {wanted} for x of {x.dtype}, got {numbers.dtype}")
 
 
-def _check_in_place(x: Tensor, weight: Tensor | None, eps: float, activation: str, slope: float) -> None:
+def _check_in_place(x: Tensor, activation: str, slope: float) -> None:
     if torch.is_grad_enabled() and x.is_leaf and x.requires_grad:
         raise ValueError("x: a leaf that requires a gradient cannot be overwritten; use ABN, or pass a copy of it")
     if _shares_memory(x):
@@ -184,8 +184,6 @@ def _check_in_place(x: Tensor, weight: Tensor | None, eps: float, activation: st
         )
     if activation == "leaky_relu" and not slope > 0:
         raise ValueError(f"slope: expected more than 0 for an activation that can be inverted, got {slope}")
-    if eps == 0 and weight is not None and bool((weight == 0).any()):
-        raise ValueError("weight: 0 with eps 0 cannot be inverted; use ABN, or an eps above 0")
 
 
 def _shares_memory(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 def _empty_as(x: Tensor) -> Tensor:
     """Of the strides of x if memory holds it contiguous or channels last, otherwise contiguous."""
     dimensions = range(x.dim())
-    if any(_is_in_order(x, order) for order in ([*dimensions], [0, *dimensions[2:], 1])):
+    if x.numel() == 0 or any(_is_in_order(x, order) for order in ([*dimensions], [0, *dimensions[2:], 1])):
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 

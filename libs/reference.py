@@ -47,13 +47,13 @@ def _synchronised_batch_norm(
     dims = [0, *range(2, x.dim())]
     count = torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64, device=x.device)
     dist.all_reduce(count, group=group)
-    count = count.to(x.dtype)
+    count = count.to(x.dtype).clamp(min=1)
     mean = all_reduce(x.sum(dims), group=group) / count
     centred = x - mean.view(per_channel)
     var = all_reduce(centred.square().sum(dims), group=group) / count
     with torch.no_grad():
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+        running_var.lerp_((var * (count / (count - 1).clamp(min=1))).to(running_var.dtype), momentum)
     y = centred * (var + eps).rsqrt().view(per_channel)
     if scale is not None and bias is not None:
         y = y * scale.view(per_channel) + bias.view(per_channel)

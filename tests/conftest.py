@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from targets import TARGETS, needs_gpu, running_on
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # The same examples in every run: a failure is one of the change under test.
@@ -48,3 +49,17 @@ def no_host_copies():
 def _seeded():
     """Every test begins with the same random numbers, whichever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=TARGETS)
+def each_target(request):
+    """The test runs once with every instruction set of this CPU, once on the emulated GPU and once on the GPU."""
+    with running_on(request.param):
+        yield
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> str:
+    if request.param == "cuda":
+        needs_gpu()
+    return request.param

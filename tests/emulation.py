@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: compiled with the emulator (cuda_emulator/), as functions of tensors on the CPU."""
+"""The CUDA kernels on the CPU: compiled with the emulator (cuda_emulator/), behind the native operators."""
 
 import ctypes
 import hashlib
@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,7 +72,8 @@ def compile_with_emulator(name: str, sources: list[Path], sanitizer: str = "", f
 CUDA_FOLDERS = (ROOT / "cc_attention" / "csrc" / "cuda", ROOT / "libs" / "csrc" / "cuda")
 # What launches kernels, and the operators that call it
 KERNELS = sorted(path for folder in CUDA_FOLDERS for path in folder.glob("*_*.cu") if path.name != "criss_cross.cu")
-OPERATORS = [CUDA_FOLDERS[0] / "criss_cross.cu", CUDA_FOLDERS[1] / "abn.cu"]
+OPERATOR_SOURCES = [CUDA_FOLDERS[0] / "criss_cross.cu", CUDA_FOLDERS[1] / "abn.cu"]
+OPERATORS = [name for path in OPERATOR_SOURCES for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())]
 
 
 class Counters(ctypes.Structure):
@@ -104,17 +104,16 @@ def _library(sanitizer: str = "") -> ctypes.CDLL:
     includes = " ".join(f"-isystem {path}" for path in include_paths())
     path = compile_with_emulator(
         "emulated.so",
-        [EMULATOR / "emulated.cpp", *OPERATORS, *KERNELS],
+        [EMULATOR / "emulated.cpp", *OPERATOR_SOURCES, *KERNELS],
         sanitizer,
         flags=f"{includes} -DTORCH_TARGET_VERSION=0x020a000000000000 -DCCNET_CUDA_LIBRARY=ccnet_emulated "
         "-DCCNET_CUDA_KEY=CPU",
         link=f"-shared -L{library_paths()[0]} -ltorch -ltorch_cpu -lc10",
     )
     definitions = torch.library.Library("ccnet_emulated", "DEF")
-    for source in OPERATORS:
-        for operator in re.findall(r'm\.impl\("(\w+)"', source.read_text()):
-            schema = str(getattr(torch.ops.ccnet, operator).default._schema)
-            definitions.define(schema.removeprefix("ccnet::"))
+    for operator in OPERATORS:
+        schema = str(getattr(torch.ops.ccnet, operator).default._schema)
+        definitions.define(schema.removeprefix("ccnet::"))
     library = ctypes.CDLL(str(path))
     library.emulator_launches.restype = ctypes.c_char_p
     library.definitions = definitions  # they go when nobody has them
@@ -128,7 +127,10 @@ ALL_BLOCKS = 2**63 - 1
 def emulated_gpu(
     order="forward", seed=1, shared_bytes=163 * 1024, has_bfloat16=True, counting=False, last_blocks=ALL_BLOCKS
 ):
-    """The kernels on a device like that, threads and blocks in that order. Gives the function that takes counters."""
+    """The operators run, for tensors on the CPU, on a device like that, with threads and blocks in that order.
+
+    Gives the function that takes counters.
+    """
     library = _library()
 
     def set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks):
@@ -148,9 +150,13 @@ def emulated_gpu(
 
     set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks)
     take_counters()
+    instead = torch.library.Library("ccnet", "IMPL")
+    for operator in OPERATORS:
+        instead.impl(operator, getattr(torch.ops.ccnet_emulated, operator), "CPU", allow_override=True)
     try:
         yield take_counters
     finally:
+        instead._destroy()
         set_options("forward", 1, 163 * 1024, True, False, ALL_BLOCKS)
 
 
@@ -158,30 +164,3 @@ def launches() -> dict[str, tuple[int, int]]:
     """Threads a block and bytes of shared memory of every kernel launched so far, by name."""
     lines = _library().emulator_launches().decode().splitlines()
     return {name: (int(threads), int(shared)) for name, threads, shared in (line.split("|") for line in lines)}
-
-
-def _differentiable(name: str):
-    class Operator(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            outputs = getattr(torch.ops.ccnet_emulated, name)(*inputs)
-            if name == "criss_cross_attention":
-                ctx.save_for_backward(*inputs, *outputs)
-                return outputs[0]
-            ctx.save_for_backward(*inputs, *([outputs] if name == "ca_weight" else []))
-            return outputs
-
-        @staticmethod
-        def backward(ctx, grad):
-            return getattr(torch.ops.ccnet_emulated, f"{name}_backward")(grad, *ctx.saved_tensors)
-
-    def operator(*args, **kwargs):
-        _library()
-        return Operator.apply(*args, *kwargs.values())
-
-    return operator
-
-
-kernels = SimpleNamespace(
-    **{name: _differentiable(name) for name in ("criss_cross_attention", "ca_weight", "ca_map")},
-)

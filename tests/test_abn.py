@@ -1,12 +1,18 @@
-"""Activated batch norm against its formula, and synchronised over real processes against one with the whole batch."""
+"""Activated batch norm against its formula, what in-place computation refuses, and synchronised real processes."""
+
+import copy
+import datetime
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from gradients import assert_same_gradients
+from torch import nn
+from torch.nn import functional as F
 
-from libs import ABN, InPlaceABN, InPlaceABNSync
+from libs import ABN, InPlaceABN, InPlaceABNSync, native
 
 ACTIVATIONS = {
     "leaky_relu": lambda y: torch.where(y >= 0, y, 0.01 * y),
@@ -14,27 +20,79 @@ ACTIVATIONS = {
     "identity": lambda y: y,
     "none": lambda y: y,
 }
+KINDS = [ABN, InPlaceABN, InPlaceABNSync]
 
 
-def by_formula(x, weight, bias, eps, activation):
+def by_formula(x, weight, bias, eps, activation, mean=None, var=None):
     dims = [0, *range(2, x.dim())]
     shape = [1, -1] + [1] * (x.dim() - 2)
-    mean, var = x.mean(dims), x.var(dims, correction=0)
+    if mean is None:
+        mean, var = x.mean(dims), x.var(dims, correction=0)
     xhat = (x - mean.view(shape)) / (var + eps).sqrt().view(shape)
     return ACTIVATIONS[activation](xhat * (weight.abs() + eps).view(shape) + bias.view(shape))
 
 
-@pytest.mark.parametrize("kind", [ABN, InPlaceABN, InPlaceABNSync])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_training_matches_the_formula(kind, activation):
-    module = kind(3, activation=activation).double()
+def module_with_values(kind, channels, **arguments):
+    module = kind(channels, **arguments).double()
     with torch.no_grad():
-        module.weight.copy_(torch.tensor([1.5, -0.7, 0.2]))  # a negative one: |weight| is used
-        module.bias.normal_()
-    x = torch.randn(4, 3, 5, 2, dtype=torch.float64, requires_grad=True)
-    result, expected = module(x), by_formula(x, module.weight, module.bias, 1e-5, activation)
+        for parameter in module.parameters():
+            parameter.normal_()  # negative weights too: |weight| is used
+        module.running_mean.normal_()
+        module.running_var.uniform_(0.5, 2)
+    return module
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(4, 3, 5, 2), (6, 3), (2, 3, 7), (1, 3, 2, 3, 4)], ids=str)
+def test_training_matches_the_formula(kind, activation, shape):
+    module = module_with_values(kind, 3, activation=activation)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    result, expected = module(x.clone()), by_formula(x, module.weight, module.bias, 1e-5, activation)
     torch.testing.assert_close(result, expected)
     assert_same_gradients(result, expected, {"x": x, "weight": module.weight, "bias": module.bias})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_frozen_statistics_are_constants(kind, activation):
+    """As in fine-tuning: weight, bias and input have gradients, and the statistics stay."""
+    module = module_with_values(kind, 3, activation=activation).eval()
+    mean, var = module.running_mean.clone(), module.running_var.clone()
+    x = torch.randn(4, 3, 5, 2, dtype=torch.float64, requires_grad=True)
+    expected = by_formula(x, module.weight, module.bias, 1e-5, activation, mean, var)
+    result = module(x.clone())
+    torch.testing.assert_close(result, expected)
+    assert_same_gradients(result, expected, {"x": x, "weight": module.weight, "bias": module.bias})
+    assert torch.equal(module.running_mean, mean)
+    assert torch.equal(module.running_var, var)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_weight_and_bias(training):
+    module = module_with_values(InPlaceABN, 3, affine=False).train(training)
+    mean, var = (None, None) if training else (module.running_mean.clone(), module.running_var.clone())
+    x = torch.randn(4, 3, 5, 2, dtype=torch.float64, requires_grad=True)
+    one, zero = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    expected = by_formula(x, one - 1e-5, zero, 1e-5, "leaky_relu", mean, var)
+    result = module(x.clone())
+    torch.testing.assert_close(result, expected)
+    assert_same_gradients(result, expected, {"x": x})
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_chain_of_convolutions(training):
+    """convolution, in-place batch norm, convolution: every gradient is that of the formula."""
+    first, second = nn.Conv2d(2, 5, 3).double(), nn.Conv2d(5, 3, 3).double()
+    norm = module_with_values(InPlaceABN, 5).train(training)
+    mean, var = (None, None) if training else (norm.running_mean.clone(), norm.running_var.clone())
+    x = torch.randn(2, 2, 9, 8, dtype=torch.float64, requires_grad=True)
+    expected = second(by_formula(first(x), norm.weight, norm.bias, 1e-5, "leaky_relu", mean, var))
+    inputs = {"x": x, **{f"{i}.{n}": p for i, m in enumerate((first, norm, second)) for n, p in m.named_parameters()}}
+    assert_same_gradients(second(norm(first(x))), expected, inputs)
 
 
 def test_running_statistics_are_unbiased_and_used_in_evaluation():
@@ -51,9 +109,44 @@ def test_running_statistics_are_unbiased_and_used_in_evaluation():
     torch.testing.assert_close(y, expected)
 
 
+def test_without_momentum_the_running_statistics_are_means_over_all_batches():
+    module, plain = ABN(2, momentum=None), nn.BatchNorm2d(2, momentum=None)
+    for _ in range(3):
+        x = torch.randn(4, 2, 3, 3)
+        module(x), plain(x)
+    torch.testing.assert_close(module.running_mean, plain.running_mean)
+    torch.testing.assert_close(module.running_var, plain.running_var)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_whole_modules_of_16_bits(dtype):
+    module = InPlaceABN(3).to(dtype)
+    x = torch.randn(4, 3, 8, 8)
+    y = module(x.to(dtype))
+    assert y.dtype == module.running_mean.dtype == dtype
+    torch.testing.assert_close(y.float(), F.leaky_relu(F.batch_norm(x, None, None, training=True)), atol=3e-2, rtol=0)
+    torch.testing.assert_close(module.running_mean.float(), 0.1 * x.mean((0, 2, 3)), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [ABN, InPlaceABN])
+def test_an_empty_batch_leaves_the_running_statistics(kind):
+    module = module_with_values(kind, 3)
+    before = copy.deepcopy(module.state_dict())
+    x = torch.zeros(0, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    y = module(x.clone())
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 3, 4, 4)
+    assert module.weight.grad.eq(0).all()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_state_dict_names():
     assert list(InPlaceABNSync(4).state_dict()) == ["weight", "bias", "running_mean", "running_var"]
     assert list(InPlaceABN(4, affine=False).state_dict()) == ["running_mean", "running_var"]
+
+
+# ---- errors ----
 
 
 def test_errors_name_the_argument():
@@ -61,47 +154,192 @@ def test_errors_name_the_argument():
         ABN(3, activation="gelu")
     with pytest.raises(ValueError, match=r"x: expected shape \[N, 3, ...\], got \[2, 4, 1, 1\]"):
         ABN(3)(torch.zeros(2, 4, 1, 1))
+    for x, message in [
+        (torch.zeros(1, 3, 1, 1), r"x: expected more than one element a channel in training, got \[1, 3, 1, 1\]"),
+        (
+            torch.zeros(2, 3, 1, 1, dtype=torch.int),
+            "x: expected float32, float64, bfloat16 or float16, got",
+        ),
+        (torch.zeros(2, 3, 1, 1).double(), "weight: expected torch.float64 for x of torch.float64, got torch.float32"),
+        (torch.zeros(2, 3, 1, 1, device="meta"), "weight: expected on meta as x is, got cpu"),
+    ]:
+        for kind in KINDS:
+            with pytest.raises(ValueError, match=message):
+                kind(3)(x)
+    with pytest.raises(
+        ValueError, match=r"weight: expected torch\.float16 or torch\.float32 for x of torch.float16, got"
+    ):
+        ABN(3).bfloat16()(torch.zeros(2, 3, 1, 1).half())
 
 
-def _sync_worker(rank, sizes, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(sizes))
-    module, whole, upstream = _sync_case(sum(sizes))
+@pytest.mark.parametrize("kind", [InPlaceABN, InPlaceABNSync])
+def test_what_cannot_be_computed_in_place_is_an_error(kind):
+    with pytest.raises(ValueError, match="slope: expected more than 0"):
+        kind(3, slope=0)
+    module = kind(3)
+    with pytest.raises(ValueError, match="x: a leaf that requires a gradient cannot be overwritten; use ABN"):
+        module(torch.randn(2, 3, 4, 4, requires_grad=True))
+    for x in (torch.randn(2, 3, 1, 1).expand(2, 3, 4, 4), torch.randn(2, 3, 12).unfold(2, 4, 3)):
+        with pytest.raises(ValueError, match=r"x: expected elements that do not share memory, got shape.*strides"):
+            module(x)
+    with pytest.raises(ValueError, match="eps: expected more than 0, since a weight of 0 could not be inverted"):
+        kind(3, eps=0)(torch.randn(2, 3, 4, 4))
+
+
+def test_a_weight_of_zero():
+    """|weight| + eps is inverted."""
+    module = module_with_values(InPlaceABN, 3)
+    with torch.no_grad():
+        module.weight[1] = 0
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    expected = by_formula(x, module.weight, module.bias, 1e-5, "leaky_relu")
+    assert_same_gradients(module(x.clone()), expected, {"x": x, "weight": module.weight, "bias": module.bias})
+
+
+def test_abn_that_is_not_in_place_takes_what_cannot_be_inverted():
+    module = module_with_values(ABN, 3, slope=0)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    expected = by_formula(x, module.weight, module.bias, 1e-5, "identity").relu()
+    assert_same_gradients(module(x), expected, {"x": x, "weight": module.weight, "bias": module.bias})
+
+
+@pytest.mark.skipif(not native.LOADED, reason="the reference does not overwrite")
+@pytest.mark.parametrize("before", [torch.sigmoid, torch.relu, torch.exp, torch.tanh])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_input_that_autograd_still_needs_is_an_error(before, training):
+    """And not a wrong gradient: PyTorch counts how often a tensor was written to."""
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    y = InPlaceABN(3).train(training)(before(x))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    saved = before(x)
+    with torch.no_grad():  # no gradient of the norm itself
+        InPlaceABN(3).train(training)(saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+@pytest.mark.skipif(not native.LOADED, reason="the reference does not overwrite")
+def test_an_output_that_is_written_to_is_an_error():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    y = F.relu_(InPlaceABN(3, activation="identity")(x.clone()))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# ---- memory ----
+
+
+@pytest.mark.skipif(not native.LOADED, reason="the reference does not overwrite")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_is_in_the_inputs_memory(kind, training):
+    x = torch.randn(2, 3, 4, 4)
+    y = kind(3).train(training)(x)
+    assert (y.data_ptr() == x.data_ptr()) == (kind is not ABN)
+    assert torch.equal(x, y) == (kind is not ABN)
+
+
+def saved_bytes(forward):
+    """Bytes that the forward pass keeps for the backward pass, parameters left out and each memory counted once."""
+    saved = {}
+
+    def keep(x):
+        if not isinstance(x, nn.Parameter):
+            storage = x.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = forward()
+    return sum(saved.values()), out  # the result lives until here: no memory was counted and used again
+
+
+@pytest.mark.skipif(not native.LOADED, reason="the reference saves as plain PyTorch does")
+def test_memory_of_a_block_of_two_convolutions():
+    x = torch.randn(2, 8, 33, 33)
+
+    def block(*norm):
+        return nn.Sequential(nn.Conv2d(8, 32, 1), *norm, nn.Conv2d(32, 8, 1))
+
+    ours, _ = saved_bytes(lambda: block(InPlaceABN(32))(x))
+    plain, _ = saved_bytes(lambda: block(nn.BatchNorm2d(32), nn.LeakyReLU(0.01))(x))
+    one = 2 * 32 * 33 * 33 * 4
+    inputs = x.numel() * 4
+    assert ours - inputs < 1.01 * one
+    assert 1.99 * one < plain - inputs
+
+
+# ---- several processes ----
+
+
+def start(rank, size, folder):
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timeout)
+
+
+def sync_case(batch):
+    torch.manual_seed(3)
+    module = InPlaceABNSync(3).double()
+    with torch.no_grad():
+        module.weight.normal_()
+        module.bias.normal_()
+    x = 5 + torch.randn(batch, 3, 2, 4, dtype=torch.float64)
+    x += 100 * torch.arange(batch).view(-1, 1, 1, 1)  # the parts' means differ much
+    return module, x, torch.randn(batch, 3, 2, 4, dtype=torch.float64)
+
+
+class CountsCollectives:
+    """How many collectives a process starts."""
+
+    def __enter__(self):
+        self.count = 0
+        self.originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}
+        for name, function in self.originals.items():
+            setattr(dist, name, self.counting(function))
+        return self
+
+    def counting(self, function):
+        def call(*args, **kwargs):
+            self.count += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def __exit__(self, *_):
+        for name, function in self.originals.items():
+            setattr(dist, name, function)
+
+
+def sync_worker(rank, sizes, folder):
+    start(rank, len(sizes), folder)
+    module, whole, upstream = sync_case(sum(sizes))
     begin = sum(sizes[:rank])
     x = whole[begin : begin + sizes[rank]].clone().requires_grad_()
-    y = module(x)
-    y.backward(upstream[begin : begin + sizes[rank]])
+    with CountsCollectives() as forward:
+        y = module(x.clone())
+    with CountsCollectives() as backward:
+        y.backward(upstream[begin : begin + sizes[rank]])
     for parameter in module.parameters():
         dist.all_reduce(parameter.grad)
     torch.save(
         {"y": y.detach(), "x": x.grad, "weight": module.weight.grad, "bias": module.bias.grad,
-         "mean": module.running_mean, "var": module.running_var},
+         "mean": module.running_mean, "var": module.running_var,
+         "collectives": torch.tensor([forward.count, backward.count])},
         f"{folder}/{rank}.pt",
     )  # fmt: skip
     dist.barrier()  # a process that leaves closes connections that another may still use
     dist.destroy_process_group()
 
 
-def _sync_case(batch):
-    torch.manual_seed(3)
-    module = InPlaceABNSync(3).double()
-    with torch.no_grad():
-        module.weight.normal_()
-        module.bias.normal_()
-    return (
-        module,
-        5 + torch.randn(batch, 3, 2, 4, dtype=torch.float64),
-        torch.randn(batch, 3, 2, 4, dtype=torch.float64),
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 3), (2, 0, 1)])
 def test_synchronised_equals_one_process_with_the_whole_batch(sizes, tmp_path):
-    mp.spawn(_sync_worker, args=(sizes, str(tmp_path)), nprocs=len(sizes))
+    mp.spawn(sync_worker, args=(sizes, str(tmp_path)), nprocs=len(sizes))
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(sizes))]
-    module, x, upstream = _sync_case(sum(sizes))
+    module, x, upstream = sync_case(sum(sizes))
     x.requires_grad_()
-    y = module(x)
+    y = module(x.clone())
     y.backward(upstream)
     torch.testing.assert_close(torch.cat([part["y"] for part in parts]), y.detach())
     torch.testing.assert_close(torch.cat([part["x"] for part in parts]), x.grad)
@@ -113,3 +351,30 @@ def test_synchronised_equals_one_process_with_the_whole_batch(sizes, tmp_path):
             ("var", module.running_var),
         ):
             torch.testing.assert_close(part[name], expected, msg=lambda text, name=name: f"{name}: {text}")
+        if native.LOADED:
+            assert part["collectives"].tolist() == [1, 1]
+
+
+def dying_worker(rank, dies_before, folder):
+    start(rank, 2, folder)
+    module, x, upstream = sync_case(2)
+    x = x[rank : rank + 1].requires_grad_()
+    module(x.clone()).backward(upstream[:1])
+    try:
+        if rank == 1 and dies_before == "forward":
+            os._exit(0)
+        y = module(x.clone())
+        if rank == 1:
+            os._exit(0)
+        y.backward(upstream[:1])
+    except RuntimeError as error:
+        with open(f"{folder}/error", "w") as file:
+            file.write(str(error))
+    os._exit(0)  # without the group's own farewell, for which the other is missing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies_before", ["forward", "backward"])
+def test_a_process_that_dies_is_an_error_in_the_others(dies_before, tmp_path):
+    mp.spawn(dying_worker, args=(dies_before, str(tmp_path)), nprocs=2)
+    assert (tmp_path / "error").read_text()

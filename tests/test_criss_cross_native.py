@@ -4,24 +4,20 @@ does with operators: compiling, exporting, autocast, checks of its own."""
 import pytest
 import torch
 from attention import (
-    CAPABILITIES,
     DTYPES,
-    TARGETS,
     TOLERANCE,
     assert_as_reference,
     assert_attention_as_reference,
     assert_explicit_form_as_reference,
     assert_same_bits,
-    capability,
     everything,
-    laid_out,
-    needs_gpu,
-    operators,
     random_inputs,
     run,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import laid_out
+from targets import ALL_CAPABILITIES, TARGETS, capability, running_on
 
 from cc_attention import CrissCrossAttention, CrissCrossAttention3d, ca_map, ca_weight, criss_cross_attention, reference
 from libs import native
@@ -29,19 +25,6 @@ from libs import native
 pytestmark = pytest.mark.skipif(not native.LOADED, reason="needs the native operators: pip install -e .")
 
 LOW_PRECISION = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=TARGETS)
-def ops(request):
-    with operators(request.param) as functions:
-        yield functions
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda":
-        needs_gpu()
-    return request.param
 
 
 # Sizes on, below and above the vectors' lanes (4, 8, 16, and twice that in pairs), the tiles' 64 columns and 6 rows
@@ -57,29 +40,29 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention(ops, dtype, shape):
-    assert_attention_as_reference(ops, random_inputs(*shape, scale=0.5), dtype)
+def test_attention(each_target, dtype, shape):
+    assert_attention_as_reference(random_inputs(*shape, scale=0.5), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7, 17), (1, 9, 65, 33, 6), (1, 6, 7, 1, 20)], ids=str)
-def test_explicit_form(ops, dtype, shape):
+def test_explicit_form(each_target, dtype, shape):
     inputs = random_inputs(*shape, scale=0.5)
-    assert_explicit_form_as_reference(ops, inputs, dtype)
+    assert_explicit_form_as_reference(inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 9, 3, 4, 17), (1, 8, 16, 6, 1, 5), (1, 2, 3, 4, 1, 1)], ids=str)
-def test_three_dimensions(ops, dtype, shape):
-    assert_attention_as_reference(ops, random_inputs(*shape, scale=0.5), dtype)
+def test_three_dimensions(each_target, dtype, shape):
+    assert_attention_as_reference(random_inputs(*shape, scale=0.5), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("pixels", "cv"), [((2, 300), 5), ((530, 1), 5), ((300, 3), 70), ((257, 2), 5), ((1, 273), 3)])
-def test_lines_longer_than_a_block_of_queries(ops, dtype, pixels, cv):
+def test_lines_longer_than_a_block_of_queries(each_target, dtype, pixels, cv):
     inputs = random_inputs(1, 5, cv, *pixels)
-    assert_attention_as_reference(ops, inputs, dtype)
-    assert_explicit_form_as_reference(ops, inputs, dtype)
+    assert_attention_as_reference(inputs, dtype)
+    assert_explicit_form_as_reference(inputs, dtype)
 
 
 layouts = st.sampled_from(["contiguous", "channels_last", "sliced", "transposed"])
@@ -97,10 +80,10 @@ layouts = st.sampled_from(["contiguous", "channels_last", "sliced", "transposed"
 )
 def test_any_shape_layout_and_dtype(target, n, c, cv, pixels, layout, dtype):
     torch.manual_seed(0)  # an example that fails can be had again
-    inputs = random_inputs(n, c, cv, *pixels, scale=0.5)
-    inputs = {key: laid_out(x, how) for (key, x), how in zip(inputs.items(), layout, strict=True)}
-    with operators(target) as ops:
-        assert_attention_as_reference(ops, inputs, dtype)
+    with running_on(target):
+        inputs = random_inputs(n, c, cv, *pixels, scale=0.5)
+        inputs = {key: laid_out(x, how) for (key, x), how in zip(inputs.items(), layout, strict=True)}
+        assert_attention_as_reference(inputs, dtype)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -115,10 +98,10 @@ def test_any_shape_layout_and_dtype(target, n, c, cv, pixels, layout, dtype):
 )
 def test_explicit_form_of_any_shape_layout_and_dtype(target, n, c, cv, pixels, layout, dtype):
     torch.manual_seed(0)  # an example that fails can be had again
-    inputs = random_inputs(n, c, cv, *pixels, scale=0.5)
-    inputs = {key: laid_out(x, how) for (key, x), how in zip(inputs.items(), layout, strict=True)}
-    with operators(target) as ops:
-        assert_explicit_form_as_reference(ops, inputs, dtype, layout[0])
+    with running_on(target):
+        inputs = random_inputs(n, c, cv, *pixels, scale=0.5)
+        inputs = {key: laid_out(x, how) for (key, x), how in zip(inputs.items(), layout, strict=True)}
+        assert_explicit_form_as_reference(inputs, dtype, layout[0])
 
 
 def assert_errors_at_most_twice_those_of_pytorch(native_function, function, inputs, dtype):
@@ -139,23 +122,21 @@ def assert_errors_at_most_twice_those_of_pytorch(native_function, function, inpu
 @pytest.mark.parametrize(
     "shape", [(1, 64, 96, 33, 29), (2, 8, 16, 12, 40), (1, 16, 24, 5, 6, 17), (1, 8, 16, 2, 700)], ids=str
 )
-def test_errors_are_at_most_twice_those_of_pytorch(ops, dtype, shape):
+def test_errors_are_at_most_twice_those_of_pytorch(each_target, dtype, shape):
     inputs = random_inputs(*shape, scale=0.4)
-    assert_errors_at_most_twice_those_of_pytorch(
-        ops.criss_cross_attention, reference.criss_cross_attention, inputs, dtype
-    )
+    assert_errors_at_most_twice_those_of_pytorch(criss_cross_attention, reference.criss_cross_attention, inputs, dtype)
     if len(shape) == 5:
         value = inputs.pop("value")
         weight = reference.ca_weight(**inputs)
-        assert_errors_at_most_twice_those_of_pytorch(ops.ca_weight, reference.ca_weight, inputs, dtype)
+        assert_errors_at_most_twice_those_of_pytorch(ca_weight, reference.ca_weight, inputs, dtype)
         assert_errors_at_most_twice_those_of_pytorch(
-            ops.ca_map, reference.ca_map, {"weight": weight, "value": value}, dtype
+            ca_map, reference.ca_map, {"weight": weight, "value": value}, dtype
         )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [0, 1, 8])
-def test_huge_energies(ops, dtype, spread):
+def test_huge_energies(each_target, dtype, spread):
     """Energies of 1e4, equal or a little or much apart: weights and gradients are as exact as those of small ones."""
     inputs = random_inputs(1, 1, 8, 20, 18)
     # Energies are 64 * 160 + query * key, whole numbers that are exact in every dtype's sums.
@@ -169,10 +150,10 @@ def test_huge_energies(ops, dtype, spread):
 
         return run_function
 
-    attention = [with_huge_energies(f) for f in (ops.criss_cross_attention, reference.criss_cross_attention)]
+    attention = [with_huge_energies(f) for f in (criss_cross_attention, reference.criss_cross_attention)]
     assert_as_reference(*attention, inputs, dtype)
     del inputs["value"]
-    weight = [with_huge_energies(f) for f in (ops.ca_weight, reference.ca_weight)]
+    weight = [with_huge_energies(f) for f in (ca_weight, reference.ca_weight)]
     assert_as_reference(*weight, inputs, dtype)
     total = weight[0](**{name: x.to(dtype) for name, x in inputs.items()}).double().sum(1)
     torch.testing.assert_close(total, torch.ones_like(total), atol=TOLERANCE[dtype], rtol=0)
@@ -184,7 +165,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [NAN, -INF, INF], ids=str)
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-def test_nan_and_infinity_propagate_as_in_the_reference(ops, dtype, bad, where):
+def test_nan_and_infinity_propagate_as_in_the_reference(each_target, dtype, bad, where):
     """A bad pixel, and a whole bad row: what is NaN or infinite is so in both, what is finite agrees."""
     for pixels, rows in (((7, 19), slice(3, 4)), ((7, 19), slice(None)), ((3, 6, 5), slice(2, 3))):
         inputs = {name: x.abs().to(dtype).double() for name, x in random_inputs(1, 5, 6, *pixels, scale=0.5).items()}
@@ -192,7 +173,7 @@ def test_nan_and_infinity_propagate_as_in_the_reference(ops, dtype, bad, where):
         inputs[where][0, 1, ..., 4, :] = bad
         upstream = torch.randn(inputs["value"].shape).to(dtype)
         expected = run(reference.criss_cross_attention, inputs, upstream.double())
-        actual = run(ops.criss_cross_attention, {k: x.to(dtype) for k, x in inputs.items()}, upstream)
+        actual = run(criss_cross_attention, {k: x.to(dtype) for k, x in inputs.items()}, upstream)
         for name, wanted in expected.items():
             assert torch.equal(actual[name].isnan(), wanted.isnan()), name
             torch.testing.assert_close(
@@ -206,32 +187,32 @@ def test_nan_and_infinity_propagate_as_in_the_reference(ops, dtype, bad, where):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_of_minus_infinity_leaves_the_column(ops, dtype):
+def test_a_row_of_minus_infinity_leaves_the_column(each_target, dtype):
     """Keys of one row are -inf: its pixels attend to their columns only, which have other keys. And none is NaN."""
     inputs = random_inputs(1, 3, 4, 5, 18, scale=0.5)
     inputs["query"] = inputs["query"].abs() + 0.1
     inputs["key"][0, :, 2] = -INF
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
-    out = ops.criss_cross_attention(**inputs)
+    out = criss_cross_attention(**inputs)
     expected = reference.criss_cross_attention(**{name: x.double() for name, x in inputs.items()})
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype] * 4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", [*CAPABILITIES, "cuda"])  # the emulator's: test_cuda_kernels.py
+@pytest.mark.parametrize("target", [*ALL_CAPABILITIES, "cuda"])  # the emulator's: test_cuda_kernels.py
 def test_same_bits_for_any_number_of_threads_and_in_every_run(target, dtype):
-    inputs = {name: x.to(dtype) for name, x in random_inputs(2, 16, 33, 19, 23).items()}
-    in_3d = {name: x.to(dtype) for name, x in random_inputs(2, 16, 33, 3, 9, 13).items()}
     before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3, 8, 2):
-            torch.set_num_threads(threads)
-            with operators(target) as ops:
-                results.append(list(everything(ops, inputs, in_3d)))
-    finally:
-        torch.set_num_threads(before)
+    with running_on(target):
+        inputs = {name: x.to(dtype) for name, x in random_inputs(2, 16, 33, 19, 23).items()}
+        in_3d = {name: x.to(dtype) for name, x in random_inputs(2, 16, 33, 3, 9, 13).items()}
+        try:
+            for threads in (1, 2, 3, 8, 2):
+                torch.set_num_threads(threads)
+                results.append(list(everything(inputs, in_3d)))
+        finally:
+            torch.set_num_threads(before)
     assert_same_bits(results)
 
 
@@ -243,12 +224,12 @@ def test_gradcheck(target):
     def check(function, inputs):  # in fast mode, derivatives along one random direction: fewer calls
         assert torch.autograd.gradcheck(function, inputs, fast_mode=target == "emulated")
 
-    with operators(target) as ops:
-        check(ops.criss_cross_attention, inputs(3, 4))
-        check(ops.criss_cross_attention, inputs(2, 3, 2))
+    with running_on(target):
+        check(criss_cross_attention, inputs(3, 4))
+        check(criss_cross_attention, inputs(2, 3, 2))
         query, key, value = inputs(3, 4)
-        check(ops.ca_weight, (query, key))
-        check(ops.ca_map, (torch.rand(2, 6, 3, 4, dtype=torch.float64, requires_grad=True), value))
+        check(ca_weight, (query, key))
+        check(ca_map, (torch.rand(2, 6, 3, 4, dtype=torch.float64, requires_grad=True), value))
 
 
 @pytest.mark.parametrize("wanted", ["query", "key", "value"])
@@ -278,11 +259,11 @@ def test_second_derivatives_are_an_error():
     "shape", [(2, 3, 5, 7), (1, 33, 40, 37), (1, 64, 32, 32), (2, 17, 3, 4, 50), (0, 3, 4, 5)], ids=str
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
-@pytest.mark.parametrize("target", CAPABILITIES)
+@pytest.mark.parametrize("target", ALL_CAPABILITIES)
 def test_converting_to_channels_last(target, dtype, shape, layout):
     """The same bits, NaN's included."""
     x = laid_out(torch.randn(shape).to(dtype).masked_fill_(torch.rand(shape) < 0.1, NAN), layout).requires_grad_()
-    with operators(target):
+    with running_on(target):
         out = torch.ops.ccnet.channels_last(x)
     assert out.is_contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]

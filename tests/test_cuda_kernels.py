@@ -19,7 +19,7 @@ from attention import (
     random_inputs,
     run,
 )
-from emulation import EMULATOR, KERNELS, ROOT, compile_with_emulator, emulated_gpu, kernels
+from emulation import EMULATOR, KERNELS, ROOT, compile_with_emulator, emulated_gpu
 
 from cc_attention import reference
 from libs import native
@@ -47,7 +47,7 @@ def test_same_bits_in_every_order_of_threads_and_blocks(dtype):
     results = []
     for order, seed in [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)]:
         with emulated_gpu(order=order, seed=seed):
-            results.append(list(everything(kernels, inputs, in_3d)))
+            results.append(list(everything(inputs, in_3d)))
     assert_same_bits(results)
 
 
@@ -72,16 +72,16 @@ def test_same_bits_in_every_order_where_a_block_has_a_long_line(dtype, length):
 def test_kernels_of_every_device(device, dtype):
     """How much shared memory there is, and whether tensor cores know bfloat16, chooses among kernels."""
     with emulated_gpu(**DEVICES[device]):
-        assert_attention_as_reference(kernels, random_inputs(1, 64, 72, 2, 97, scale=0.4), dtype)
-        assert_explicit_form_as_reference(kernels, random_inputs(1, 24, 40, 135, 2, scale=0.5), dtype)
+        assert_attention_as_reference(random_inputs(1, 64, 72, 2, 97, scale=0.4), dtype)
+        assert_explicit_form_as_reference(random_inputs(1, 24, 40, 135, 2, scale=0.5), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [1, 5, 29, 33, 97])
 def test_lengths_off_the_tiles(length, dtype):
     for c, cv in ((8, 16), (7, 9)):  # rows of whole packs of 16 bytes, and not
-        assert_attention_as_reference(kernels, random_inputs(1, c, cv, 2, length, scale=0.5), dtype)
-        assert_explicit_form_as_reference(kernels, random_inputs(1, c, cv, length, 2, scale=0.5), dtype)
+        assert_attention_as_reference(random_inputs(1, c, cv, 2, length, scale=0.5), dtype)
+        assert_explicit_form_as_reference(random_inputs(1, c, cv, length, 2, scale=0.5), dtype)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
@@ -97,7 +97,7 @@ def test_lengths_off_the_tiles(length, dtype):
     ],
 )
 def test_whole_lines_and_what_is_beyond_them(c, cv, pixels, dtype):
-    assert_attention_as_reference(kernels, random_inputs(1, c, cv, *pixels, scale=0.4), dtype)
+    assert_attention_as_reference(random_inputs(1, c, cv, *pixels, scale=0.4), dtype)
 
 
 def test_offsets_beyond_two_to_the_31():

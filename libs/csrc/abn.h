@@ -89,6 +89,9 @@ inline void check_running(const Tensor& running_mean, const Tensor& running_var,
 // Whether memory holds the elements without gaps in the order of the dimensions, or with channels last; dimensions of
 // one element may have any stride.
 inline bool is_in_order(const Tensor& x, bool channels_last) {
+  if (x.numel() == 0) {
+    return true;
+  }
   int64_t stride = 1;
   const auto fits = [&](int64_t d) {
     const bool fit = x.size(d) == 1 || x.stride(d) == stride;

@@ -49,12 +49,12 @@ struct LeakyRelu {
   }
 };
 
-// z + 1 = e^y is lost where z is rounded to -1; there y is taken to be the logarithm of half of what would not be lost.
+// z + 1 = e^y is lost where z is rounded to -1; there y is taken to be that of the next larger z.
 template <class Real>
 struct Elu {
-  Real lost;
+  Real least;
   // epsilon: of the type that z is stored in, the distance from 1 to the next larger number
-  CCNET_ANYWHERE explicit Elu(double epsilon) : lost(epsilon / 4) {}
+  CCNET_ANYWHERE explicit Elu(double epsilon) : least(epsilon / 2 - 1) {}
 
   template <class V>
   CCNET_ANYWHERE V operator()(V y) const {
@@ -62,7 +62,7 @@ struct Elu {
   }
   template <class V>
   CCNET_ANYWHERE V inverse(V z) const {
-    const V negative = z < V{} + (lost - 1) ? V{} + (lost - 1) : z;
+    const V negative = z < V{} + least ? V{} + least : z;
     return z > V{} ? z : log1p(negative);
   }
   template <class V>

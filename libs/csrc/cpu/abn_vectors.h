@@ -124,37 +124,35 @@ CCNET_INLINE void sum_of_one_channel(int64_t n, const Terms& terms, double* firs
   }
 }
 
+// Of `width` columns from `strip` on, at most kStrip
 template <class Real, class Terms>
-CCNET_INLINE void sums_of_columns(const Block& block, const Terms& terms, double* first, double* second) {
-  for (int64_t strip = 0; strip < block.length; strip += kStrip) {
-    const int64_t width = block.length - strip < kStrip ? block.length - strip : kStrip;
-    for (int64_t i = strip; i < strip + width; ++i) {
-      first[i] = second[i] = 0;
+CCNET_INLINE void sums_of_columns(const Block& block, int64_t strip, int64_t width, const Terms& terms, double* first,
+                                  double* second) {
+  for (int64_t i = strip; i < strip + width; ++i) {
+    first[i] = second[i] = 0;
+  }
+  for (int64_t begin = 0; begin < block.rows; begin += kChain) {
+    const int64_t end = block.rows - begin < kChain ? block.rows : begin + kChain;
+    Real sums[2][kStrip] = {};
+    for (int64_t row = begin; row < end; ++row) {
+      each_vector<Real>(width, [&](int64_t i, auto vector) CCNET_MEMBER {
+        const Pair<Real> term = terms(row * block.length + strip + i, strip + i, vector);
+        store(sums[0] + i, load(sums[0] + i) + term.first);
+        store(sums[1] + i, load(sums[1] + i) + term.second);
+      });
     }
-    for (int64_t begin = 0; begin < block.rows; begin += kChain) {
-      const int64_t end = block.rows - begin < kChain ? block.rows : begin + kChain;
-      Real sums[2][kStrip] = {};
-      for (int64_t row = begin; row < end; ++row) {
-        each_vector<Real>(width, [&](int64_t i, auto vector) CCNET_MEMBER {
-          const Pair<Real> term = terms(row * block.length + strip + i, strip + i, vector);
-          store(sums[0] + i, load(sums[0] + i) + term.first);
-          store(sums[1] + i, load(sums[1] + i) + term.second);
-        });
-      }
-      for (int64_t i = 0; i < width; ++i) {
-        first[strip + i] += sums[0][i];
-        second[strip + i] += sums[1][i];
-      }
+    for (int64_t i = 0; i < width; ++i) {
+      first[strip + i] += sums[0][i];
+      second[strip + i] += sums[1][i];
     }
   }
 }
 
-template <class Real, class Terms>
-CCNET_INLINE void sum(const Block& block, const Terms& terms, double* first, double* second) {
-  if (block.one_channel) {
-    sum_of_one_channel<Real>(block.rows * block.length, terms, first, second);
-  } else {
-    sums_of_columns<Real>(block, terms, first, second);
+// f(strip, width) for all columns
+template <class F>
+CCNET_INLINE void each_strip(const Block& block, const F& f) {
+  for (int64_t strip = 0; strip < block.length; strip += kStrip) {
+    f(strip, block.length - strip < kStrip ? block.length - strip : kStrip);
   }
 }
 
@@ -173,33 +171,31 @@ template <class T>
 struct Abn {
   using Real = Accumulate<T>;
 
-  // Deviations are taken from a number near the mean, so that their squares do not drown what is small beside it: the
-  // mean of the first vector, or each column's first element. One of these in a block can be far off, but then it
-  // makes the variance as large as that.
+  // Deviations are taken from a number near the mean, the mean of some first elements, so that their squares do not
+  // drown what is small beside it. One of these elements can be far off, but then it makes the variance as large.
   static void statistics(const Block& block, const T* x, double* mean, double* squares) {
-    const int64_t n = block.one_channel ? block.rows * block.length : block.rows;
-    const int64_t channels = block.one_channel ? 1 : block.length;
     if (block.one_channel) {
+      const int64_t n = block.rows * block.length;
       const Real near = mean_of_first(x, n);
       const Vector<Real> shift = splat(near);
-      sum<Real>(block, [&](int64_t i, int64_t, auto vector) CCNET_MEMBER {
+      sum_of_one_channel<Real>(n, [&](int64_t i, int64_t, auto vector) CCNET_MEMBER {
         const Vector<Real> deviation = vector.template with_zeros<Real>(vector.read(x + i) - shift);
         return Pair<Real>{deviation, deviation * deviation};
       }, mean, squares);
       finish(n, near, mean, squares);
-    } else {
-      sum<Real>(block, [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
-        const Vector<Real> deviation = vector.read(x + i) - vector.read(x + column);
+      return;
+    }
+    each_strip(block, [&](int64_t strip, int64_t width) CCNET_MEMBER {
+      Real near[kStrip];
+      means_of_first_rows(block, x + strip, width, near);
+      sums_of_columns<Real>(block, strip, width, [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
+        const Vector<Real> deviation = vector.read(x + i) - load(near + (column - strip));
         return Pair<Real>{deviation, deviation * deviation};
       }, mean, squares);
-      each_vector<Real>(channels, [&](int64_t i, auto vector) CCNET_MEMBER {
-        Real near[kLanes<Real>];
-        store(near, vector.read(x + i));
-        for (int64_t k = 0; k < kLanes<Real> && i + k < channels; ++k) {
-          finish(n, near[k], mean + i + k, squares + i + k);
-        }
-      });
-    }
+      for (int64_t i = 0; i < width; ++i) {
+        finish(block.rows, near[i], mean + strip + i, squares + strip + i);
+      }
+    });
   }
 
   static void forward(const Block& block, ActivationOf activation, const T* x, AffineNumbers<Real> numbers, T* z) {
@@ -236,14 +232,26 @@ struct Abn {
 
  private:
   CCNET_INLINE Real mean_of_first(const T* x, int64_t n) {
-    constexpr int64_t lanes = kLanes<Real>;
-    const int64_t count = n < lanes ? n : lanes;
-    Real first[lanes], sum = 0;
-    store(first, load_up_to(x, n));
-    for (int64_t k = 0; k < count; ++k) {
-      sum += first[k];
+    constexpr int64_t some = 16;
+    const int64_t count = n < some ? n : some;
+    Real first[some], sum = 0;
+    each_vector<Real>(count, [&](int64_t i, auto vector) CCNET_MEMBER { store(first + i, vector.read(x + i)); });
+    for (int64_t i = 0; i < count; ++i) {
+      sum += first[i];
     }
     return sum / count;
+  }
+
+  CCNET_INLINE void means_of_first_rows(const Block& block, const T* x, int64_t width, Real* means) {
+    constexpr int64_t some = 8;
+    const int64_t count = block.rows < some ? block.rows : some;
+    each_vector<Real>(width, [&](int64_t i, auto vector) CCNET_MEMBER {
+      Vector<Real> sum = {};
+      for (int64_t row = 0; row < count; ++row) {
+        sum += vector.read(x + row * block.length + i);
+      }
+      store(means + i, sum / Real(count));
+    });
   }
 
   // From the sums of n deviations from `near` and of their squares
@@ -269,11 +277,18 @@ struct Abn {
   CCNET_INLINE void backward_sums_with(const Block& block, const Activate& activate, const T* z, const T* grad_z,
                                        const Real* bias_numbers, double* sums, double* product_sums) {
     const Numbers bias(bias_numbers);
-    sum<Real>(block, [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
+    const auto terms = [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
       const Vector<Real> out = vector.read(z + i);
       const Vector<Real> grad_y = vector.read(grad_z + i) * activate.derivative(out);
       return Pair<Real>{grad_y, grad_y * (activate.inverse(out) - bias.at(column))};
-    }, sums, product_sums);
+    };
+    if (block.one_channel) {
+      sum_of_one_channel<Real>(block.rows * block.length, terms, sums, product_sums);
+    } else {
+      each_strip(block, [&](int64_t strip, int64_t width) CCNET_MEMBER {
+        sums_of_columns<Real>(block, strip, width, terms, sums, product_sums);
+      });
+    }
   }
 
   template <class Numbers, class Activate>

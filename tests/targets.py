@@ -1,0 +1,58 @@
+"""Where the native operators run: on the CPU with each instruction set, in the emulator of a GPU, on a GPU."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import emulation
+import pytest
+import torch
+
+from libs import native
+
+ALL_CAPABILITIES = ["baseline", "avx2", "avx512", "avx512_bf16"]
+TARGETS = [*ALL_CAPABILITIES, pytest.param("emulated", marks=pytest.mark.emulated), "cuda"]
+
+
+@contextmanager
+def capability(name: str) -> Iterator[None]:
+    before = os.environ.get("CCNET_CPU_CAPABILITY")
+    os.environ["CCNET_CPU_CAPABILITY"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CCNET_CPU_CAPABILITY"]
+        else:
+            os.environ["CCNET_CPU_CAPABILITY"] = before
+
+
+def _is_supported(name: str) -> bool:
+    with capability(name):
+        try:
+            return native.cpu_capability() == name
+        except RuntimeError:
+            return False
+
+
+def needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    assert native.runs_on(torch.device("cuda")), "there is a GPU, and libs/_C_cuda is not loaded"
+
+
+@contextmanager
+def running_on(target: str) -> Iterator[None]:
+    """The operators run there, and tensors are made there."""
+    if target == "cuda":
+        needs_gpu()
+        with torch.device("cuda"):
+            yield
+    elif target == "emulated":
+        with emulation.emulated_gpu():
+            yield
+    else:
+        if not _is_supported(target):
+            pytest.skip(f"this CPU has no {target}")
+        with capability(target):
+            yield

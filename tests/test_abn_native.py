@@ -1,0 +1,425 @@
+"""The native activated batch norm: every instruction set, dtype, layout and activation against the reference in
+float64, and what PyTorch does with operators: compiling, autocast, checks of its own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import laid_out
+from targets import TARGETS, running_on
+from torch import nn
+from torch.nn import functional as F
+
+from libs import ABN, InPlaceABN, native, reference
+from libs.functional import _of_all, activated_batch_norm
+from networks import build_model
+
+pytestmark = pytest.mark.skipif(not native.LOADED, reason="needs the native operators: pip install -e .")
+
+# Largest error over the largest number, of results, gradients and running statistics
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+DTYPES = list(TOLERANCE)
+ACTIVATIONS = ["leaky_relu", "elu", "identity"]
+LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed"]
+
+
+def case(shape, dtype, training=True):
+    """Arguments of batch norm by name, upstream gradient included, whose numbers dtype can hold."""
+    channels = shape[1]
+    weight = torch.randn(channels, dtype=torch.float64)
+    tensors = {
+        "x": torch.randn(shape, dtype=torch.float64) * 2 + torch.randn(channels).view(1, -1, *[1] * (len(shape) - 2)),
+        "weight": weight.sign() * (weight.abs() + 0.3),
+        "bias": torch.randn(channels, dtype=torch.float64),
+        "running_mean": torch.randn(channels, dtype=torch.float64),
+        "running_var": torch.rand(channels, dtype=torch.float64) + 0.5,
+        "upstream": torch.randn(shape, dtype=torch.float64),
+    }
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    per_pixel = ("x", "upstream")
+    return {name: x.to(dtype if name in per_pixel else parameters) for name, x in tensors.items()} | {
+        "training": training
+    }
+
+
+def run(function, arguments, activation="leaky_relu", **more):
+    """z, the gradients and the running statistics by name."""
+    arguments = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    upstream = arguments.pop("upstream")
+    inputs = {name: arguments[name].requires_grad_() for name in ("x", "weight", "bias")}
+    if more.get("in_place"):  # not a leaf, and with the strides of one
+        arguments["x"] = inputs["x"].as_strided(inputs["x"].shape, inputs["x"].stride()).clone()
+    z = function(**arguments, momentum=0.3, eps=1e-5, activation=activation, slope=0.01, **more)
+    gradients = torch.autograd.grad(z, list(inputs.values()), upstream)
+    return {
+        "z": z.detach(),
+        **{f"gradient of {name}": g for name, g in zip(inputs, gradients, strict=True)},
+        **{name: arguments[name] for name in ("running_mean", "running_var")},
+    }
+
+
+def exactly(arguments):
+    return {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
+def assert_close(actual, expected, tolerance):
+    for name, wanted in expected.items():
+        assert actual[name].shape == wanted.shape, name
+        if wanted.numel():
+            error = (actual[name].double() - wanted).abs().max() / max(wanted.abs().max(), 1)
+            assert error <= tolerance, f"{name}: error {error:.1e} of the largest number, expected {tolerance:.0e}"
+
+
+def assert_as_reference(shape, dtype, activation, layout="contiguous", training=True, in_place=False):
+    arguments = case(shape, dtype, training)
+    if activation == "elu":  # z near -1 tells y badly (test_what_is_recovered_from_the_result): not here
+        arguments["weight"], arguments["bias"] = arguments["weight"] / 4, arguments["bias"] / 4
+    expected = run(reference.activated_batch_norm, exactly(arguments), activation)
+    arguments["x"], arguments["upstream"] = (laid_out(arguments[name], layout) for name in ("x", "upstream"))
+    actual = run(activated_batch_norm, arguments, activation, in_place=in_place)
+    assert_close(actual, expected, TOLERANCE[dtype])
+
+
+# Channels on, below and above the vectors' lanes (4, 8, 16) and the strips of 512; planes of less and more than a part
+SHAPES = [(2, 3, 5, 7), (1, 64, 33, 5), (3, 19, 1, 1), (2, 530, 3, 3), (1, 2, 97, 131), (5, 33), (2, 17, 40)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_activated_batch_norm(each_target, dtype, activation, shape):
+    for layout in ("contiguous", "channels_last"):
+        assert_as_reference(shape, dtype, activation, layout, in_place=layout == "channels_last")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 4),
+    c=st.integers(1, 70) | st.sampled_from([128, 511, 512, 513, 1025]),
+    pixels=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+    activation=st.sampled_from(ACTIVATIONS),
+    training=st.booleans(),
+    in_place=st.booleans(),
+)
+def test_any_shape_layout_and_dtype(target, n, c, pixels, layout, dtype, activation, training, in_place):
+    torch.manual_seed(0)
+    shape = [n, c, *pixels]
+    if training and n * torch.Size(pixels).numel() < 3:
+        training = False  # with two elements a channel, xhat is 1 and -1 whatever x is: gradients are rounding only
+    if layout == "transposed" and len(shape) < 4:
+        layout = "sliced"
+    with running_on(target):
+        assert_as_reference(shape, dtype, activation, layout, training, in_place)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "identity"])
+def test_errors_are_at_most_twice_those_of_pytorch(each_target, dtype, layout, activation):
+    """Of the reference in the same dtype, both against float64: norms over all elements.
+
+    Gradients in 16 bits are a matter of their own: PyTorch has x, in-place batch norm has z, each rounded. Beside an
+    activation that has shrunk it, z of a negative number is as exact as x; where |bias| is larger than |weight|, less.
+    """
+    arguments = case((2, 48, 31, 29), dtype)
+    exact = run(reference.activated_batch_norm, exactly(arguments), activation)
+    plain = run(reference.activated_batch_norm, arguments, activation)
+    arguments["x"], arguments["upstream"] = (laid_out(arguments[name], layout) for name in ("x", "upstream"))
+    ours = run(activated_batch_norm, arguments, activation)
+    for name, wanted in exact.items():
+        error, plain_error = ((x[name].double() - wanted).norm() for x in (ours, plain))
+        assert error <= 2 * plain_error + torch.finfo(dtype).eps * wanted.norm(), f"{name}: {error} and {plain_error}"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 16, 64, 64), (4, 5, 33, 31), (1, 600, 20, 20)], ids=str)
+def test_small_deviations_beside_a_large_mean(each_target, shape, layout):
+    """Mean 1e4 and deviation 1e-2 in float32: as exact as the numbers that x can hold."""
+    arguments = case(shape, torch.float32)
+    x = 1e4 + 1e-2 * torch.randn(shape, dtype=torch.float64)
+    x[0, 0, 0, 0] = 0  # the first element, from which deviations are taken, may be far off
+    arguments["x"] = x.float()
+    expected = run(reference.activated_batch_norm, exactly(arguments))
+    arguments["x"] = laid_out(arguments["x"], layout)
+    # The gradient of x is larger by 1 / deviation than that of a usual input: it is compared with its largest number.
+    assert_close(run(activated_batch_norm, arguments), expected, 2e-5)
+
+
+def test_merging_statistics_of_parts_far_apart():
+    parts = [1e4 + torch.randn(3, 5, dtype=torch.float64), torch.randn(40, 5, dtype=torch.float64), torch.zeros(0, 5)]
+    statistics = [torch.ops.ccnet.abn_statistics(part.double()) for part in parts]
+
+    class Group:
+        pass
+
+    def all_gather(to, own, group):
+        for x, y in zip(to, statistics, strict=True):
+            x.copy_(y)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "get_world_size", lambda group: len(parts))
+        patch.setattr(torch.distributed, "all_gather", all_gather)
+        merged = _of_all(statistics[0], Group())
+    whole = torch.cat([part.double() for part in parts])
+    torch.testing.assert_close(merged, torch.stack([
+        torch.full([5], 43.0, dtype=torch.float64), whole.mean(0), whole.var(0, correction=0) * 43,
+    ]))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_same_bits_for_any_number_of_threads_and_in_every_run(each_target, dtype, layout):
+    arguments = case((3, 37, 70, 81), dtype)
+    arguments["x"], arguments["upstream"] = (laid_out(arguments[name], layout) for name in ("x", "upstream"))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8, 2):
+            torch.set_num_threads(threads)
+            results.append(run(activated_batch_norm, arguments))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, x in results[0].items():
+            assert torch.equal(x, other[name]), name
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_gradcheck(activation, layout, training, in_place):
+    arguments = case((2, 3, 3, 4), torch.float64, training)
+    del arguments["upstream"]
+    inputs = [laid_out(arguments.pop("x"), layout), arguments.pop("weight"), arguments.pop("bias")]
+
+    def function(x, weight, bias):
+        x = laid_out(x * 1, layout)
+        return activated_batch_norm(
+            x, weight, bias, **arguments, momentum=0, eps=1e-5, activation=activation, slope=0.1, in_place=in_place
+        )
+
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_of_one_input_only(wanted, training):
+    arguments = case((2, 3, 3, 4), torch.float64, training)
+    upstream = arguments.pop("upstream")
+    arguments[wanted].requires_grad_()
+    options = {"momentum": 0, "eps": 1e-5, "activation": "leaky_relu", "slope": 0.01}
+    gradients = [
+        torch.autograd.grad(function(**arguments, **options), arguments[wanted], upstream)[0]
+        for function in (activated_batch_norm, reference.activated_batch_norm)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_recovered_from_the_result(each_target, dtype, activation):
+    """xhat, from sums of one element each: the error is that of rounding z."""
+    channels = 501
+    y = torch.linspace(-5, 5, channels, dtype=torch.float64)
+    z = reference.activate(y, activation, 0.01).to(dtype).view(1, channels)
+    gain, bias = 1.5 + torch.rand(2, channels, dtype=torch.float64)
+    parameters = [x.to(torch.float64 if dtype == torch.float64 else torch.float32) for x in (gain - 1e-5, bias)]
+    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), *parameters, 1e-5, activation, 0.01)
+    slope = torch.where(z[0] > 0, 1, {"leaky_relu": 0.01, "elu": z[0].double() + 1, "identity": 1}[activation])
+    torch.testing.assert_close(sums[0], slope, rtol=1e-6, atol=0, check_dtype=False)
+    # Half a step of z, over the slope there
+    half_step = torch.finfo(dtype).eps * z[0].double().abs().clamp(min=torch.finfo(dtype).smallest_normal) / 2
+    expected = (y - bias) / gain
+    allowed = half_step / slope / gain * 1.01 + 4 * torch.finfo(parameters[0].dtype).eps * (1 + expected.abs())
+    assert ((sums[1] / sums[0] - expected).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_elu_of_very_negative_numbers(each_target, dtype):
+    """Where z is -1, y cannot be recovered; it is taken to be as far as z could still tell, and nothing is infinite."""
+    z = torch.tensor([[-1.0, -1.0], [-0.5, 3.0]], dtype=dtype)
+    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), None, None, 1e-5, "elu", 0.01)
+    assert sums.isfinite().all()
+    torch.testing.assert_close(sums[0], torch.tensor([0.5, 1.0], dtype=torch.float64))
+    statistics = torch.ops.ccnet.abn_statistics(torch.randn(5, 2, dtype=dtype))
+    grad_x = torch.ops.ccnet.abn_backward(z, torch.ones_like(z), statistics, sums, None, None, 1e-5, "elu", 0.01)
+    assert grad_x.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_elu_and_its_inverse_near_zero_and_far_away(each_target, dtype):
+    """Relative errors, also where e^y - 1 would lose all digits."""
+    y = -torch.logspace(-30, 1, 500, dtype=torch.float64).view(1, -1)
+    statistics = torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64).expand(3, 500).contiguous()
+    y = y.to(dtype)
+    z = torch.ops.ccnet.abn_forward(y, statistics, None, None, 1e-30, "elu", 0.01)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(z.double(), torch.expm1(y.double()), rtol=4 * eps, atol=0)
+    near = y > -2
+    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), None, None, 1e-30, "elu", 0.01)
+    recovered = (sums[1] / sums[0])[near[0]]
+    torch.testing.assert_close(recovered, torch.log1p(z.double())[near], rtol=8 * eps, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_nan_and_infinity_stay_in_their_channel(each_target, layout, bad):
+    arguments = case((2, 33, 9, 10), torch.float32)
+    good = run(activated_batch_norm, arguments)
+    arguments["x"][1, 7, 3, 3] = bad
+    arguments["x"] = laid_out(arguments["x"], layout)
+    others = [c for c in range(33) if c != 7]
+    for name, x in run(activated_batch_norm, arguments).items():
+        dim = 1 if x.dim() == 4 else 0
+        torch.testing.assert_close(
+            x.index_select(dim, torch.tensor(others)), good[name].index_select(dim, torch.tensor(others))
+        )
+        if name in ("z", "running_var", "gradient of x"):
+            assert x.select(dim, 7).isnan().any(), name
+
+
+def test_second_derivatives_are_an_error():
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ABN(3).double()(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 2, 3, 4), (1, 1, 3, 3)], ids=str)
+def test_opcheck(dtype, layout, shape):
+    """PyTorch's own checks of an operator: schema (what is written to), fake kernels (shapes, strides), tracing."""
+    ops = torch.ops.ccnet
+    arguments = case(shape, dtype)
+    x, upstream = (laid_out(arguments[name], layout) for name in ("x", "upstream"))
+    running = (arguments["running_mean"], arguments["running_var"])
+    options = (arguments["weight"], arguments["bias"], 1e-5, "leaky_relu", 0.01)
+    statistics = ops.abn_statistics(x)
+    sums = ops.abn_backward_sums(x, upstream, *options)
+    torch.library.opcheck(ops.abn_statistics, (x,))
+    torch.library.opcheck(ops.abn_update_running_, (*running, statistics, 0.1))
+    torch.library.opcheck(ops.abn_forward, (x, statistics, *options))
+    torch.library.opcheck(ops.abn_forward_, (x, statistics, *options))
+    torch.library.opcheck(ops.abn_backward_sums, (x, upstream, *options))
+    for some in (sums, None):
+        torch.library.opcheck(ops.abn_backward, (x, upstream, statistics, some, *options))
+    torch.library.opcheck(ops.abn_forward, (x, statistics, None, None, 1e-5, "elu", 0.01))
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), InPlaceABN(8), nn.Conv2d(8, 8, 3), InPlaceABN(8, activation="identity"), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(8, 2, 3), ABN(2, activation="elu"))
+
+
+def train(module, run, steps, size=(2, 3, 16, 16)):
+    """Losses of some steps on random images, and the state dict."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        out = run(torch.randn(size, generator=generator))
+        loss = sum(x.square().mean() + x.mean() for x in (out if isinstance(out, list) else [out]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, module.state_dict()
+
+
+def assert_trains_alike(make, compiled_as, **arguments):
+    compiled, plain = make(), make()
+    actual = train(compiled, torch.compile(compiled, **compiled_as), **arguments)
+    expected = train(plain, plain, **arguments)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_whole(training):
+    """Without graph breaks; the compiler sees the operators and what they write to."""
+    assert_trains_alike(lambda: network().train(training), {"fullgraph": True, "backend": "aot_eager"}, steps=3)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    assert_trains_alike(network, {"fullgraph": True}, steps=3)
+
+
+@pytest.mark.slow
+def test_the_whole_network_compiled():
+    def make():
+        torch.manual_seed(0)
+        return build_model("resnet18", num_classes=4).eval()  # eval: dropout draws other numbers when compiled
+
+    assert torch._dynamo.explain(make())(torch.randn(2, 3, 33, 33)).graph_break_count == 0
+    torch._dynamo.reset()
+    assert_trains_alike(make, {"fullgraph": True, "backend": "aot_eager"}, steps=2, size=(2, 3, 33, 33))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    """The convolution's dtype goes on; parameters stay float32."""
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), InPlaceABN(8))
+    x = torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", dtype=dtype):
+        y = module(x)
+    assert y.dtype == dtype
+    y.float().square().mean().backward()
+    expected = F.leaky_relu(F.batch_norm(module[0](x), None, None, training=True))
+    torch.testing.assert_close(y.float(), expected, atol=5e-2, rtol=0)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_inference_mode_and_no_grad():
+    module = InPlaceABN(3)
+    x = torch.randn(2, 3, 4, 4)
+    expected = module(x.clone()).detach()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            torch.testing.assert_close(module(x.clone()), expected)
+
+
+def test_a_view_as_input():
+    """Half of the channels of a tensor, normalised where they are; the gradient reaches the whole."""
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    whole, apart = x * 1, x * 1
+    InPlaceABN(4).double()(whole[:, :4])
+    expected = torch.cat([ABN(4).double()(apart[:, :4]), apart[:, 4:]], 1)
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, upstream)[0] for y in (whole, expected)))
+
+
+def test_operators_called_directly_check_their_inputs():
+    ops = torch.ops.ccnet
+    x, w = torch.zeros(2, 3, 4, 4), torch.ones(3)
+    statistics = ops.abn_statistics(x)
+    options = (1e-5, "leaky_relu", 0.01)
+    for call, message in [
+        (lambda: ops.abn_statistics(w), r"x: expected \[N, C, ...\], got 1 dimensions"),
+        (lambda: ops.abn_statistics(x.int()), "expected float32, float64, float16 or bfloat16"),
+        (lambda: ops.abn_forward(x, statistics[:2], w, w, *options), "statistics: expected a number for each of 3"),
+        (
+            lambda: ops.abn_forward(x, statistics, w[:2], w, *options),
+            "weight: expected a number for each of 3 channels",
+        ),
+        (lambda: ops.abn_forward(x, statistics, w, w.double(), *options), "bias: expected float64, or for weight and"),
+        (
+            lambda: ops.abn_forward(x, statistics, w, w, 1e-5, "gelu", 0.1),
+            "activation: expected leaky_relu, elu, ident",
+        ),
+        (lambda: ops.abn_backward_sums(x, x[:1], w, w, *options), "grad_z: expected the shape of the first tensor"),
+        (
+            lambda: ops.abn_backward(x, x.half(), statistics, None, w, w, *options),
+            "grad_z: expected the first tensor's",
+        ),
+        (lambda: ops.abn_update_running_(w, w[:2], statistics, 0.1), "running_var: expected the shape of the first"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call()
