@@ -51,6 +51,27 @@ def test_same_bits_in_every_order_of_threads_and_blocks(dtype):
     assert_same_bits(results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 40, 9, 13), (3, 19, 7, 5)], ids=str)
+def test_same_bits_of_batch_norm_in_every_order(shape, dtype):
+    x, grad_z = torch.randn(2, *shape).to(dtype)
+    parameters = [p.to(torch.float64 if dtype == torch.float64 else torch.float32) for p in torch.randn(2, shape[1])]
+    constants = (1e-5, "leaky_relu", 0.01)
+    results = []
+    for order in ("forward", "reverse", "random"):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            laid_out_x, laid_out_grad = (tensor.contiguous(memory_format=memory_format) for tensor in (x, grad_z))
+            ops = torch.ops.ccnet
+            with emulated_gpu(order=order):
+                statistics = ops.abn_statistics(laid_out_x)
+                z = ops.abn_forward(laid_out_x, statistics, *parameters, *constants)
+                sums = ops.abn_backward_sums(z, laid_out_grad, *parameters, *constants)
+                grad_x = ops.abn_backward(z, laid_out_grad, statistics, sums, *parameters, *constants)
+            results.append(list(enumerate([statistics, z, sums, grad_x])))
+    assert_same_bits(results[::2])
+    assert_same_bits(results[1::2])
+
+
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("length", [97, 150])
 def test_same_bits_in_every_order_where_a_block_has_a_long_line(dtype, length):

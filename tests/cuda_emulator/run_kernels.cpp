@@ -1,4 +1,4 @@
-// Runs every attention kernel once, for sanitizers to watch: run_kernels half|bfloat16|float|double
+// Runs every kernel once, for sanitizers to watch: run_kernels half|bfloat16|float|double
 //
 // Buffers are of exactly the size that the kernels may touch and hold NaN where they have to be written. Results are
 // compared with the reference elsewhere; here none may be NaN.
@@ -8,6 +8,7 @@
 #include <random>
 
 #include "cc_attention/csrc/cuda/line.h"
+#include "libs/csrc/cuda/abn_launchers.h"
 #include "libs/csrc/cuda/scalar_types.cuh"
 
 namespace {
@@ -83,6 +84,33 @@ void run(int images, int height, int width, int c, int cv) {
 }
 
 template <class T>
+void run_abn(bool planes, int64_t rows, int channels, int row_length, Activation activation) {
+  using Real = Accumulate<T>;
+  using Abn = AbnLaunchers<T, Real>;
+  std::mt19937 random(7);
+  const Buffer<T> x(rows, row_length, &random), grad_z(rows, row_length, &random);
+  const Buffer<T> z(rows, row_length), grad_x(rows, row_length);
+  const Buffer<Real> weight(1, channels, &random), bias(1, channels, &random), numbers(Abn::kNumbers, channels);
+  const Buffer<Real> running_mean(1, channels, &random), running_var(1, channels, &random);
+  const Pieces pieces = Pieces::cut(planes, channels, rows, row_length, sizeof(T),
+                                    {x.data.get(), z.data.get(), grad_z.data.get(), grad_x.data.get()});
+  const Buffer<double> partial(3 * pieces.slots(), channels), statistics(3, channels), sums(2, channels);
+  const typename Abn::Affine affine{weight.data.get(), bias.data.get(), 1e-5, {activation, 0.1}};
+  check(Abn::statistics(pieces, x.data.get(), partial.data.get(), statistics.data.get(), nullptr));
+  check(update_running_statistics(statistics.data.get(), 0.1, channels, running_mean.data.get(), running_var.data.get(),
+                                  nullptr));
+  check(Abn::forward(pieces, x.data.get(), statistics.data.get(), affine, numbers.data.get(), z.data.get(), nullptr));
+  check(Abn::backward_sums(pieces, z.data.get(), grad_z.data.get(), affine, partial.data.get(), sums.data.get(),
+                           nullptr));
+  check(Abn::backward(pieces, z.data.get(), grad_z.data.get(), statistics.data.get(), sums.data.get(), affine,
+                      numbers.data.get(), grad_x.data.get(), nullptr));
+  for (const auto* buffer : {&z, &grad_x}) {
+    buffer->check("activated batch norm");
+  }
+  statistics.check("statistics"), sums.check("sums"), running_mean.check("running_mean");
+}
+
+template <class T>
 void run_all() {
   emulator::options.order = emulator::Order::random;
   run<T>(1, 5, 33, 8, 72);                     // small tiles; a slice and a part of one
@@ -94,6 +122,12 @@ void run_all() {
   emulator::options.shared_bytes = 64 * 1024;  // as on sm_75
   emulator::options.has_bfloat16 = false;
   run<T>(1, 1, 97, 8, 40);
+  for (const auto activation : {Activation::identity, Activation::leaky_relu, Activation::elu}) {
+    run_abn<T>(false, 75, 40, 40, activation);     // channels_last
+    run_abn<T>(false, 21, 19, 19, activation);     // rows that are no multiple of 16 bytes
+    run_abn<T>(true, 2 * 3, 3, 1040, activation);  // NCHW
+    run_abn<T>(true, 2 * 3, 3, 35, activation);
+  }
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -16,35 +15,6 @@
 namespace ccnet {
 namespace {
 
-// [rows, row_length] at data, and further tensors like it at others
-Pieces cut(bool planes, int64_t channels, int64_t rows, int64_t row_length, int element_bytes,
-           std::initializer_list<const void*> data) {
-  constexpr int64_t threads = 256, most_columns = 32, enough_blocks = 1024;
-  constexpr int64_t fewest_steps = 4, most_steps = 64;  // sums in float32 stay exact enough, and go on in float64
-  const int whole = 16 / element_bytes;
-  const bool aligned = row_length % whole == 0 && std::all_of(data.begin(), data.end(), [](const void* p) {
-                         return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-                       });
-  Pieces pieces{};
-  pieces.planes = planes;
-  pieces.pack = aligned ? whole : 1;
-  pieces.channels = channels;
-  pieces.rows = rows;
-  pieces.row_length = row_length;
-  const int64_t packs = row_length / pieces.pack;
-  pieces.columns = 1;
-  while (!planes && pieces.columns < std::min(packs, most_columns)) {
-    pieces.columns *= 2;
-  }
-  pieces.groups = planes ? rows : (packs + pieces.columns - 1) / pieces.columns;
-  const int64_t along = planes ? packs : rows, lanes = threads / pieces.columns;
-  const int64_t parts = std::max<int64_t>(1, enough_blocks / std::max<int64_t>(1, pieces.groups));
-  const int64_t steps = (along + lanes * parts - 1) / (lanes * parts);
-  pieces.steps = static_cast<int>(std::clamp(steps, fewest_steps, most_steps));
-  pieces.parts = (along + lanes * pieces.steps - 1) / (lanes * pieces.steps);
-  return pieces;
-}
-
 template <class T>
 using Abn = AbnLaunchers<T, Accumulate<T>>;
 
@@ -52,8 +22,9 @@ using Abn = AbnLaunchers<T, Accumulate<T>>;
 Pieces pieces_of(const Tensor& x, std::initializer_list<const void*> data) {
   const Layout layout = *layout_of(x);
   const int bytes = static_cast<int>(x.element_size());
-  return layout.planes ? cut(true, layout.channels, layout.images * layout.channels, layout.positions, bytes, data)
-                       : cut(false, layout.channels, layout.images * layout.positions, layout.channels, bytes, data);
+  return layout.planes
+             ? Pieces::cut(true, layout.channels, layout.images * layout.channels, layout.positions, bytes, data)
+             : Pieces::cut(false, layout.channels, layout.images * layout.positions, layout.channels, bytes, data);
 }
 
 Tensor empty_doubles(const Tensor& x, std::initializer_list<int64_t> shape) {

@@ -1,7 +1,9 @@
 // Activated batch norm on the GPU: what the operators (abn.cu) call.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include "libs/csrc/activation.h"
 #include "libs/csrc/cuda/scalar_types.cuh"
@@ -22,9 +24,40 @@ struct Pieces {
   int64_t parts;   // of the rows, or of a plane
   int steps;       // that a thread takes at most
   int64_t blocks() const { return groups * parts; }
+  // rows of row_length at data, and tensors like it at the others
+  static Pieces cut(bool planes, int64_t channels, int64_t rows, int64_t row_length, int element_bytes,
+                    std::initializer_list<const void*> data);
   // Blocks that have elements of the same channel, each of which leaves sums of its own
   int64_t slots() const { return planes ? rows / channels * parts : parts; }
 };
+
+inline Pieces Pieces::cut(bool planes, int64_t channels, int64_t rows, int64_t row_length, int element_bytes,
+                          std::initializer_list<const void*> data) {
+  constexpr int64_t threads = 256, most_columns = 32, enough_blocks = 1024;
+  constexpr int64_t fewest_steps = 4, most_steps = 64;  // sums in float32 stay exact enough, and go on in float64
+  const int whole = 16 / element_bytes;
+  const bool aligned = row_length % whole == 0 && std::all_of(data.begin(), data.end(), [](const void* p) {
+                         return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+                       });
+  Pieces pieces{};
+  pieces.planes = planes;
+  pieces.pack = aligned ? whole : 1;
+  pieces.channels = channels;
+  pieces.rows = rows;
+  pieces.row_length = row_length;
+  const int64_t packs = row_length / pieces.pack;
+  pieces.columns = 1;
+  while (!planes && pieces.columns < std::min(packs, most_columns)) {
+    pieces.columns *= 2;
+  }
+  pieces.groups = planes ? rows : (packs + pieces.columns - 1) / pieces.columns;
+  const int64_t along = planes ? packs : rows, lanes = threads / pieces.columns;
+  const int64_t parts = std::max<int64_t>(1, enough_blocks / std::max<int64_t>(1, pieces.groups));
+  const int64_t steps = (along + lanes * parts - 1) / (lanes * parts);
+  pieces.steps = static_cast<int>(std::clamp(steps, fewest_steps, most_steps));
+  pieces.parts = (along + lanes * pieces.steps - 1) / (lanes * pieces.steps);
+  return pieces;
+}
 
 // weight and bias may be nullptr. `numbers` and `partial` are scratch.
 template <class T, class Real>
