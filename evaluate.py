@@ -186,7 +186,7 @@ def evaluate(args: argparse.Namespace) -> None:
     check_ignore_label(args.ignore_label, args.num_classes)
     items = find_items(args)
     attention_item = find_attention_item(args, items) if args.attention else None
-    model = build_model(args.backbone, args.num_classes, args.recurrence)
+    model = build_model(args.backbone, args.num_classes, args.recurrence, args.backbone_activation)
     load_state(model, read_state_dict(args.restore_from), str(args.restore_from))
     model.to(device).eval()
 

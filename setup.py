@@ -137,8 +137,8 @@ def check_nvcc(nvcc: Path, cuda_of_torch: str) -> None:
     if release[1] != cuda_of_torch.split(".")[0]:
         raise SystemExit(
             f"error: {nvcc} is of CUDA {release[1]}.{release[2]}, and this PyTorch is of CUDA {cuda_of_torch}: "
-            "expected the same major version. Let CUDA_HOME name a toolkit that fits, install a PyTorch that does, or leave "
-            "the CUDA kernels out with FORCE_CUDA=0"
+            "expected the same major version. Let CUDA_HOME name a toolkit that fits, install a PyTorch that does, or "
+            "leave the CUDA kernels out with FORCE_CUDA=0"
         )
 
 

@@ -211,7 +211,7 @@ def train(args: argparse.Namespace) -> int:
     check_ignore_label(args.ignore_label, args.num_classes)
     items = find_items(args)
     torch.manual_seed(args.random_seed)
-    model = build_model(args.backbone, args.num_classes, args.recurrence).to(device)
+    model = build_model(args.backbone, args.num_classes, args.recurrence, args.backbone_activation).to(device)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )

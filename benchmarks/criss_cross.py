@@ -18,11 +18,8 @@ import argparse
 import ctypes
 import itertools
 import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -31,21 +28,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cc_attention import criss_cross_attention
-from libs import native
+
+from .measuring import (
+    DTYPES,
+    STEADY_MEMORY,
+    Work,
+    begin_under_steady_conditions,
+    print_machine,
+    print_table,
+    take_turns,
+)
 
 CHANNELS = (64, 512)  # of query and key, and of value: the network's
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # Norm of the difference over the norm that contenders may have
 AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-Work = Callable[[], object]
-
-
-# Each thread stays on a CPU: otherwise two of them share one at times, for a second on end.
-STEADY_THREADS = {"OMP_PROC_BIND": "true"}
-# The C library keeps what is freed. Otherwise every large tensor is fresh memory, and what that costs depends on the
-# virtual machine's host and on who ran before: up to as long again as the work.
-STEADY_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"}
 
 
 # ---- the contenders ----
@@ -191,32 +188,6 @@ def large_copies(device: str) -> dict[str, tuple[Work, int]]:
     return {"copy": (x.clone, 2 * x.numel())}
 
 
-def milliseconds(work: Work, device: str) -> float:
-    if device == "cpu":
-        begin = time.perf_counter()
-        work()
-        return 1e3 * (time.perf_counter() - begin)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def take_turns(works: dict[str, Work], repeats: int, seconds: float, device: str) -> dict[str, float]:
-    """Median milliseconds of each, in turns. What would take longer than `seconds` is run as often as that allows."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(repeats + 1):
-        for name, work in works.items():
-            if turn and sum(times[name]) > 1e3 * seconds:
-                continue
-            ms = milliseconds(work, device)
-            if turn:  # the first warms up
-                times[name].append(ms)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 # ---- memory ----
 
 
@@ -248,24 +219,6 @@ def peak_extra_in_a_new_process(name: str, size: tuple[int, int], dtype_name: st
 
 
 # ---- the tables ----
-
-
-def print_header(device: str) -> None:
-    channels = f"query and key of {CHANNELS[0]} channels, value of {CHANNELS[1]}"
-    if device == "cuda":
-        print(f"{torch.cuda.get_device_name()}; PyTorch {torch.__version__}; {channels}")
-        return
-    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
-    print(
-        f"{platform.machine()}, {model.split(': ')[-1]}, {os.cpu_count()} CPUs; PyTorch {torch.__version__}; ", end=""
-    )
-    print(f"kernels for {native.cpu_capability()}; {channels}")
-
-
-def print_table(title: str, header: list[str], rows: Iterable[list[str]]) -> None:
-    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{':--|' * 2}{'--:|' * (len(header) - 2)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
 
 
 def time_non_local(case: Case, what: str, seconds: float) -> str:
@@ -372,17 +325,10 @@ def main() -> None:
         Case((5, 5), torch.float32, "NCHW").forward_and_backward(attention)  # what is loaded only once
         print(peak_extra_bytes(case, attention))
         return
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: there is no GPU")
-    if not native.runs_on(torch.device(args.device)):
-        raise SystemExit(f"the native operators for {args.device} are not built: pip install -e .")
+    begin_under_steady_conditions(args.device, args.fresh_memory)
     if args.device == "cuda":
         args.threads = args.threads[:1]
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    elif "OMP_PROC_BIND" not in os.environ:  # read when a process starts
-        environment = {**os.environ, **STEADY_THREADS, **({} if args.fresh_memory else STEADY_MEMORY)}
-        os.execve(sys.executable, sys.orig_argv, environment)
-    print_header(args.device)
+    print_machine(args.device, f"query and key of {CHANNELS[0]} channels, value of {CHANNELS[1]}")
     names = [*CONTENDERS, *(f"{name}, compiled" for name in COMPILED if args.compile)]
     print_table(
         "Median milliseconds; in brackets, how many times ours that is.",

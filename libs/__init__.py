@@ -1,10 +1,11 @@
-"""Activated batch norm: plain, in place, and in place over all processes."""
+"""Activated batch norm: plain, in place, in place over all processes, and its conversion."""
 
 from . import native
 from .abn import ABN, InPlaceABN, InPlaceABNSync
+from .conversion import fold, from_batchnorm, to_batchnorm
 from .functional import activated_batch_norm
 
 if native.LOADED:
     from . import operators  # noqa: F401  tells PyTorch of the operators' shapes
 
-__all__ = ["ABN", "InPlaceABN", "InPlaceABNSync", "activated_batch_norm"]
+__all__ = ["ABN", "InPlaceABN", "InPlaceABNSync", "activated_batch_norm", "fold", "from_batchnorm", "to_batchnorm"]

@@ -58,7 +58,8 @@ class ABN(nn.Module):
         # In no state dict: the original's have none.
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """With a residual: activation(xhat * (|weight| + eps) + bias + residual)."""
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"x: expected shape [N, {self.num_features}, ...], got {list(x.shape)}")
         return activated_batch_norm(
@@ -74,6 +75,7 @@ class ABN(nn.Module):
             self.slope,
             self._synchronised_over(),
             self._in_place,
+            residual,
         )
 
     def _weight_of_batch(self) -> float:

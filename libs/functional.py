@@ -29,8 +29,9 @@ def activated_batch_norm(
     slope: float,
     group: dist.ProcessGroup | None = None,
     in_place: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """z = activation(xhat * (|weight| + eps) + bias), xhat = (x - mean) / sqrt(var + eps).
+    """z = activation(xhat * (|weight| + eps) + bias + residual), xhat = (x - mean) / sqrt(var + eps).
 
     Args:
         x: [N, C, ...] in float32, float64, bfloat16 or float16, of any strides; contiguous and channels_last tensors
@@ -44,6 +45,8 @@ def activated_batch_norm(
         in_place: whether z is written over x, which must not be used afterwards. x must then not be a leaf that
             requires a gradient, nor hold elements that share memory; and PyTorch raises an error in the backward pass
             if what made x needs it unchanged. The reference has the same conditions and does not overwrite.
+        residual: of the shape, dtype and device of x; None for 0. It is kept for the backward pass beside z, and y is
+            recovered as the difference of the two: to the accuracy of their dtype, not of y.
 
     Returns:
         z, of the shape and dtype of x. Second derivatives are not implemented in native code.
@@ -53,6 +56,11 @@ def activated_batch_norm(
             computation is not possible; the message names the argument.
     """
     _check(x, weight, bias, running_mean, running_var)
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"residual: expected {list(x.shape)} {x.dtype} on {x.device} as x is, got {list(residual.shape)} "
+            f"{residual.dtype} on {residual.device}"
+        )
     if not eps > 0:
         raise ValueError(f"eps: expected more than 0, since a weight of 0 could not be inverted without, got {eps}")
     if training and group is None and x.numel() == x.shape[1]:
@@ -62,7 +70,7 @@ def activated_batch_norm(
     invertible = activation != "leaky_relu" or slope > 0
     if not (native.runs_on(x.device) and invertible):
         return reference.activated_batch_norm(
-            x, weight, bias, running_mean, running_var, training, momentum, eps, activation, slope, group
+            x, weight, bias, running_mean, running_var, training, momentum, eps, activation, slope, group, residual
         )
     with torch.no_grad():
         if training:
@@ -76,7 +84,7 @@ def activated_batch_norm(
     accumulated_in = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = (p if p is None else p.to(accumulated_in) for p in (weight, bias))
     return _ActivatedBatchNorm.apply(
-        x, statistics, weight, bias, eps, activation, float(slope), training, group, in_place
+        x, statistics, weight, bias, residual, eps, activation, float(slope), training, group, in_place
     )
 
 
@@ -90,6 +98,7 @@ class _ActivatedBatchNorm(torch.autograd.Function):
         statistics: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         eps: float,
         activation: str,
         slope: float,
@@ -98,12 +107,12 @@ class _ActivatedBatchNorm(torch.autograd.Function):
         in_place: bool,
     ) -> Tensor:
         if in_place:
-            torch.ops.ccnet.abn_forward_(x, statistics, weight, bias, eps, activation, slope)
+            torch.ops.ccnet.abn_forward_(x, statistics, weight, bias, residual, eps, activation, slope)
             ctx.mark_dirty(x)
             z = x
         else:
-            z = torch.ops.ccnet.abn_forward(x, statistics, weight, bias, eps, activation, slope)
-        ctx.save_for_backward(z, statistics, weight, bias)
+            z = torch.ops.ccnet.abn_forward(x, statistics, weight, bias, residual, eps, activation, slope)
+        ctx.save_for_backward(z, statistics, weight, bias, residual)
         ctx.constants = (eps, activation, slope)
         ctx.of_batch, ctx.group = of_batch, group
         return z
@@ -111,22 +120,30 @@ class _ActivatedBatchNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        z, statistics, weight, bias = ctx.saved_tensors
-        needs_x, _, needs_weight, needs_bias, *others = ctx.needs_input_grad
-        grad_x = None
+        z, statistics, *tensors = ctx.saved_tensors
+        weight, bias, residual = tensors
+        needs_x, _, needs_weight, needs_bias, needs_residual, *others = ctx.needs_input_grad
+        grad_x = grad_residual = None
         sums: Any = None
         if ctx.of_batch or needs_weight or needs_bias:
-            sums = torch.ops.ccnet.abn_backward_sums(z, grad_z, weight, bias, *ctx.constants)
+            sums = torch.ops.ccnet.abn_backward_sums(z, grad_z, *tensors, *ctx.constants)
         grad_weight = (sums[1] * weight.sign()).to(weight.dtype) if needs_weight else None
         grad_bias = sums[0].to(bias.dtype) if needs_bias else None
-        if needs_x:
+        if needs_x or needs_residual:
             if not ctx.of_batch:
                 sums = None
             elif ctx.group is not None:
                 sums = sums.clone()  # those of weight and bias stay this process's own
                 dist.all_reduce(sums, group=ctx.group)
-            grad_x = torch.ops.ccnet.abn_backward(z, grad_z, statistics, sums, weight, bias, *ctx.constants)
-        return grad_x, None, grad_weight, grad_bias, *(None for _ in others)
+            grad_x, grad_residual = torch.ops.ccnet.abn_backward(z, grad_z, statistics, sums, *tensors, *ctx.constants)
+        return (
+            grad_x,
+            None,
+            grad_weight,
+            grad_bias,
+            None if residual is None else grad_residual,
+            *(None for _ in others),
+        )
 
 
 def _of_all(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:

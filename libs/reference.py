@@ -72,15 +72,16 @@ def activated_batch_norm(
     activation: str,
     slope: float,
     group: dist.ProcessGroup | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Batch norm, then the activation.
+    """Batch norm, then the activation, of the sum with `residual` if there is one.
 
-    x: [N, C, ...]; weight, bias (both or none) and the running statistics: [C]. In training the statistics are those
-    of the batch, over all processes of `group` if there is one, and the running ones are updated in place.
+    x, residual: [N, C, ...]; weight, bias (both or none) and the running statistics: [C]. In training the statistics
+    are those of the batch, over all processes of `group` if there is one, and the running ones are updated in place.
     """
     scale = None if weight is None else weight.abs() + eps
     if training and group is not None:
         y = _synchronised_batch_norm(x, scale, bias, running_mean, running_var, momentum, eps, group)
     else:
         y = F.batch_norm(x, running_mean, running_var, scale, bias, training, momentum, eps)
-    return activate(y, activation, slope)
+    return activate(y if residual is None else y + residual, activation, slope)

@@ -16,8 +16,8 @@ class CCNet(DilatedResNet):
     [N, num_classes, h, w] with h and w about an eighth of H and W (97 for 769).
     """
 
-    def __init__(self, backbone: str, num_classes: int, recurrence: int):
-        super().__init__(backbone)
+    def __init__(self, backbone: str, num_classes: int, recurrence: int, backbone_activation: str):
+        super().__init__(backbone, backbone_activation)
         layer3_channels, layer4_channels = self.out_channels
         self.head = RCCAModule(layer4_channels, num_classes, recurrence)
         self.dsn = nn.Sequential(
@@ -32,18 +32,23 @@ class CCNet(DilatedResNet):
         return [self.head(layer4), self.dsn(layer3)]
 
 
-def build_model(backbone: str = "resnet101", num_classes: int = 19, recurrence: int = 2) -> CCNet:
+def build_model(
+    backbone: str = "resnet101", num_classes: int = 19, recurrence: int = 2, backbone_activation: str = "identity"
+) -> CCNet:
     """Build CCNet, in channels_last memory format.
 
     Args:
         backbone: resnet18, resnet34, resnet50 or resnet101 (the paper's).
         num_classes: channels of the logits.
         recurrence: how many times criss-cross attention is applied, 0 or more; 2 in the paper.
+        backbone_activation: of the backbone's batch norms: identity, each followed by ReLU (the original's), or
+            leaky_relu, which saves memory. State dicts have the same names, and fit the activation that they were
+            trained with.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes: expected 1 or more, got {num_classes}")
-    model = CCNet(backbone, num_classes, recurrence)
+    model = CCNet(backbone, num_classes, recurrence, backbone_activation)
     return model.to(memory_format=torch.channels_last)

@@ -8,9 +8,23 @@ from torch import Tensor, nn
 
 from libs import InPlaceABNSync
 
+# What batch norm of the backbone ends with. identity: nothing, and a ReLU follows, which keeps a second tensor for the
+# backward pass. leaky_relu: its activation, and one tensor is kept (docs/inplace_abn.md).
+BACKBONE_ACTIVATIONS = ("identity", "leaky_relu")
 
-def _norm(channels: int) -> InPlaceABNSync:
-    return InPlaceABNSync(channels, activation="identity")
+
+def _norm(channels: int, activation: str = "identity") -> InPlaceABNSync:
+    return InPlaceABNSync(channels, activation=activation)
+
+
+def _relu_unless(activation: str, inplace: bool = False) -> nn.Module:
+    """What follows batch norm with that activation. Directly behind it not in place: its backward pass reads z."""
+    return nn.ReLU(inplace) if activation == "identity" else nn.Identity()
+
+
+def _add(norm: InPlaceABNSync, x: Tensor, shortcut: Tensor) -> Tensor:
+    """Batch norm of x plus the shortcut; norm's activation, if it has one, is of the sum."""
+    return norm(x) + shortcut if norm.activation == "identity" else norm(x, shortcut)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -22,22 +36,27 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, downsample: nn.Module | None):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        dilation: int,
+        downsample: nn.Module | None,
+        activation: str,
+    ):
         super().__init__()
         self.conv1 = _conv3x3(in_channels, channels, stride, dilation)
-        self.bn1 = _norm(channels)
+        self.bn1, self.relu = _norm(channels, activation), _relu_unless(activation)
         self.conv2 = _conv3x3(channels, channels, dilation=dilation)
-        self.bn2 = _norm(channels)
-        # Not in place: the backward pass of in-place batch norm reads its output.
-        self.relu = nn.ReLU()
-        self.relu_inplace = nn.ReLU(inplace=True)
+        self.bn2 = _norm(channels, activation)
+        self.relu_of_sum = _relu_unless(activation, inplace=True)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu_inplace(out + shortcut)
+        return self.relu_of_sum(_add(self.bn2, self.conv2(out), shortcut))
 
 
 class Bottleneck(nn.Module):
@@ -45,24 +64,30 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, downsample: nn.Module | None):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        dilation: int,
+        downsample: nn.Module | None,
+        activation: str,
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = _norm(channels)
+        self.bn1, self.relu1 = _norm(channels, activation), _relu_unless(activation)
         self.conv2 = _conv3x3(channels, channels, stride, dilation)
-        self.bn2 = _norm(channels)
+        self.bn2, self.relu2 = _norm(channels, activation), _relu_unless(activation)
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
-        self.bn3 = _norm(channels * self.expansion)
-        self.relu = nn.ReLU()
-        self.relu_inplace = nn.ReLU(inplace=True)
+        self.bn3 = _norm(channels * self.expansion, activation)
+        self.relu_of_sum = _relu_unless(activation, inplace=True)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.relu_inplace(out + shortcut)
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
+        return self.relu_of_sum(_add(self.bn3, self.conv3(out), shortcut))
 
 
 BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -78,24 +103,32 @@ class DilatedResNet(nn.Module):
 
     Args:
         name: one of BACKBONES.
+        activation: one of BACKBONE_ACTIVATIONS.
 
     Attributes:
         out_channels: channels of (layer3, layer4).
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, activation: str = "identity"):
         super().__init__()
         if name not in BACKBONES:
             raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
+        if activation not in BACKBONE_ACTIVATIONS:
+            raise ValueError(
+                f"backbone_activation: expected one of {', '.join(BACKBONE_ACTIVATIONS)}, got {activation!r}"
+            )
         block, (n1, n2, n3, n4) = BACKBONES[name]
-        self.conv1, self.bn1, self.relu1 = _conv3x3(3, 64, stride=2), _norm(64), nn.ReLU()
-        self.conv2, self.bn2, self.relu2 = _conv3x3(64, 64), _norm(64), nn.ReLU()
-        self.conv3, self.bn3, self.relu3 = _conv3x3(64, 128), _norm(128), nn.ReLU()
+        self.conv1 = _conv3x3(3, 64, stride=2)
+        self.bn1, self.relu1 = _norm(64, activation), _relu_unless(activation)
+        self.conv2 = _conv3x3(64, 64)
+        self.bn2, self.relu2 = _norm(64, activation), _relu_unless(activation)
+        self.conv3 = _conv3x3(64, 128)
+        self.bn3, self.relu3 = _norm(128, activation), _relu_unless(activation)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
-        self.layer1 = _make_stage(block, 128, 64, n1)
-        self.layer2 = _make_stage(block, 64 * block.expansion, 128, n2, stride=2)
-        self.layer3 = _make_stage(block, 128 * block.expansion, 256, n3, dilation=2)
-        self.layer4 = _make_stage(block, 256 * block.expansion, 512, n4, dilation=4)
+        self.layer1 = _make_stage(block, activation, 128, 64, n1)
+        self.layer2 = _make_stage(block, activation, 64 * block.expansion, 128, n2, stride=2)
+        self.layer3 = _make_stage(block, activation, 128 * block.expansion, 256, n3, dilation=2)
+        self.layer4 = _make_stage(block, activation, 256 * block.expansion, 512, n4, dilation=4)
         self.out_channels = (256 * block.expansion, 512 * block.expansion)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -112,6 +145,7 @@ class DilatedResNet(nn.Module):
 
 def _make_stage(
     block: type[BasicBlock] | type[Bottleneck],
+    activation: str,
     in_channels: int,
     channels: int,
     num_blocks: int,
@@ -122,6 +156,6 @@ def _make_stage(
     downsample = None
     if stride != 1 or in_channels != out_channels:
         downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), _norm(out_channels))
-    blocks = [block(in_channels, channels, stride, dilation, downsample)]
-    blocks += [block(out_channels, channels, 1, dilation, None) for _ in range(num_blocks - 1)]
+    blocks = [block(in_channels, channels, stride, dilation, downsample, activation)]
+    blocks += [block(out_channels, channels, 1, dilation, None, activation) for _ in range(num_blocks - 1)]
     return nn.Sequential(*blocks)

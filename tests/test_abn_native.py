@@ -23,7 +23,7 @@ ACTIVATIONS = ["leaky_relu", "elu", "identity"]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed"]
 
 
-def case(shape, dtype, training=True):
+def case(shape, dtype, training=True, residual=False):
     """Arguments of batch norm by name, upstream gradient included, whose numbers dtype can hold."""
     channels = shape[1]
     weight = torch.randn(channels, dtype=torch.float64)
@@ -35,8 +35,10 @@ def case(shape, dtype, training=True):
         "running_var": torch.rand(channels, dtype=torch.float64) + 0.5,
         "upstream": torch.randn(shape, dtype=torch.float64),
     }
+    if residual:
+        tensors["residual"] = torch.randn(shape, dtype=torch.float64)
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
-    per_pixel = ("x", "upstream")
+    per_pixel = ("x", "upstream", "residual")
     return {name: x.to(dtype if name in per_pixel else parameters) for name, x in tensors.items()} | {
         "training": training
     }
@@ -46,7 +48,9 @@ def run(function, arguments, activation="leaky_relu", **more):
     """z, the gradients and the running statistics by name."""
     arguments = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     upstream = arguments.pop("upstream")
-    inputs = {name: arguments[name].requires_grad_() for name in ("x", "weight", "bias")}
+    inputs = {
+        name: arguments[name].requires_grad_() for name in ("x", "weight", "bias", "residual") if name in arguments
+    }
     if more.get("in_place"):  # not a leaf, and with the strides of one
         arguments["x"] = inputs["x"].as_strided(inputs["x"].shape, inputs["x"].stride()).clone()
     z = function(**arguments, momentum=0.3, eps=1e-5, activation=activation, slope=0.01, **more)
@@ -70,8 +74,8 @@ def assert_close(actual, expected, tolerance):
             assert error <= tolerance, f"{name}: error {error:.1e} of the largest number, expected {tolerance:.0e}"
 
 
-def assert_as_reference(shape, dtype, activation, layout="contiguous", training=True, in_place=False):
-    arguments = case(shape, dtype, training)
+def assert_as_reference(shape, dtype, activation, layout="contiguous", training=True, in_place=False, residual=False):
+    arguments = case(shape, dtype, training, residual)
     if activation == "elu":  # z near -1 tells y badly (test_what_is_recovered_from_the_result): not here
         arguments["weight"], arguments["bias"] = arguments["weight"] / 4, arguments["bias"] / 4
     expected = run(reference.activated_batch_norm, exactly(arguments), activation)
@@ -89,7 +93,9 @@ SHAPES = [(2, 3, 5, 7), (1, 64, 33, 5), (3, 19, 1, 1), (2, 530, 3, 3), (1, 2, 97
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_activated_batch_norm(each_target, dtype, activation, shape):
     for layout in ("contiguous", "channels_last"):
-        assert_as_reference(shape, dtype, activation, layout, in_place=layout == "channels_last")
+        for residual in (False, True):
+            in_place = layout == "channels_last"
+            assert_as_reference(shape, dtype, activation, layout, in_place=in_place, residual=residual)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -103,8 +109,9 @@ def test_activated_batch_norm(each_target, dtype, activation, shape):
     activation=st.sampled_from(ACTIVATIONS),
     training=st.booleans(),
     in_place=st.booleans(),
+    residual=st.booleans(),
 )
-def test_any_shape_layout_and_dtype(target, n, c, pixels, layout, dtype, activation, training, in_place):
+def test_any_shape_layout_and_dtype(target, n, c, pixels, layout, dtype, activation, training, in_place, residual):
     torch.manual_seed(0)
     shape = [n, c, *pixels]
     if training and n * torch.Size(pixels).numel() < 3:
@@ -112,7 +119,7 @@ def test_any_shape_layout_and_dtype(target, n, c, pixels, layout, dtype, activat
     if layout == "transposed" and len(shape) < 4:
         layout = "sliced"
     with running_on(target):
-        assert_as_reference(shape, dtype, activation, layout, training, in_place)
+        assert_as_reference(shape, dtype, activation, layout, training, in_place, residual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -192,17 +199,18 @@ def test_same_bits_for_any_number_of_threads_and_in_every_run(each_target, dtype
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_gradcheck(activation, layout, training, in_place):
-    arguments = case((2, 3, 3, 4), torch.float64, training)
+    arguments = case((2, 3, 3, 4), torch.float64, training, residual=True)
     del arguments["upstream"]
-    inputs = [laid_out(arguments.pop("x"), layout), arguments.pop("weight"), arguments.pop("bias")]
+    names = ("x", "weight", "bias", "residual")
+    inputs = [laid_out(arguments[name], layout if name == "x" else "contiguous").requires_grad_() for name in names]
+    arguments |= {"momentum": 0, "eps": 1e-5, "activation": activation, "slope": 0.1, "in_place": in_place}
 
-    def function(x, weight, bias):
-        x = laid_out(x * 1, layout)
-        return activated_batch_norm(
-            x, weight, bias, **arguments, momentum=0, eps=1e-5, activation=activation, slope=0.1, in_place=in_place
-        )
+    def function(x, *others):
+        given = dict(zip(names, (laid_out(x * 1, layout), *others), strict=False))
+        return activated_batch_norm(**{**arguments, "residual": None, **given})
 
-    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs])
+    assert torch.autograd.gradcheck(function, inputs[:3])
+    assert torch.autograd.gradcheck(function, inputs)
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
@@ -228,7 +236,7 @@ def test_what_is_recovered_from_the_result(each_target, dtype, activation):
     z = reference.activate(y, activation, 0.01).to(dtype).view(1, channels)
     gain, bias = 1.5 + torch.rand(2, channels, dtype=torch.float64)
     parameters = [x.to(torch.float64 if dtype == torch.float64 else torch.float32) for x in (gain - 1e-5, bias)]
-    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), *parameters, 1e-5, activation, 0.01)
+    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), *parameters, None, 1e-5, activation, 0.01)
     slope = torch.where(z[0] > 0, 1, {"leaky_relu": 0.01, "elu": z[0].double() + 1, "identity": 1}[activation])
     torch.testing.assert_close(sums[0], slope, rtol=1e-6, atol=0, check_dtype=False)
     # Half a step of z, over the slope there
@@ -242,11 +250,13 @@ def test_what_is_recovered_from_the_result(each_target, dtype, activation):
 def test_elu_of_very_negative_numbers(each_target, dtype):
     """Where z is -1, y cannot be recovered; it is taken to be as far as z could still tell, and nothing is infinite."""
     z = torch.tensor([[-1.0, -1.0], [-0.5, 3.0]], dtype=dtype)
-    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), None, None, 1e-5, "elu", 0.01)
+    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), None, None, None, 1e-5, "elu", 0.01)
     assert sums.isfinite().all()
     torch.testing.assert_close(sums[0], torch.tensor([0.5, 1.0], dtype=torch.float64))
     statistics = torch.ops.ccnet.abn_statistics(torch.randn(5, 2, dtype=dtype))
-    grad_x = torch.ops.ccnet.abn_backward(z, torch.ones_like(z), statistics, sums, None, None, 1e-5, "elu", 0.01)
+    grad_x, _ = torch.ops.ccnet.abn_backward(
+        z, torch.ones_like(z), statistics, sums, None, None, None, 1e-5, "elu", 0.01
+    )
     assert grad_x.isfinite().all()
 
 
@@ -256,11 +266,11 @@ def test_elu_and_its_inverse_near_zero_and_far_away(each_target, dtype):
     y = -torch.logspace(-30, 1, 500, dtype=torch.float64).view(1, -1)
     statistics = torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64).expand(3, 500).contiguous()
     y = y.to(dtype)
-    z = torch.ops.ccnet.abn_forward(y, statistics, None, None, 1e-30, "elu", 0.01)
+    z = torch.ops.ccnet.abn_forward(y, statistics, None, None, None, 1e-30, "elu", 0.01)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(z.double(), torch.expm1(y.double()), rtol=4 * eps, atol=0)
     near = y > -2
-    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), None, None, 1e-30, "elu", 0.01)
+    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), None, None, None, 1e-30, "elu", 0.01)
     recovered = (sums[1] / sums[0])[near[0]]
     torch.testing.assert_close(recovered, torch.log1p(z.double())[near], rtol=8 * eps, atol=0)
 
@@ -298,7 +308,7 @@ def test_opcheck(dtype, layout, shape):
     arguments = case(shape, dtype)
     x, upstream = (laid_out(arguments[name], layout) for name in ("x", "upstream"))
     running = (arguments["running_mean"], arguments["running_var"])
-    options = (arguments["weight"], arguments["bias"], 1e-5, "leaky_relu", 0.01)
+    options = (arguments["weight"], arguments["bias"], None, 1e-5, "leaky_relu", 0.01)
     statistics = ops.abn_statistics(x)
     sums = ops.abn_backward_sums(x, upstream, *options)
     torch.library.opcheck(ops.abn_statistics, (x,))
@@ -308,7 +318,11 @@ def test_opcheck(dtype, layout, shape):
     torch.library.opcheck(ops.abn_backward_sums, (x, upstream, *options))
     for some in (sums, None):
         torch.library.opcheck(ops.abn_backward, (x, upstream, statistics, some, *options))
-    torch.library.opcheck(ops.abn_forward, (x, statistics, None, None, 1e-5, "elu", 0.01))
+    options = (*options[:2], laid_out(torch.randn(shape).to(dtype), "contiguous"), *options[3:])
+    torch.library.opcheck(ops.abn_forward, (x, statistics, *options))
+    torch.library.opcheck(ops.abn_backward_sums, (x, upstream, *options))
+    torch.library.opcheck(ops.abn_backward, (x, upstream, statistics, sums, *options))
+    torch.library.opcheck(ops.abn_forward, (x, statistics, None, None, None, 1e-5, "elu", 0.01))
 
 
 def network():
@@ -400,7 +414,7 @@ def test_operators_called_directly_check_their_inputs():
     ops = torch.ops.ccnet
     x, w = torch.zeros(2, 3, 4, 4), torch.ones(3)
     statistics = ops.abn_statistics(x)
-    options = (1e-5, "leaky_relu", 0.01)
+    options = (None, 1e-5, "leaky_relu", 0.01)
     for call, message in [
         (lambda: ops.abn_statistics(w), r"x: expected \[N, C, ...\], got 1 dimensions"),
         (lambda: ops.abn_statistics(x.int()), "expected float32, float64, float16 or bfloat16"),
@@ -411,7 +425,7 @@ def test_operators_called_directly_check_their_inputs():
         ),
         (lambda: ops.abn_forward(x, statistics, w, w.double(), *options), "bias: expected float64, or for weight and"),
         (
-            lambda: ops.abn_forward(x, statistics, w, w, 1e-5, "gelu", 0.1),
+            lambda: ops.abn_forward(x, statistics, w, w, None, 1e-5, "gelu", 0.1),
             "activation: expected leaky_relu, elu, ident",
         ),
         (lambda: ops.abn_backward_sums(x, x[:1], w, w, *options), "grad_z: expected the shape of the first tensor"),

@@ -67,7 +67,7 @@ def launch_batch_norm(dtype: torch.dtype) -> None:
         statistics = ops.abn_statistics(x)
         ops.abn_update_running_(weight.clone(), weight.clone(), statistics, 0.1)
         for activation in ("identity", "leaky_relu", "elu"):
-            constants = (weight, weight, 1e-5, activation, 0.01)
+            constants = (weight, weight, None, 1e-5, activation, 0.01)
             z = ops.abn_forward(x, statistics, *constants)
             ops.abn_backward(z, x, statistics, ops.abn_backward_sums(z, x, *constants), *constants)
 

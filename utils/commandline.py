@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dataset import IGNORE_LABEL, NUM_CLASSES, DatasetError
-from networks import BACKBONES, StateDictError
+from networks import BACKBONE_ACTIVATIONS, BACKBONES, StateDictError
 
 from .checkpoint import CheckpointError
 
@@ -65,6 +65,12 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-size", type=size, default=(769, 769), metavar="H,W", help="size of crops and tiles")
     parser.add_argument("--num-classes", type=number(int, NUM_CLASSES, 255), default=NUM_CLASSES, help="of the network")
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet101", help="the paper's is resnet101")
+    parser.add_argument(
+        "--backbone-activation",
+        choices=BACKBONE_ACTIVATIONS,
+        default="identity",
+        help="of the backbone's batch norms: identity, with ReLU behind, or leaky_relu, which saves memory",
+    )
     parser.add_argument("--recurrence", type=number(int, 0), default=2, help="R, passes of criss-cross attention")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--gpu", default="None", help="index of the GPU, the first one if not given")

@@ -141,4 +141,13 @@ inline Tensor in_layout_of(const Tensor& like, const Tensor& x) {
   return copy;
 }
 
+// With the strides of like
+inline OptionalTensor residual_as(const Tensor& like, const OptionalTensor& residual) {
+  if (!residual) {
+    return std::nullopt;
+  }
+  check_like("residual", *residual, like);
+  return in_layout_of(like, *residual);
+}
+
 }  // namespace ccnet

@@ -89,7 +89,8 @@ void run_abn(bool planes, int64_t rows, int channels, int row_length, Activation
   using Abn = AbnLaunchers<T, Real>;
   std::mt19937 random(7);
   const Buffer<T> x(rows, row_length, &random), grad_z(rows, row_length, &random);
-  const Buffer<T> z(rows, row_length), grad_x(rows, row_length);
+  const Buffer<T> residual(rows, row_length, &random);
+  const Buffer<T> z(rows, row_length), grad_x(rows, row_length), grad_residual(rows, row_length);
   const Buffer<Real> weight(1, channels, &random), bias(1, channels, &random), numbers(Abn::kNumbers, channels);
   const Buffer<Real> running_mean(1, channels, &random), running_var(1, channels, &random);
   const Pieces pieces = Pieces::cut(planes, channels, rows, row_length, sizeof(T),
@@ -99,12 +100,13 @@ void run_abn(bool planes, int64_t rows, int channels, int row_length, Activation
   check(Abn::statistics(pieces, x.data.get(), partial.data.get(), statistics.data.get(), nullptr));
   check(update_running_statistics(statistics.data.get(), 0.1, channels, running_mean.data.get(), running_var.data.get(),
                                   nullptr));
-  check(Abn::forward(pieces, x.data.get(), statistics.data.get(), affine, numbers.data.get(), z.data.get(), nullptr));
-  check(Abn::backward_sums(pieces, z.data.get(), grad_z.data.get(), affine, partial.data.get(), sums.data.get(),
-                           nullptr));
+  check(Abn::forward(pieces, x.data.get(), statistics.data.get(), affine, residual.data.get(), numbers.data.get(),
+                     z.data.get(), nullptr));
+  check(Abn::backward_sums(pieces, z.data.get(), grad_z.data.get(), affine, residual.data.get(), partial.data.get(),
+                           sums.data.get(), nullptr));
   check(Abn::backward(pieces, z.data.get(), grad_z.data.get(), statistics.data.get(), sums.data.get(), affine,
-                      numbers.data.get(), grad_x.data.get(), nullptr));
-  for (const auto* buffer : {&z, &grad_x}) {
+                      residual.data.get(), numbers.data.get(), grad_x.data.get(), grad_residual.data.get(), nullptr));
+  for (const auto* buffer : {&z, &grad_x, &grad_residual}) {
     buffer->check("activated batch norm");
   }
   statistics.check("statistics"), sums.check("sums"), running_mean.check("running_mean");

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <memory>
 #include <numeric>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -268,10 +269,21 @@ void abn_update_running_(Tensor running_mean, Tensor running_var, const Tensor& 
   });
 }
 
+template <class T>
+const T* data_of(const OptionalTensor& x) {
+  return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+T* from(T* data, int64_t element) {
+  return data == nullptr ? nullptr : data + element;
+}
+
 // z of x, both of one of the layouts, maybe the same
 void forward(const Tensor& x, const Tensor& statistics_, const OptionalTensor& weight, const OptionalTensor& bias,
-             double eps, const std::string& activation, double slope, Tensor& z) {
+             const OptionalTensor& residual_, double eps, const std::string& activation, double slope, Tensor& z) {
   check_parameters(x, weight, bias);
+  const OptionalTensor residual = residual_as(x, residual_);
   const Statistics statistics(x, statistics_);
   const int64_t channels = x.size(1);
   const Affine affine = affine_of(channels, weight, bias, eps);
@@ -286,40 +298,44 @@ void forward(const Tensor& x, const Tensor& statistics_, const OptionalTensor& w
       return std::array<double, 3>{shift, scale, affine.bias[c] - (statistics.mean[c] - shift) * scale};
     });
     const AffineNumbers<Real> affine_numbers{numbers[0], numbers[1], numbers[2]};
-    const T* from = static_cast<const T*>(x.const_data_ptr());
-    T* to = static_cast<T*>(z.mutable_data_ptr());
+    const T *in = static_cast<const T*>(x.const_data_ptr()), *rest = data_of<T>(residual);
+    T* out = static_cast<T*>(z.mutable_data_ptr());
     const auto kernel = abn_kernels<T>().forward;
     blocks.each_backwards([&](const Blocks::Place& place) {
-      kernel(place.block, activate, from + place.element, affine_numbers.from(place.channel), to + place.element);
+      kernel(place.block, activate, in + place.element, affine_numbers.from(place.channel), from(rest, place.element),
+             out + place.element);
     });
   });
 }
 
 Tensor abn_forward(const Tensor& x_, const Tensor& statistics, const OptionalTensor& weight,
-                   const OptionalTensor& bias, double eps, const std::string& activation, double slope) {
+                   const OptionalTensor& bias, const OptionalTensor& residual, double eps,
+                   const std::string& activation, double slope) {
   check_images("x", x_);
   const Tensor x = in_some_layout(x_);
   Tensor z = empty_as(x);
-  forward(x, statistics, weight, bias, eps, activation, slope, z);
+  forward(x, statistics, weight, bias, residual, eps, activation, slope, z);
   return z;
 }
 
 void abn_forward_(Tensor x, const Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias,
-                  double eps, const std::string& activation, double slope) {
+                  const OptionalTensor& residual, double eps, const std::string& activation, double slope) {
   check_images("x", x);
   Tensor z = in_some_layout(x);
-  forward(z, statistics, weight, bias, eps, activation, slope, z);
+  forward(z, statistics, weight, bias, residual, eps, activation, slope, z);
   if (!layout_of(x)) {
     torch::stable::copy_(x, z);
   }
 }
 
 Tensor abn_backward_sums(const Tensor& z_, const Tensor& grad_z_, const OptionalTensor& weight,
-                         const OptionalTensor& bias, double eps, const std::string& activation, double slope) {
+                         const OptionalTensor& bias, const OptionalTensor& residual_, double eps,
+                         const std::string& activation, double slope) {
   check_images("z", z_);
   check_like("grad_z", grad_z_, z_);
   check_parameters(z_, weight, bias);
   const Tensor z = in_some_layout(z_), grad_z = in_layout_of(z, grad_z_);
+  const OptionalTensor residual = residual_as(z, residual_);
   const int64_t channels = z.size(1);
   const Affine affine = affine_of(channels, weight, bias, eps);
   const Blocks blocks(*layout_of(z));
@@ -331,10 +347,11 @@ Tensor abn_backward_sums(const Tensor& z_, const Tensor& grad_z_, const Optional
     const Numbers<Real, 1> numbers(blocks, channels, [&](int64_t c) { return std::array<double, 1>{affine.bias[c]}; });
     const Real* biases = numbers[0];
     const T *out = static_cast<const T*>(z.const_data_ptr()), *grad = static_cast<const T*>(grad_z.const_data_ptr());
+    const T* rest = data_of<T>(residual);
     const auto kernel = abn_kernels<T>().backward_sums;
     blocks.each([&](const Blocks::Place& place) {
-      kernel(place.block, activate, out + place.element, grad + place.element, biases + place.channel,
-             sum_of.get() + place.slot, product_sum_of.get() + place.slot);
+      kernel(place.block, activate, out + place.element, grad + place.element, from(rest, place.element),
+             biases + place.channel, sum_of.get() + place.slot, product_sum_of.get() + place.slot);
     });
   });
   Tensor sums = empty_doubles(z, 2);
@@ -351,9 +368,10 @@ Tensor abn_backward_sums(const Tensor& z_, const Tensor& grad_z_, const Optional
   return sums;
 }
 
-Tensor abn_backward(const Tensor& z_, const Tensor& grad_z_, const Tensor& statistics_, const OptionalTensor& sums,
-                    const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                    const std::string& activation, double slope) {
+std::tuple<Tensor, Tensor> abn_backward(const Tensor& z_, const Tensor& grad_z_, const Tensor& statistics_,
+                                        const OptionalTensor& sums, const OptionalTensor& weight,
+                                        const OptionalTensor& bias, const OptionalTensor& residual_, double eps,
+                                        const std::string& activation, double slope) {
   check_images("z", z_);
   check_like("grad_z", grad_z_, z_);
   check_parameters(z_, weight, bias);
@@ -366,7 +384,8 @@ Tensor abn_backward(const Tensor& z_, const Tensor& grad_z_, const Tensor& stati
     product_sum = sum + channels;
   }
   const Tensor z = in_some_layout(z_), grad_z = in_layout_of(z, grad_z_);
-  Tensor grad_x = empty_as(z);
+  const OptionalTensor residual = residual_as(z, residual_);
+  Tensor grad_x = empty_as(z), grad_residual = residual ? empty_as(z) : torch::stable::new_empty(z, {0});
   const Affine affine = affine_of(channels, weight, bias, eps);
   const Blocks blocks(*layout_of(z));
   const ActivationOf activate{activation_of(activation), slope};
@@ -384,15 +403,17 @@ Tensor abn_backward(const Tensor& z_, const Tensor& grad_z_, const Tensor& stati
     });
     const GradientNumbers<Real> gradient{numbers[0], numbers[1], numbers[2], numbers[3]};
     const T *out = static_cast<const T*>(z.const_data_ptr()), *grad = static_cast<const T*>(grad_z.const_data_ptr());
-    T* to = static_cast<T*>(grad_x.mutable_data_ptr());
+    const T* rest = data_of<T>(residual);
+    T* to_x = static_cast<T*>(grad_x.mutable_data_ptr());
+    T* to_residual = residual ? static_cast<T*>(grad_residual.mutable_data_ptr()) : nullptr;
     const bool past_caches = grad_x.numel() * static_cast<int64_t>(sizeof(T)) >= kBytesPastCaches;
     const auto kernel = abn_kernels<T>().backward;
     blocks.each_backwards([&](const Blocks::Place& place) {
-      kernel(place.block, activate, out + place.element, grad + place.element, gradient.from(place.channel),
-             to + place.element, past_caches);
+      kernel(place.block, activate, out + place.element, grad + place.element, from(rest, place.element),
+             gradient.from(place.channel), to_x + place.element, from(to_residual, place.element), past_caches);
     });
   });
-  return grad_x;
+  return {grad_x, grad_residual};
 }
 
 }  // namespace

@@ -41,14 +41,14 @@ struct AbnKernels {
 
   // Of each channel's elements: the mean, and the sum of squared deviations from it
   void (*statistics)(const Block&, const T* x, double* mean, double* squares);
-  // z = activation(y); z may be x.
-  void (*forward)(const Block&, ActivationOf, const T* x, AffineNumbers<Real>, T* z);
+  // z = activation(y + residual); z may be x. Here and below residual may be null, for 0.
+  void (*forward)(const Block&, ActivationOf, const T* x, AffineNumbers<Real>, const T* residual, T* z);
   // Of each channel's elements: the sums of dy and of dy * (y - bias)
-  void (*backward_sums)(const Block&, ActivationOf, const T* z, const T* grad_z, const Real* bias, double* sum,
-                        double* product_sum);
-  // past_caches: grad_x is too large to be read from a cache afterwards.
-  void (*backward)(const Block&, ActivationOf, const T* z, const T* grad_z, GradientNumbers<Real>, T* grad_x,
-                   bool past_caches);
+  void (*backward_sums)(const Block&, ActivationOf, const T* z, const T* grad_z, const T* residual, const Real* bias,
+                        double* sum, double* product_sum);
+  // past_caches: the gradients are too large to be read from a cache afterwards.
+  void (*backward)(const Block&, ActivationOf, const T* z, const T* grad_z, const T* residual, GradientNumbers<Real>,
+                   T* grad_x, T* grad_residual, bool past_caches);
 };
 
 // For the instruction set that cpu_capability() names

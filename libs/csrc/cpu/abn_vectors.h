@@ -89,6 +89,23 @@ struct NumberOfEach {
   CCNET_MEMBER Vector<Real> at(int64_t i) const { return load(numbers + i); }
 };
 
+// What is added to y, of the elements from i on
+template <class T>
+struct Residual {
+  const T* p;
+  template <class V>
+  CCNET_MEMBER auto at(int64_t i, V vector) const {
+    return vector.read(p + i);
+  }
+};
+template <class T>
+struct NoResidual {
+  template <class V>
+  CCNET_MEMBER Vector<Accumulate<T>> at(int64_t, V) const {
+    return Vector<Accumulate<T>>{};
+  }
+};
+
 // ---- sums of each channel ----
 
 constexpr int64_t kChain = 64;   // numbers that are added up in Real, before their sum is added in double
@@ -198,36 +215,73 @@ struct Abn {
     });
   }
 
-  static void forward(const Block& block, ActivationOf activation, const T* x, AffineNumbers<Real> numbers, T* z) {
-    with_activation<Real>(activation, kEpsilon<T>, [&](auto activate) CCNET_MEMBER {
-      if (block.one_channel) {
-        forward_with<OneNumber<Real>>(block, activate, x, numbers, z);
-      } else {
-        forward_with<NumberOfEach<Real>>(block, activate, x, numbers, z);
+  static void forward(const Block& block, ActivationOf activation, const T* x, AffineNumbers<Real> numbers,
+                      const T* residual, T* z) {
+    specialise(block, activation, residual, [&](auto activate, auto number, auto rest) CCNET_MEMBER {
+      const auto shift = number(numbers.shift), scale = number(numbers.scale), offset = number(numbers.offset);
+      for (int64_t row = 0; row < block.rows; ++row) {
+        const int64_t begin = row * block.length;
+        each_vector<Real>(block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
+          const Vector<Real> y = (vector.read(x + begin + i) - shift.at(i)) * scale.at(i) + offset.at(i);
+          vector.write(z + begin + i, activate(y + rest.at(begin + i, vector)));
+        });
       }
     });
   }
 
-  static void backward_sums(const Block& block, ActivationOf activation, const T* z, const T* grad_z, const Real* bias,
-                            double* sum, double* product_sum) {
-    with_activation<Real>(activation, kEpsilon<T>, [&](auto activate) CCNET_MEMBER {
+  static void backward_sums(const Block& block, ActivationOf activation, const T* z, const T* grad_z, const T* residual,
+                            const Real* biases, double* sums, double* product_sums) {
+    specialise(block, activation, residual, [&](auto activate, auto number, auto rest) CCNET_MEMBER {
+      const auto bias = number(biases);
+      const auto terms = [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
+        const Vector<Real> out = vector.read(z + i);
+        const Vector<Real> grad_y = vector.read(grad_z + i) * activate.derivative(out);
+        return Pair<Real>{grad_y, grad_y * (activate.inverse(out) - rest.at(i, vector) - bias.at(column))};
+      };
       if (block.one_channel) {
-        backward_sums_with<OneNumber<Real>>(block, activate, z, grad_z, bias, sum, product_sum);
+        sum_of_one_channel<Real>(block.rows * block.length, terms, sums, product_sums);
       } else {
-        backward_sums_with<NumberOfEach<Real>>(block, activate, z, grad_z, bias, sum, product_sum);
+        each_strip(block, [&](int64_t strip, int64_t width) CCNET_MEMBER {
+          sums_of_columns<Real>(block, strip, width, terms, sums, product_sums);
+        });
       }
     });
   }
 
-  static void backward(const Block& block, ActivationOf activation, const T* z, const T* grad_z,
-                       GradientNumbers<Real> numbers, T* grad_x, bool past_caches) {
-    with_activation<Real>(activation, kEpsilon<T>, [&](auto activate) CCNET_MEMBER {
-      if (block.one_channel) {
-        backward_with<OneNumber<Real>>(block, activate, z, grad_z, numbers, grad_x, past_caches);
-      } else {
-        backward_with<NumberOfEach<Real>>(block, activate, z, grad_z, numbers, grad_x, past_caches);
+  static void backward(const Block& block, ActivationOf activation, const T* z, const T* grad_z, const T* residual,
+                       GradientNumbers<Real> numbers, T* grad_x, T* grad_residual, bool past_caches) {
+    specialise(block, activation, residual, [&](auto activate, auto number, auto rest) CCNET_MEMBER {
+      const auto bias = number(numbers.bias), of_grad = number(numbers.of_grad);
+      const auto of_deviation = number(numbers.of_deviation), constant = number(numbers.constant);
+      for (int64_t row = 0; row < block.rows; ++row) {
+        const int64_t begin = row * block.length;
+        const auto at = [&](int64_t i, auto vector) CCNET_MEMBER {
+          const int64_t element = begin + i;
+          const Vector<Real> out = vector.read(z + element);
+          const Vector<Real> grad_y = vector.read(grad_z + element) * activate.derivative(out);
+          const Vector<Real> deviation = activate.inverse(out) - rest.at(element, vector) - bias.at(i);
+          return Pair<Real>{grad_y * of_grad.at(i) + (deviation * of_deviation.at(i) + constant.at(i)), grad_y};
+        };
+        if (past_caches) {
+          each_aligned_vector(grad_x + begin, block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
+            const Pair<Real> gradients = at(i, vector);
+            vector.write_past_caches(grad_x + begin + i, gradients.first);
+            if (grad_residual != nullptr) {
+              vector.write_past_caches(grad_residual + begin + i, gradients.second);
+            }
+          });
+        } else {
+          each_vector<Real>(block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
+            const Pair<Real> gradients = at(i, vector);
+            vector.write(grad_x + begin + i, gradients.first);
+            if (grad_residual != nullptr) {
+              vector.write(grad_residual + begin + i, gradients.second);
+            }
+          });
+        }
       }
     });
+    streamed();
   }
 
  private:
@@ -262,58 +316,18 @@ struct Abn {
     *squares = rest < 0 ? 0 : rest;
   }
 
-  template <class Numbers, class Activate>
-  CCNET_INLINE void forward_with(const Block& block, const Activate& activate, const T* x, AffineNumbers<Real> numbers,
-                                 T* z) {
-    const Numbers shift(numbers.shift), scale(numbers.scale), offset(numbers.offset);
-    for (int64_t row = 0; row < block.rows; ++row, x += block.length, z += block.length) {
-      each_vector<Real>(block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
-        vector.write(z + i, activate((vector.read(x + i) - shift.at(i)) * scale.at(i) + offset.at(i)));
-      });
-    }
-  }
-
-  template <class Numbers, class Activate>
-  CCNET_INLINE void backward_sums_with(const Block& block, const Activate& activate, const T* z, const T* grad_z,
-                                       const Real* bias_numbers, double* sums, double* product_sums) {
-    const Numbers bias(bias_numbers);
-    const auto terms = [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
-      const Vector<Real> out = vector.read(z + i);
-      const Vector<Real> grad_y = vector.read(grad_z + i) * activate.derivative(out);
-      return Pair<Real>{grad_y, grad_y * (activate.inverse(out) - bias.at(column))};
-    };
-    if (block.one_channel) {
-      sum_of_one_channel<Real>(block.rows * block.length, terms, sums, product_sums);
-    } else {
-      each_strip(block, [&](int64_t strip, int64_t width) CCNET_MEMBER {
-        sums_of_columns<Real>(block, strip, width, terms, sums, product_sums);
-      });
-    }
-  }
-
-  template <class Numbers, class Activate>
-  CCNET_INLINE void backward_with(const Block& block, const Activate& activate, const T* z, const T* grad_z,
-                                  GradientNumbers<Real> numbers, T* grad_x, bool past_caches) {
-    const Numbers bias(numbers.bias), of_grad(numbers.of_grad);
-    const Numbers of_deviation(numbers.of_deviation), constant(numbers.constant);
-    const auto gradient = [&](int64_t i, auto vector) CCNET_MEMBER {
-      const Vector<Real> out = vector.read(z + i);
-      const Vector<Real> grad_y = vector.read(grad_z + i) * activate.derivative(out);
-      const Vector<Real> deviation = activate.inverse(out) - bias.at(i);
-      return grad_y * of_grad.at(i) + (deviation * of_deviation.at(i) + constant.at(i));
-    };
-    for (int64_t row = 0; row < block.rows; ++row, z += block.length, grad_z += block.length, grad_x += block.length) {
-      if (past_caches) {
-        each_aligned_vector(grad_x, block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
-          vector.write_past_caches(grad_x + i, gradient(i, vector));
-        });
+  // f(activation, what makes the channels' numbers of an array, residual), compiled for each kind of the three
+  template <class F>
+  CCNET_INLINE void specialise(const Block& block, ActivationOf activation, const T* residual, const F& f) {
+    const auto one = [](const Real* p) CCNET_MEMBER { return OneNumber<Real>(p); };
+    const auto of_each = [](const Real* p) CCNET_MEMBER { return NumberOfEach<Real>(p); };
+    with_activation<Real>(activation, kEpsilon<T>, [&](auto activate) CCNET_MEMBER {
+      if (residual != nullptr) {
+        block.one_channel ? f(activate, one, Residual<T>{residual}) : f(activate, of_each, Residual<T>{residual});
       } else {
-        each_vector<Real>(block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
-          vector.write(grad_x + i, gradient(i, vector));
-        });
+        block.one_channel ? f(activate, one, NoResidual<T>()) : f(activate, of_each, NoResidual<T>());
       }
-    }
-    streamed();
+    });
   }
 };
 

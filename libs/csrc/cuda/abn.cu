@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <type_traits>
 
 #include "libs/csrc/abn.h"
@@ -38,6 +39,10 @@ Tensor empty_numbers(const Tensor& x) {
 template <class T>
 const T* read(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
+}
+template <class T>
+const T* read(const OptionalTensor& x) {
+  return x ? read<T>(*x) : nullptr;
 }
 template <class T>
 T* write(const Tensor& x) {
@@ -91,8 +96,10 @@ void abn_update_running_(Tensor running_mean, Tensor running_var, const Tensor& 
 
 // z of x, both of one of the layouts, maybe the same
 void forward(const Tensor& x, const Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias,
-             double eps, const std::string& activation, double slope, const Tensor& z, cudaStream_t stream) {
+             const OptionalTensor& residual_, double eps, const std::string& activation, double slope, const Tensor& z,
+             cudaStream_t stream) {
   check_parameters(x, weight, bias);
+  const OptionalTensor residual = residual_as(x, residual_);
   check_statistics(x, statistics);
   if (x.numel() == 0) {
     return;
@@ -100,57 +107,62 @@ void forward(const Tensor& x, const Tensor& statistics, const OptionalTensor& we
   const Tensor numbers = empty_numbers(x);
   run_for_type("abn_forward", x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Abn<T>::forward(pieces_of(x, {x.const_data_ptr(), z.const_data_ptr()}), read<T>(x), read<double>(statistics),
-                           affine_of<T>(weight, bias, eps, activation, slope), write<Accumulate<T>>(numbers),
-                           write<T>(z), stream);
+    const T* const rest = read<T>(residual);
+    return Abn<T>::forward(pieces_of(x, {x.const_data_ptr(), z.const_data_ptr(), rest}), read<T>(x),
+                           read<double>(statistics), affine_of<T>(weight, bias, eps, activation, slope), rest,
+                           write<Accumulate<T>>(numbers), write<T>(z), stream);
   });
 }
 
 Tensor abn_forward(const Tensor& x_, const Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias,
-                   double eps, const std::string& activation, double slope) {
+                   const OptionalTensor& residual, double eps, const std::string& activation, double slope) {
   check_images("x", x_);
   const OnDeviceOf device(x_);
   const Tensor x = in_some_layout(x_);
   Tensor z = torch::stable::empty_like(x);
-  forward(x, statistics, weight, bias, eps, activation, slope, z, device.stream());
+  forward(x, statistics, weight, bias, residual, eps, activation, slope, z, device.stream());
   return z;
 }
 
 void abn_forward_(Tensor x, const Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias,
-                  double eps, const std::string& activation, double slope) {
+                  const OptionalTensor& residual, double eps, const std::string& activation, double slope) {
   check_images("x", x);
   const OnDeviceOf device(x);
   const Tensor z = in_some_layout(x);
-  forward(z, statistics, weight, bias, eps, activation, slope, z, device.stream());
+  forward(z, statistics, weight, bias, residual, eps, activation, slope, z, device.stream());
   if (!layout_of(x)) {
     torch::stable::copy_(x, z);
   }
 }
 
 Tensor abn_backward_sums(const Tensor& z_, const Tensor& grad_z_, const OptionalTensor& weight,
-                         const OptionalTensor& bias, double eps, const std::string& activation, double slope) {
+                         const OptionalTensor& bias, const OptionalTensor& residual_, double eps,
+                         const std::string& activation, double slope) {
   check_images("z", z_);
   check_like("grad_z", grad_z_, z_);
   check_parameters(z_, weight, bias);
   const OnDeviceOf device(z_);
   const Tensor z = in_some_layout(z_), grad_z = in_layout_of(z, grad_z_);
+  const OptionalTensor residual = residual_as(z, residual_);
   Tensor sums = empty_doubles(z, {2, z.size(1)});
   if (z.size(1) > 0) {
-    const Pieces pieces = pieces_of(z, {z.const_data_ptr(), grad_z.const_data_ptr()});
+    const void* const rest = residual ? residual->const_data_ptr() : nullptr;
+    const Pieces pieces = pieces_of(z, {z.const_data_ptr(), grad_z.const_data_ptr(), rest});
     Tensor partial = empty_doubles(z, {pieces.slots(), 2, z.size(1)});
     run_for_type("abn_backward_sums", z, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       return Abn<T>::backward_sums(pieces, read<T>(z), read<T>(grad_z),
-                                   affine_of<T>(weight, bias, eps, activation, slope), write<double>(partial),
-                                   write<double>(sums), device.stream());
+                                   affine_of<T>(weight, bias, eps, activation, slope), read<T>(residual),
+                                   write<double>(partial), write<double>(sums), device.stream());
     });
   }
   return sums;
 }
 
-Tensor abn_backward(const Tensor& z_, const Tensor& grad_z_, const Tensor& statistics, const OptionalTensor& sums,
-                    const OptionalTensor& weight, const OptionalTensor& bias, double eps, const std::string& activation,
-                    double slope) {
+std::tuple<Tensor, Tensor> abn_backward(const Tensor& z_, const Tensor& grad_z_, const Tensor& statistics,
+                                        const OptionalTensor& sums, const OptionalTensor& weight,
+                                        const OptionalTensor& bias, const OptionalTensor& residual_, double eps,
+                                        const std::string& activation, double slope) {
   check_images("z", z_);
   check_like("grad_z", grad_z_, z_);
   check_parameters(z_, weight, bias);
@@ -160,18 +172,23 @@ Tensor abn_backward(const Tensor& z_, const Tensor& grad_z_, const Tensor& stati
   }
   const OnDeviceOf device(z_);
   const Tensor z = in_some_layout(z_), grad_z = in_layout_of(z, grad_z_);
+  const OptionalTensor residual = residual_as(z, residual_);
   Tensor grad_x = torch::stable::empty_like(z);
+  Tensor grad_residual = residual ? torch::stable::empty_like(z) : torch::stable::new_empty(z, {0});
   if (z.numel() > 0) {
     const Tensor numbers = empty_numbers(z);
-    const Pieces pieces = pieces_of(z, {z.const_data_ptr(), grad_z.const_data_ptr(), grad_x.const_data_ptr()});
+    const void* const rest = residual ? residual->const_data_ptr() : nullptr;
+    const Pieces pieces = pieces_of(z, {z.const_data_ptr(), grad_z.const_data_ptr(), grad_x.const_data_ptr(), rest,
+                                        grad_residual.const_data_ptr()});
     run_for_type("abn_backward", z, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      return Abn<T>::backward(pieces, read<T>(z), read<T>(grad_z), read<double>(statistics),
-                              sums ? read<double>(*sums) : nullptr, affine_of<T>(weight, bias, eps, activation, slope),
-                              write<Accumulate<T>>(numbers), write<T>(grad_x), device.stream());
+      return Abn<T>::backward(pieces, read<T>(z), read<T>(grad_z), read<double>(statistics), read<double>(sums),
+                              affine_of<T>(weight, bias, eps, activation, slope), read<T>(residual),
+                              write<Accumulate<T>>(numbers), write<T>(grad_x),
+                              residual ? write<T>(grad_residual) : nullptr, device.stream());
     });
   }
-  return grad_x;
+  return {grad_x, grad_residual};
 }
 
 }  // namespace

@@ -56,9 +56,11 @@ struct Walk {
   __device__ __forceinline__ int64_t at(int step) const { return step < count ? base + step * stride : 0; }
 };
 
+// Zeros of a tensor that is not there
 template <int kPack, class T>
 __device__ __forceinline__ Run<T, kPack> load_pack(const T* p, const Walk& walk, int step) {
-  return load_global(reinterpret_cast<const Run<T, kPack>*>(p + walk.at(step)), step < walk.count);
+  const bool there = p != nullptr && step < walk.count;
+  return load_global(reinterpret_cast<const Run<T, kPack>*>(p + (there ? walk.at(step) : 0)), there);
 }
 
 // A number of each channel of a pack, or 0 where there are none
@@ -226,8 +228,8 @@ __global__ void __launch_bounds__(kAbnThreads) abn_statistics_kernel(const Piece
 
 template <class T, int kPack, class Activate>
 __global__ void __launch_bounds__(kAbnThreads)
-    abn_backward_sums_kernel(const Pieces pieces, const T* z, const T* grad_z, const Accumulate<T>* bias_numbers,
-                             const Activate activate, double* partial) {
+    abn_backward_sums_kernel(const Pieces pieces, const T* z, const T* grad_z, const T* residual,
+                             const Accumulate<T>* bias_numbers, const Activate activate, double* partial) {
   using Real = Accumulate<T>;
   const Walk walk(pieces);
   const auto bias = load_numbers<kPack>(bias_numbers, walk);
@@ -235,10 +237,11 @@ __global__ void __launch_bounds__(kAbnThreads)
 #pragma unroll 2
   for (int step = 0; step < pieces.steps; ++step) {
     const auto out = load_pack<kPack>(z, walk, step), grad = load_pack<kPack>(grad_z, walk, step);
+    const auto rest = load_pack<kPack>(residual, walk, step);
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
       const Real grad_y = up(grad.x[e]) * activate.derivative(up(out.x[e]));
-      const Real product = grad_y * (activate.inverse(up(out.x[e])) - bias.x[e]);
+      const Real product = grad_y * (activate.inverse(up(out.x[e])) - up(rest.x[e]) - bias.x[e]);
       sum[e] += step < walk.count ? grad_y : 0;
       product_sum[e] += step < walk.count ? product : 0;
     }
@@ -324,26 +327,30 @@ __global__ void __launch_bounds__(kAbnThreads)
 
 // ---- elements ----
 
-constexpr int kAtOnce = 4;  // packs that a thread asks for before it writes any
+constexpr int kAtOnce = 2;  // packs of a tensor that a thread asks for before it writes any: z may be x
 
 template <class T, int kPack, class Activate>
 __global__ void __launch_bounds__(kAbnThreads)
-    abn_forward_kernel(const Pieces pieces, const T* x, const Accumulate<T>* numbers, const Activate activate, T* z) {
+    abn_forward_kernel(const Pieces pieces, const T* x, const T* residual, const Accumulate<T>* numbers,
+                       const Activate activate, T* z) {
+  using Real = Accumulate<T>;
   const Walk walk(pieces);
   const auto shift = load_numbers<kPack>(numbers, walk);
   const auto scale = load_numbers<kPack>(numbers + pieces.channels, walk);
   const auto offset = load_numbers<kPack>(numbers + 2 * pieces.channels, walk);
   for (int first = 0; first < pieces.steps; first += kAtOnce) {
-    Run<T, kPack> runs[kAtOnce];
+    Run<T, kPack> runs[kAtOnce], rest[kAtOnce];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       runs[k] = load_pack<kPack>(x, walk, first + k);
+      rest[k] = load_pack<kPack>(residual, walk, first + k);
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
-        runs[k].x[e] = down<T>(activate((up(runs[k].x[e]) - shift.x[e]) * scale.x[e] + offset.x[e]));
+        const Real y = (up(runs[k].x[e]) - shift.x[e]) * scale.x[e] + offset.x[e];
+        runs[k].x[e] = down<T>(activate(y + up(rest[k].x[e])));
       }
       store_global(reinterpret_cast<Run<T, kPack>*>(z + walk.at(first + k)), runs[k], first + k < walk.count);
     }
@@ -352,31 +359,35 @@ __global__ void __launch_bounds__(kAbnThreads)
 
 template <class T, int kPack, class Activate>
 __global__ void __launch_bounds__(kAbnThreads)
-    abn_backward_kernel(const Pieces pieces, const T* z, const T* grad_z, const Accumulate<T>* numbers,
-                        const Activate activate, T* grad_x) {
+    abn_backward_kernel(const Pieces pieces, const T* z, const T* grad_z, const T* residual,
+                        const Accumulate<T>* numbers, const Activate activate, T* grad_x, T* grad_residual) {
   using Real = Accumulate<T>;
   const Walk walk(pieces);
   const auto bias = load_numbers<kPack>(numbers, walk);
   const auto of_grad = load_numbers<kPack>(numbers + pieces.channels, walk);
   const auto of_deviation = load_numbers<kPack>(numbers + 2 * pieces.channels, walk);
   const auto constant = load_numbers<kPack>(numbers + 3 * pieces.channels, walk);
-  constexpr int at_once = kAtOnce / 2;
-  for (int first = 0; first < pieces.steps; first += at_once) {
-    Run<T, kPack> outs[at_once], grads[at_once];
+  for (int first = 0; first < pieces.steps; first += kAtOnce) {
+    Run<T, kPack> outs[kAtOnce], grads[kAtOnce], rest[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < at_once; ++k) {
+    for (int k = 0; k < kAtOnce; ++k) {
       outs[k] = load_pack<kPack>(z, walk, first + k);
       grads[k] = load_pack<kPack>(grad_z, walk, first + k);
+      rest[k] = load_pack<kPack>(residual, walk, first + k);
     }
 #pragma unroll
-    for (int k = 0; k < at_once; ++k) {
+    for (int k = 0; k < kAtOnce; ++k) {
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
         const Real out = up(outs[k].x[e]), grad_y = up(grads[k].x[e]) * activate.derivative(out);
-        const Real deviation = activate.inverse(out) - bias.x[e];
+        const Real deviation = activate.inverse(out) - up(rest[k].x[e]) - bias.x[e];
         grads[k].x[e] = down<T>(grad_y * of_grad.x[e] + (deviation * of_deviation.x[e] + constant.x[e]));
+        rest[k].x[e] = down<T>(grad_y);
       }
-      store_global(reinterpret_cast<Run<T, kPack>*>(grad_x + walk.at(first + k)), grads[k], first + k < walk.count);
+      const bool valid = first + k < walk.count, has_residual = valid && grad_residual != nullptr;
+      store_global(reinterpret_cast<Run<T, kPack>*>(grad_x + walk.at(first + k)), grads[k], valid);
+      T* const to_residual = grad_residual + (has_residual ? walk.at(first + k) : 0);
+      store_global(reinterpret_cast<Run<T, kPack>*>(to_residual), rest[k], has_residual);
     }
   }
 }
@@ -429,7 +440,8 @@ cudaError_t update_running_statistics(const double* statistics, double momentum,
 
 template <class T, class Real>
 cudaError_t AbnLaunchers<T, Real>::forward(const Pieces& pieces, const T* x, const double* statistics,
-                                           const Affine& affine, Real* numbers, T* z, cudaStream_t stream) {
+                                           const Affine& affine, const T* residual, Real* numbers, T* z,
+                                           cudaStream_t stream) {
   if (pieces.blocks() == 0) {
     return cudaSuccess;
   }
@@ -442,14 +454,14 @@ cudaError_t AbnLaunchers<T, Real>::forward(const Pieces& pieces, const T* x, con
   return with_activation<Real>(affine.activation, kEpsilon<T>, [&](auto activate) {
     return with_pack<T>(pieces, [&](auto pack) {
       return launch(abn_forward_kernel<T, pack, decltype(activate)>, pieces.blocks(), kAbnThreads, 0, stream, pieces, x,
-                    numbers, activate, z);
+                    residual, numbers, activate, z);
     });
   });
 }
 
 template <class T, class Real>
 cudaError_t AbnLaunchers<T, Real>::backward_sums(const Pieces& pieces, const T* z, const T* grad_z,
-                                                 const Affine& affine, double* partial, double* sums,
+                                                 const Affine& affine, const T* residual, double* partial, double* sums,
                                                  cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   if (pieces.blocks() > 0) {
@@ -457,7 +469,7 @@ cudaError_t AbnLaunchers<T, Real>::backward_sums(const Pieces& pieces, const T* 
       return with_pack<T>(pieces, [&](auto pack) {
         const int shared_bytes = pack * GradientSums::kWords * kAbnThreads * static_cast<int>(sizeof(double));
         return launch(abn_backward_sums_kernel<T, pack, decltype(activate)>, pieces.blocks(), kAbnThreads, shared_bytes,
-                      stream, pieces, z, grad_z, affine.bias, activate, partial);
+                      stream, pieces, z, grad_z, residual, affine.bias, activate, partial);
       });
     });
   }
@@ -469,8 +481,8 @@ cudaError_t AbnLaunchers<T, Real>::backward_sums(const Pieces& pieces, const T* 
 
 template <class T, class Real>
 cudaError_t AbnLaunchers<T, Real>::backward(const Pieces& pieces, const T* z, const T* grad_z, const double* statistics,
-                                            const double* sums, const Affine& affine, Real* numbers, T* grad_x,
-                                            cudaStream_t stream) {
+                                            const double* sums, const Affine& affine, const T* residual, Real* numbers,
+                                            T* grad_x, T* grad_residual, cudaStream_t stream) {
   if (pieces.blocks() == 0) {
     return cudaSuccess;
   }
@@ -483,7 +495,7 @@ cudaError_t AbnLaunchers<T, Real>::backward(const Pieces& pieces, const T* z, co
   return with_activation<Real>(affine.activation, kEpsilon<T>, [&](auto activate) {
     return with_pack<T>(pieces, [&](auto pack) {
       return launch(abn_backward_kernel<T, pack, decltype(activate)>, pieces.blocks(), kAbnThreads, 0, stream, pieces,
-                    z, grad_z, numbers, activate, grad_x);
+                    z, grad_z, residual, numbers, activate, grad_x, grad_residual);
     });
   });
 }

@@ -59,7 +59,7 @@ inline Pieces Pieces::cut(bool planes, int64_t channels, int64_t rows, int64_t r
   return pieces;
 }
 
-// weight and bias may be nullptr. `numbers` and `partial` are scratch.
+// weight, bias, and residual with grad_residual, may be nullptr. `numbers` and `partial` are scratch.
 template <class T, class Real>
 struct AbnLaunchers {
   static constexpr int kNumbers = 4;  // a channel, of Real
@@ -73,14 +73,15 @@ struct AbnLaunchers {
   // statistics [3, C]; partial [slots, 3, C]
   static cudaError_t statistics(const Pieces&, const T* x, double* partial, double* statistics, cudaStream_t);
   // z may be x.
-  static cudaError_t forward(const Pieces&, const T* x, const double* statistics, const Affine&, Real* numbers, T* z,
-                             cudaStream_t);
+  static cudaError_t forward(const Pieces&, const T* x, const double* statistics, const Affine&, const T* residual,
+                             Real* numbers, T* z, cudaStream_t);
   // sums [2, C]; partial [slots, 2, C]
-  static cudaError_t backward_sums(const Pieces&, const T* z, const T* grad_z, const Affine&, double* partial,
-                                   double* sums, cudaStream_t);
+  static cudaError_t backward_sums(const Pieces&, const T* z, const T* grad_z, const Affine&, const T* residual,
+                                   double* partial, double* sums, cudaStream_t);
   // sums: nullptr where the statistics are constants
   static cudaError_t backward(const Pieces&, const T* z, const T* grad_z, const double* statistics, const double* sums,
-                              const Affine&, Real* numbers, T* grad_x, cudaStream_t);
+                              const Affine&, const T* residual, Real* numbers, T* grad_x, T* grad_residual,
+                              cudaStream_t);
 };
 
 // Real: float or double; in abn_float.cu and abn_double.cu

@@ -1,0 +1,86 @@
+"""What the benchmarks of operators share: turns, steady conditions, tables."""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from libs import native
+
+Work = Callable[[], object]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+# Each thread stays on a CPU: otherwise two of them share one at times, for a second on end.
+STEADY_THREADS = {"OMP_PROC_BIND": "true"}
+# The C library keeps what is freed. Otherwise every large tensor is fresh memory, and what that costs depends on the
+# virtual machine's host and on who ran before: up to as long again as the work.
+STEADY_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"}
+
+
+def begin_under_steady_conditions(device: str, fresh_memory: bool) -> None:
+    """Begin the process anew under these conditions, which are read when it starts, if it is not under them.
+
+    On a GPU float32 is not TF32.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no GPU")
+    if not native.runs_on(torch.device(device)):
+        raise SystemExit(f"the native operators for {device} are not built: pip install -e .")
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    elif "OMP_PROC_BIND" not in os.environ:
+        environment = {**os.environ, **STEADY_THREADS, **({} if fresh_memory else STEADY_MEMORY)}
+        os.execve(sys.executable, sys.orig_argv, environment)
+
+
+def milliseconds(work: Work, device: str) -> float:
+    """What one call takes; on a GPU, between CUDA events."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - begin)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def take_turns(
+    works: dict[str, Work], repeats: int, seconds: float, device: str = "cpu", prepare: Work = lambda: None
+) -> dict[str, float]:
+    """Median milliseconds of each, in turns. What would take longer than `seconds` is run as often as that allows.
+
+    `prepare` is called before each, and not timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            if turn and sum(times[name]) > 1e3 * seconds:
+                continue
+            prepare()
+            ms = milliseconds(work, device)
+            if turn:  # the first warms up
+                times[name].append(ms)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def print_machine(device: str, more: str) -> None:
+    if device == "cuda":
+        print(f"{torch.cuda.get_device_name()}; PyTorch {torch.__version__}; {more}")
+        return
+    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    machine = f"{platform.machine()}, {model.split(': ')[-1]}, {os.cpu_count()} CPUs"
+    print(f"{machine}; PyTorch {torch.__version__}; kernels for {native.cpu_capability()}; {more}")
+
+
+def print_table(title: str, header: list[str], rows: Iterable[list[str]]) -> None:
+    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{':--|' * 2}{'--:|' * (len(header) - 2)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
