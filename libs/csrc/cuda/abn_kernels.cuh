@@ -196,7 +196,8 @@ __global__ void __launch_bounds__(kAbnThreads) abn_total_kernel(const double* pa
 
 // Deviations are taken from a thread's first elements, so that their squares do not drown what is small beside them.
 template <class T, int kPack>
-__global__ void __launch_bounds__(kAbnThreads) abn_statistics_kernel(const Pieces pieces, const T* x, double* partial) {
+__global__ void __launch_bounds__(kAbnThreads, 2)
+    abn_statistics_kernel(const Pieces pieces, const T* x, double* partial) {
   using Real = Accumulate<T>;
   const Walk walk(pieces);
   Real near[kPack], sum[kPack], squares[kPack];
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(kAbnThreads) abn_statistics_kernel(const Piece
 }
 
 template <class T, int kPack, class Activate>
-__global__ void __launch_bounds__(kAbnThreads)
+__global__ void __launch_bounds__(kAbnThreads, 2)
     abn_backward_sums_kernel(const Pieces pieces, const T* z, const T* grad_z, const T* residual,
                              const Accumulate<T>* bias_numbers, const Activate activate, double* partial) {
   using Real = Accumulate<T>;
@@ -275,7 +276,7 @@ __device__ __forceinline__ ChannelStatistics of_channel(const double* statistics
 // y = (x - shift) * scale + offset. Taking off the mean first, rounded to shift, loses nothing where x is near it; what
 // the rounding left out is in offset. numbers: [3, C]
 template <class Real>
-__global__ void __launch_bounds__(kAbnThreads)
+__global__ void __launch_bounds__(kAbnThreads, 2)
     abn_affine_numbers_kernel(const double* statistics, const Real* weight, const Real* bias, double eps,
                               int64_t channels, Real* numbers) {
   const int64_t number = blockIdx.x * int64_t{kAbnThreads} + threadIdx.x;
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(kAbnThreads)
 // dx = (dy - sum(dy) / n - xhat * sum(dy * xhat) / n) * gain * inverse deviation, xhat = (y - bias) / gain, as
 // dy * of_grad + (y - bias) * of_deviation + constant. numbers: [4, C], these after bias
 template <class Real>
-__global__ void __launch_bounds__(kAbnThreads)
+__global__ void __launch_bounds__(kAbnThreads, 2)
     abn_gradient_numbers_kernel(const double* statistics, const double* sums, const Real* weight, const Real* bias,
                                 double eps, int64_t channels, Real* numbers) {
   const int64_t number = blockIdx.x * int64_t{kAbnThreads} + threadIdx.x;
@@ -309,7 +310,7 @@ __global__ void __launch_bounds__(kAbnThreads)
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kAbnThreads)
+__global__ void __launch_bounds__(kAbnThreads, 2)
     abn_update_running_kernel(const double* statistics, double momentum, int64_t channels, Real* running_mean,
                               Real* running_var) {
   const int64_t number = blockIdx.x * int64_t{kAbnThreads} + threadIdx.x;
@@ -330,7 +331,7 @@ __global__ void __launch_bounds__(kAbnThreads)
 constexpr int kAtOnce = 2;  // packs of a tensor that a thread asks for before it writes any: z may be x
 
 template <class T, int kPack, class Activate>
-__global__ void __launch_bounds__(kAbnThreads)
+__global__ void __launch_bounds__(kAbnThreads, 2)
     abn_forward_kernel(const Pieces pieces, const T* x, const T* residual, const Accumulate<T>* numbers,
                        const Activate activate, T* z) {
   using Real = Accumulate<T>;
@@ -358,7 +359,7 @@ __global__ void __launch_bounds__(kAbnThreads)
 }
 
 template <class T, int kPack, class Activate>
-__global__ void __launch_bounds__(kAbnThreads)
+__global__ void __launch_bounds__(kAbnThreads, 2)
     abn_backward_kernel(const Pieces pieces, const T* z, const T* grad_z, const T* residual,
                         const Accumulate<T>* numbers, const Activate activate, T* grad_x, T* grad_residual) {
   using Real = Accumulate<T>;
