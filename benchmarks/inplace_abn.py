@@ -29,8 +29,9 @@ from networks import build_model
 
 from .measuring import DTYPES, begin_under_steady_conditions, print_machine, print_table, take_turns
 
-# Norm of the difference over the norm that contenders may have
-AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# Norm of the difference over the norm that contenders may have. It is that of a few elements, where y is so near to 0
+# that its sign, and with it the derivative, is a matter of rounding.
+AGREEMENT = {torch.float32: 3e-3, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 Size = tuple[int, int, int, int]
 
 
@@ -87,10 +88,11 @@ class Case:
         self.parameters = torch.randn(2, size[1])
 
     def norm(self, kind: Callable[[int], nn.Module]) -> nn.Module:
-        """Batch norm of that kind with the case's weight, of |values| around 1, and bias."""
+        """Batch norm of that kind with the case's bias and weight, which is positive."""
         norm = kind(self.x.shape[1])
+        added = norm.eps if isinstance(norm, ABN) else 0.0
         with torch.no_grad():
-            norm.weight.copy_(1 + self.parameters[0].abs())  # type: ignore[operator]
+            norm.weight.copy_(1 + self.parameters[0].abs() - added)  # type: ignore[operator]
             norm.bias.copy_(self.parameters[1])  # type: ignore[operator]
         return norm
 

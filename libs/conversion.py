@@ -77,40 +77,52 @@ def _check_fits(convolution: nn.Module, channels: int) -> None:
         raise ValueError(f"convolution: expected {channels} output channels, got {convolution.out_channels}")
 
 
-def activation_module(abn: ABN) -> nn.Module:
-    """The activation of activated batch norm as a module of torch."""
+class BatchNormActivation(nn.BatchNorm2d):
+    """torch's batch norm, then an activation, by torch's own functions: activation(norm(x) + residual)."""
+
+    def __init__(self, num_features: int, eps: float, momentum: float | None, affine: bool, activation: nn.Module):
+        super().__init__(num_features, eps, momentum, affine)
+        self.activation = activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        return self.activation(y if residual is None else y + residual)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions, as activated batch norm."""
+
+
+def _activation_module(abn: ABN) -> nn.Module:
     if abn.activation == "leaky_relu":
         return nn.LeakyReLU(abn.slope)
     return nn.ELU() if abn.activation == "elu" else nn.Identity()
 
 
 @torch.no_grad()
-def _one_to_batchnorm(abn: ABN) -> nn.Module:
-    norm = nn.BatchNorm2d(abn.num_features, abn.eps, abn.momentum, abn.affine)
-    norm.to(device=abn.running_mean.device, dtype=abn.running_mean.dtype).train(abn.training)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    norm.running_mean.copy_(abn.running_mean)
-    norm.running_var.copy_(abn.running_var)
-    if abn.weight is not None and abn.bias is not None:
-        norm.weight.copy_(abn.weight.double().abs() + abn.eps)
-        norm.bias.copy_(abn.bias)
-    return norm if abn.activation in ("identity", "none") else nn.Sequential(norm, activation_module(abn))
-
-
 def to_batchnorm(module: nn.Module) -> nn.Module:
     """A copy of the module, a whole network or one activated batch norm, made of torch's own batch norm only.
 
-    Each activated batch norm becomes nn.BatchNorm2d, whose weight is |weight| + eps, followed by its activation in an
-    nn.Sequential if it has one. Results are the same in training and in evaluation; statistics are no longer
-    synchronised (nn.SyncBatchNorm.convert_sync_batchnorm does that).
+    Each activated batch norm becomes a `BatchNormActivation`, whose weight is |weight| + eps. Results are the same in
+    training and in evaluation, and so are the names in the state dict, to which num_batches_tracked comes; statistics
+    are no longer synchronised.
     """
-    if isinstance(module, ABN):
-        return _one_to_batchnorm(module)
-    module = copy.deepcopy(module)
-    for name, child in module.named_children():
-        setattr(module, name, to_batchnorm(child))
-    return module
+    if not isinstance(module, ABN):
+        module = copy.copy(module)
+        module._parameters, module._buffers = copy.deepcopy((module._parameters, module._buffers))
+        module._modules = {name: child and to_batchnorm(child) for name, child in module._modules.items()}
+        return module
+    norm = BatchNormActivation(
+        module.num_features, module.eps, module.momentum, module.affine, _activation_module(module)
+    )
+    norm.to(device=module.running_mean.device, dtype=module.running_mean.dtype).train(module.training)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(module.running_mean)
+    norm.running_var.copy_(module.running_var)
+    if module.weight is not None and module.bias is not None:
+        norm.weight.copy_(module.weight.double().abs() + module.eps)
+        norm.bias.copy_(module.bias)
+    return norm
 
 
 @torch.no_grad()
@@ -136,4 +148,4 @@ def fold(convolution: _Convolution, abn: ABN) -> nn.Sequential:
     weight = convolution.weight.double() * scale.view(-1, *[1] * (convolution.weight.dim() - 1))
     folded.weight.copy_(weight)
     folded.bias = nn.Parameter(offset.to(folded.weight.dtype))
-    return nn.Sequential(folded, activation_module(abn))
+    return nn.Sequential(folded, _activation_module(abn))

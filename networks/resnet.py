@@ -22,11 +22,6 @@ def _relu_unless(activation: str, inplace: bool = False) -> nn.Module:
     return nn.ReLU(inplace) if activation == "identity" else nn.Identity()
 
 
-def _add(norm: InPlaceABNSync, x: Tensor, shortcut: Tensor) -> Tensor:
-    """Batch norm of x plus the shortcut; norm's activation, if it has one, is of the sum."""
-    return norm(x) + shortcut if norm.activation == "identity" else norm(x, shortcut)
-
-
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
 
@@ -51,12 +46,15 @@ class BasicBlock(nn.Module):
         self.conv2 = _conv3x3(channels, channels, dilation=dilation)
         self.bn2 = _norm(channels, activation)
         self.relu_of_sum = _relu_unless(activation, inplace=True)
+        self.activates_sum = activation != "identity"
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
-        return self.relu_of_sum(_add(self.bn2, self.conv2(out), shortcut))
+        out = self.conv2(out)
+        out = self.bn2(out, shortcut) if self.activates_sum else self.bn2(out) + shortcut
+        return self.relu_of_sum(out)
 
 
 class Bottleneck(nn.Module):
@@ -81,13 +79,16 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = _norm(channels * self.expansion, activation)
         self.relu_of_sum = _relu_unless(activation, inplace=True)
+        self.activates_sum = activation != "identity"
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.relu2(self.bn2(self.conv2(out)))
-        return self.relu_of_sum(_add(self.bn3, self.conv3(out), shortcut))
+        out = self.conv3(out)
+        out = self.bn3(out, shortcut) if self.activates_sum else self.bn3(out) + shortcut
+        return self.relu_of_sum(out)
 
 
 BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {

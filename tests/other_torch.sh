@@ -14,5 +14,5 @@ built=$(cksum libs/_C.abi3.so)
 "$environment/bin/pip" install --quiet --disable-pip-version-check "torch==$release" numpy pytest hypothesis
 "$environment/bin/python" -c "import torch; from libs import native; assert native.LOADED; print('PyTorch', torch.__version__)"
 "$environment/bin/python" -m pytest -p no:cacheprovider tests/test_criss_cross.py tests/test_criss_cross_native.py \
-    -m "not slow and not emulated" "$@"
+    tests/test_abn.py tests/test_abn_native.py -m "not slow and not emulated" "$@"
 [[ $(cksum libs/_C.abi3.so) == "$built" ]]

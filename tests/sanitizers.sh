@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r setup.py pyproject.toml cc_attention libs tests "$copy"
+cp -r setup.py pyproject.toml benchmarks cc_attention libs networks tests "$copy"
 cd "$copy"
 rm -f libs/*.so
 sanitize="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
@@ -22,7 +22,8 @@ export ASAN_OPTIONS="detect_leaks=0:log_path=$copy/report" UBSAN_OPTIONS="print_
 with_sanitizers() { LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" "$@"; }
 with_sanitizers python -c "from libs import native; assert native.LOADED" # or its tests would all be skipped
 with_sanitizers python -m pytest -p no:cacheprovider \
-    tests/test_criss_cross.py tests/test_criss_cross_native.py -m "not slow and not emulated" "$@" || {
+    tests/test_criss_cross.py tests/test_criss_cross_native.py tests/test_abn.py tests/test_abn_native.py \
+    -m "not slow and not emulated" "$@" || {
     cat "$copy"/report.* # pytest has kept what was printed, and the process may be gone
     exit 1
 }

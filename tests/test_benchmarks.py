@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import context, criss_cross, loading
+from benchmarks import context, criss_cross, inplace_abn, loading
 from dataset.labels import IGNORE_LABEL
 from dataset.scenes import make_scene
+from libs import InPlaceABN
 
 
 def test_the_loaders_compared_give_the_same_samples(tmp_path, monkeypatch, capsys):
@@ -46,6 +47,25 @@ def test_the_benchmark_of_attention_runs():
     row = next(line for line in out.splitlines() if line.startswith("| 33x40 float32 | channels_last"))
     one_map, ours, *others = (float(cell) for cell in row.split("|")[3:-1])
     assert ours < one_map < min(others)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "NCHW"])
+def test_the_batch_norms_compared_agree(layout):
+    case = inplace_abn.Case((2, 5, 7, 6), torch.float32, layout)
+    norms = {name: case.norm(kind) for name, kind in {"ours": InPlaceABN, **inplace_abn.CONTENDERS}.items()}
+    case.check({name: (norm, norm) for name, norm in norms.items()}, torch.float32)
+    other = case.norm(torch.nn.BatchNorm2d)
+    with pytest.raises(SystemExit, match=r"other: result differs by .*: no times are printed"):
+        case.check({"ours": (norms["ours"], norms["ours"]), "other": (other, other)}, torch.float32)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_batch_norm_runs():
+    arguments = "--sizes 2x16x9x9 --dtypes float32 --threads 1 --repeats 1 --no-compile --network-side 33"
+    command = [sys.executable, "-m", "benchmarks.inplace_abn", *arguments.split()]
+    out = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+    assert out.count("| 2x16x9x9 float32") == 4
+    assert out.count("| CCNet-101, 2x3x33x33 |") == 3
 
 
 def test_without_attention_the_sign_is_out_of_reach():

@@ -150,7 +150,7 @@ CCNET_INLINE void sums_of_columns(const Block& block, int64_t strip, int64_t wid
   }
   for (int64_t begin = 0; begin < block.rows; begin += kChain) {
     const int64_t end = block.rows - begin < kChain ? block.rows : begin + kChain;
-    Real sums[2][kStrip] = {};
+    alignas(64) Real sums[2][kStrip] = {};
     for (int64_t row = begin; row < end; ++row) {
       each_vector<Real>(width, [&](int64_t i, auto vector) CCNET_MEMBER {
         const Pair<Real> term = terms(row * block.length + strip + i, strip + i, vector);
@@ -203,7 +203,7 @@ struct Abn {
       return;
     }
     each_strip(block, [&](int64_t strip, int64_t width) CCNET_MEMBER {
-      Real near[kStrip];
+      alignas(64) Real near[kStrip];
       means_of_first_rows(block, x + strip, width, near);
       sums_of_columns<Real>(block, strip, width, [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
         const Vector<Real> deviation = vector.read(x + i) - load(near + (column - strip));
