@@ -141,26 +141,49 @@ CCNET_INLINE void sum_of_one_channel(int64_t n, const Terms& terms, double* firs
   }
 }
 
+// Numbers of a strip's columns that are read and written for each row, beside which rows of two tensors are read.
+//
+// The CPU takes a load for one of what was just stored where the last 12 bits of their addresses are equal, and waits. So
+// a column's numbers lie, in these bits, at the column in one of the tensors, which has been read before they are
+// written, and a good way behind that in the other. This makes the statistics about 1.4 times as fast.
+template <class Real>
+class StripNumbers {
+ public:
+  Real *first, *second, *near;
+
+  CCNET_MEMBER StripNumbers(const void* a, const void* b) {
+    constexpr uintptr_t row = kStrip * sizeof(Real), line = 64;
+    const uintptr_t at_a = reinterpret_cast<uintptr_t>(a), at_b = reinterpret_cast<uintptr_t>(b);
+    const uintptr_t behind_b = (at_a - at_b) % row;
+    first = memory_ + (behind_b < row / 2 ? at_b : at_a) % row / line * line / sizeof(Real);
+    second = first + kStrip;
+    near = second + kStrip;
+  }
+
+ private:
+  alignas(4096) Real memory_[4 * kStrip];
+};
+
 // Of `width` columns from `strip` on, at most kStrip
 template <class Real, class Terms>
-CCNET_INLINE void sums_of_columns(const Block& block, int64_t strip, int64_t width, const Terms& terms, double* first,
-                                  double* second) {
+CCNET_INLINE void sums_of_columns(const Block& block, int64_t strip, int64_t width, StripNumbers<Real>& sums,
+                                  const Terms& terms, double* first, double* second) {
   for (int64_t i = strip; i < strip + width; ++i) {
     first[i] = second[i] = 0;
   }
   for (int64_t begin = 0; begin < block.rows; begin += kChain) {
     const int64_t end = block.rows - begin < kChain ? block.rows : begin + kChain;
-    alignas(64) Real sums[2][kStrip] = {};
+    std::memset(sums.first, 0, 2 * kStrip * sizeof(Real));
     for (int64_t row = begin; row < end; ++row) {
       each_vector<Real>(width, [&](int64_t i, auto vector) CCNET_MEMBER {
         const Pair<Real> term = terms(row * block.length + strip + i, strip + i, vector);
-        store(sums[0] + i, load(sums[0] + i) + term.first);
-        store(sums[1] + i, load(sums[1] + i) + term.second);
+        store(sums.first + i, load(sums.first + i) + term.first);
+        store(sums.second + i, load(sums.second + i) + term.second);
       });
     }
     for (int64_t i = 0; i < width; ++i) {
-      first[strip + i] += sums[0][i];
-      second[strip + i] += sums[1][i];
+      first[strip + i] += sums.first[i];
+      second[strip + i] += sums.second[i];
     }
   }
 }
@@ -202,15 +225,16 @@ struct Abn {
       finish(n, near, mean, squares);
       return;
     }
+    StripNumbers<Real> numbers(x, x);
     each_strip(block, [&](int64_t strip, int64_t width) CCNET_MEMBER {
-      alignas(64) Real near[kStrip];
-      means_of_first_rows(block, x + strip, width, near);
-      sums_of_columns<Real>(block, strip, width, [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
-        const Vector<Real> deviation = vector.read(x + i) - load(near + (column - strip));
+      means_of_first_rows(block, x + strip, width, numbers.near);
+      const auto terms = [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
+        const Vector<Real> deviation = vector.read(x + i) - load(numbers.near + (column - strip));
         return Pair<Real>{deviation, deviation * deviation};
-      }, mean, squares);
+      };
+      sums_of_columns<Real>(block, strip, width, numbers, terms, mean, squares);
       for (int64_t i = 0; i < width; ++i) {
-        finish(block.rows, near[i], mean + strip + i, squares + strip + i);
+        finish(block.rows, numbers.near[i], mean + strip + i, squares + strip + i);
       }
     });
   }
@@ -241,8 +265,9 @@ struct Abn {
       if (block.one_channel) {
         sum_of_one_channel<Real>(block.rows * block.length, terms, sums, product_sums);
       } else {
+        StripNumbers<Real> numbers(z, grad_z);
         each_strip(block, [&](int64_t strip, int64_t width) CCNET_MEMBER {
-          sums_of_columns<Real>(block, strip, width, terms, sums, product_sums);
+          sums_of_columns<Real>(block, strip, width, numbers, terms, sums, product_sums);
         });
       }
     });
