@@ -77,24 +77,6 @@ struct SharedCarver {
 
 inline int unknown(int x) { return x; }
 
-template <int kBytes>
-struct WordOf {
-  static_assert(kBytes == 16, "2, 4, 8 or 16 bytes are moved at once");
-  using type = uint4;
-};
-template <>
-struct WordOf<2> {
-  using type = unsigned short;
-};
-template <>
-struct WordOf<4> {
-  using type = unsigned;
-};
-template <>
-struct WordOf<8> {
-  using type = uint2;
-};
-
 template <class T>
 T load_word(const T* p) {
   const auto word = *reinterpret_cast<const typename WordOf<sizeof(T)>::type*>(p);

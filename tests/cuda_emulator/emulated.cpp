@@ -1,5 +1,5 @@
 // What tests set and read of the emulator, in the library of the emulated operators.
-#include "cuda_emulator.h"
+#include "libs/csrc/cuda/primitives.cuh"
 
 extern "C" __attribute__((visibility("default"))) void emulator_set(int order, uint64_t seed, int shared_bytes,
                                                                     int has_bfloat16, int counting,

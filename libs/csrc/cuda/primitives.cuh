@@ -6,6 +6,31 @@
 // (those with nothing to do pass valid = false), and a line has at most one barrier or operation of a warp.
 #pragma once
 
+#include <vector_types.h>
+
+namespace ccnet {
+
+// What that many bytes are moved as
+template <int kBytes>
+struct WordOf {
+  static_assert(kBytes == 16, "2, 4, 8 or 16 bytes are moved at once");
+  using type = uint4;
+};
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+
+}  // namespace ccnet
+
 #ifndef __CUDACC__
 #include <cuda_emulator.h>
 #else
@@ -38,24 +63,6 @@ __device__ __forceinline__ int unknown(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
-
-template <int kBytes>
-struct WordOf {
-  static_assert(kBytes == 16, "2, 4, 8 or 16 bytes are moved at once");
-  using type = uint4;
-};
-template <>
-struct WordOf<2> {
-  using type = unsigned short;
-};
-template <>
-struct WordOf<4> {
-  using type = unsigned;
-};
-template <>
-struct WordOf<8> {
-  using type = uint2;
-};
 
 // What p points to, or zeros. Moved as one word: the compiler would take a struct apart.
 template <class T>
