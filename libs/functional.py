@@ -81,6 +81,9 @@ def activated_batch_norm(
         else:  # as of a batch of one
             mean = running_mean.double()
             statistics = torch.stack([torch.ones_like(mean), mean, running_var.double()])
+    # Compiled, x may be an input of the graph, and PyTorch 2.14 loses the gradient of one that is written to: z gets
+    # memory of its own there, and the compiler frees that of x.
+    in_place = in_place and not torch.compiler.is_compiling()
     accumulated_in = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = (p if p is None else p.to(accumulated_in) for p in (weight, bias))
     return _ActivatedBatchNorm.apply(

@@ -360,6 +360,17 @@ def test_compiled_whole(training):
     assert_trains_alike(lambda: network().train(training), {"fullgraph": True, "backend": "aot_eager"}, steps=3)
 
 
+def test_compiled_alone():
+    """x is then an input of the graph."""
+    module = InPlaceABN(3).double()
+    x, upstream = torch.randn(2, 4, 3, 5, 6, dtype=torch.float64)
+    gradients = []
+    for run in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(run(leaf.clone()), [leaf, module.weight, module.bias], upstream))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.slow
 def test_compiled_by_inductor():
     assert_trains_alike(network, {"fullgraph": True}, steps=3)
