@@ -418,6 +418,8 @@ EMULATOR_INTERNAL inline void prepare_block() {
       fiber.tsan = fiber.tsan_pool[state.blocks & 1] = __tsan_create_fiber(0);
     }
     forget_pages(fiber.stack + kStack - kFresh, kFresh);
+#elif defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(fiber.stack + kStack - kFresh, kFresh);  // the thread before it never unwound
 #endif
     fiber.file = nullptr;
     fiber.copies_pending = 0;

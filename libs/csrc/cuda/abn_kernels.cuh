@@ -314,13 +314,14 @@ __global__ void __launch_bounds__(kAbnThreads, 2)
     abn_update_running_kernel(const double* statistics, double momentum, int64_t channels, Real* running_mean,
                               Real* running_var) {
   const int64_t number = blockIdx.x * int64_t{kAbnThreads} + threadIdx.x;
-  const int64_t channel = number < channels ? number : 0;
-  const double count = load_global(statistics + channel, true);
-  const double mean = load_global(statistics + channels + channel, true);
-  const double squares = load_global(statistics + 2 * channels + channel, true);
-  const bool writes = number < channels && count > 0;
-  const double before_mean = load_global(running_mean + channel, true);
-  const double before_var = load_global(running_var + channel, true);
+  const bool valid = number < channels;
+  const int64_t channel = valid ? number : 0;
+  const double count = load_global(statistics + channel, valid);
+  const double mean = load_global(statistics + channels + channel, valid);
+  const double squares = load_global(statistics + 2 * channels + channel, valid);
+  const bool writes = valid && count > 0;
+  const double before_mean = load_global(running_mean + channel, valid);
+  const double before_var = load_global(running_var + channel, valid);
   const double var = squares / (count > 1 ? count - 1 : 1);
   store_global(running_mean + channel, static_cast<Real>(before_mean + momentum * (mean - before_mean)), writes);
   store_global(running_var + channel, static_cast<Real>(before_var + momentum * (var - before_var)), writes);
