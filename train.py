@@ -129,7 +129,8 @@ def restore(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.O
 def resume(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict:
     """Load the snapshot of a step of the run in --snapshot-dir. Returns its training state."""
     training = read_training(args.snapshot_dir, step)
-    before, now = training["flags"], run_flags(args)
+    # A flag that did not exist yet when the run began is as if it had not been given.
+    before, now = run_flags(get_parser().parse_args([])) | training["flags"], run_flags(args)
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed:
         lines = [f"    --{name.replace('_', '-')}: was {before.get(name)}, is {now.get(name)}" for name in changed]

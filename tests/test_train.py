@@ -219,6 +219,17 @@ def test_a_folder_with_a_run_is_not_written_over_and_other_flags_are_refused(sce
     assert "--weight-decay: was 0.0005, is 0.1" in message
 
 
+def test_a_run_from_before_a_flag_existed_has_its_default(scenes, tmp_path, capsys):
+    assert run_training(scenes, tmp_path, "--num-steps", 1) == 0
+    path = tmp_path / "CS_scenes_1.training.pth"
+    training = torch.load(path, weights_only=True)
+    del training["flags"]["backbone_activation"]
+    torch.save(training, path)
+    assert run_training(scenes, tmp_path, "--num-steps", 1, "--resume") == 0
+    assert run_training(scenes, tmp_path, "--num-steps", 1, "--resume", "--backbone-activation", "leaky_relu") == 2
+    assert "--backbone-activation: was identity, is leaky_relu" in capsys.readouterr().err
+
+
 def test_no_steps_save_the_network_as_it_is(scenes, tmp_path):
     assert run_training(scenes, tmp_path, "--num-steps", 0) == 0
     torch.manual_seed(12345)
