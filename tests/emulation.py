@@ -98,14 +98,13 @@ class Counters(ctypes.Structure):
 
 
 @cache
-def _library(sanitizer: str = "") -> ctypes.CDLL:
+def _library() -> ctypes.CDLL:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     includes = " ".join(f"-isystem {path}" for path in include_paths())
     path = compile_with_emulator(
         "emulated.so",
         [EMULATOR / "emulated.cpp", *OPERATOR_SOURCES, *KERNELS],
-        sanitizer,
         flags=f"{includes} -DTORCH_TARGET_VERSION=0x020a000000000000 -DCCNET_CUDA_LIBRARY=ccnet_emulated "
         "-DCCNET_CUDA_KEY=CPU",
         link=f"-shared -L{library_paths()[0]} -ltorch -ltorch_cpu -lc10",

@@ -53,10 +53,7 @@ template <class T>
 typename Abn<T>::Affine affine_of(const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                   const std::string& activation, double slope) {
   using Real = Accumulate<T>;
-  return {weight ? read<Real>(*weight) : nullptr,
-          bias ? read<Real>(*bias) : nullptr,
-          eps,
-          {activation_of(activation), slope}};
+  return {read<Real>(weight), read<Real>(bias), eps, {activation_of(activation), slope}};
 }
 
 // ---- the operators ----
@@ -146,8 +143,7 @@ Tensor abn_backward_sums(const Tensor& z_, const Tensor& grad_z_, const Optional
   const OptionalTensor residual = residual_as(z, residual_);
   Tensor sums = empty_doubles(z, {2, z.size(1)});
   if (z.size(1) > 0) {
-    const void* const rest = residual ? residual->const_data_ptr() : nullptr;
-    const Pieces pieces = pieces_of(z, {z.const_data_ptr(), grad_z.const_data_ptr(), rest});
+    const Pieces pieces = pieces_of(z, {z.const_data_ptr(), grad_z.const_data_ptr(), read<void>(residual)});
     Tensor partial = empty_doubles(z, {pieces.slots(), 2, z.size(1)});
     run_for_type("abn_backward_sums", z, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
@@ -177,9 +173,8 @@ std::tuple<Tensor, Tensor> abn_backward(const Tensor& z_, const Tensor& grad_z_,
   Tensor grad_residual = residual ? torch::stable::empty_like(z) : torch::stable::new_empty(z, {0});
   if (z.numel() > 0) {
     const Tensor numbers = empty_numbers(z);
-    const void* const rest = residual ? residual->const_data_ptr() : nullptr;
-    const Pieces pieces = pieces_of(z, {z.const_data_ptr(), grad_z.const_data_ptr(), grad_x.const_data_ptr(), rest,
-                                        grad_residual.const_data_ptr()});
+    const Pieces pieces = pieces_of(z, {z.const_data_ptr(), grad_z.const_data_ptr(), grad_x.const_data_ptr(),
+                                        read<void>(residual), grad_residual.const_data_ptr()});
     run_for_type("abn_backward", z, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       return Abn<T>::backward(pieces, read<T>(z), read<T>(grad_z), read<double>(statistics), read<double>(sums),
