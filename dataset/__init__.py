@@ -1,6 +1,6 @@
 """Cityscapes: files, labels, augmentation, loading; and generated scenes in the same layout."""
 
-from .cityscapes import EpochSampler, EvaluationSet, TrainingSet, load_batches
+from .cityscapes import EpochSampler, EvaluationSet, TrainingSet, load_batches, share
 from .files import SPLITS, DatasetError, Item, read_list, scan
 from .labels import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
 
@@ -17,4 +17,5 @@ __all__ = [
     "load_batches",
     "read_list",
     "scan",
+    "share",
 ]

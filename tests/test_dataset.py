@@ -1,6 +1,7 @@
 """Files, labels, augmentation and loading."""
 
 import shutil
+from itertools import chain
 
 import cv2
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset import DatasetError, EpochSampler, EvaluationSet, TrainingSet, load_batches, read_list, scan
+from dataset import DatasetError, EpochSampler, EvaluationSet, TrainingSet, load_batches, read_list, scan, share
 from dataset.files import Box, ImageFile, Item
 from dataset.labels import LABELS, PALETTE, TRAIN_ID_TO_ID, id_to_train_id_table
 from dataset.transforms import (
@@ -286,6 +287,58 @@ def test_epochs_neither_drop_nor_repeat_an_image(num_images, batch_size, seed):
         epoch = keys[begin : begin + num_images]
         assert {e for e, _ in epoch} == {begin // num_images}
         assert sorted(i for _, i in epoch) == list(range(num_images))
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_shares_are_contiguous_and_even(total, num_processes):
+    shares = [share(total, process, num_processes) for process in range(num_processes)]
+    assert [i for part in shares for i in part] == list(range(total))
+    assert {len(part) for part in shares} <= {total // num_processes, -(-total // num_processes)}
+
+
+@st.composite
+def cuts(draw):
+    """(num_images, batch_size, parts, num_processes) that fit each other."""
+    num_processes, parts = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    part_size = draw(st.integers(num_processes, num_processes + 5))
+    return draw(st.integers(1, 20)), part_size * parts, parts, num_processes
+
+
+@given(cuts(), st.integers(0, 9), st.integers(0, 12), st.integers(0, 12))
+def test_parts_and_processes_together_see_the_batch_of_one_process(cut, seed, first, num_steps):
+    num_images, batch_size, parts, num_processes = cut
+    whole = list(EpochSampler(num_images, batch_size, first, first + num_steps, seed))
+    samplers = [
+        EpochSampler(num_images, batch_size, 0, first + num_steps, seed, parts, process, num_processes)
+        for process in range(num_processes)
+    ]
+    assert {len(sampler) for sampler in samplers} == {(first + num_steps) * parts}
+    for process, sampler in enumerate(samplers):
+        resumed = EpochSampler(num_images, batch_size, first, first + num_steps, seed, parts, process, num_processes)
+        assert list(resumed) == list(sampler)[first * parts :]
+        assert len(resumed) == num_steps * parts
+    micro_batches = [list(chain(*shares)) for shares in zip(*samplers, strict=True)]
+    assert {len(keys) for keys in micro_batches} <= {batch_size // parts}
+    steps = [list(chain(*micro_batches[i : i + parts])) for i in range(0, len(micro_batches), parts)]
+    assert steps[first:] == whole
+    keys = list(chain(*steps))
+    for begin in range(0, len(keys) - num_images + 1, num_images):
+        assert sorted(keys[begin : begin + num_images]) == [(begin // num_images, i) for i in range(num_images)]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "parts", "process", "num_processes", "message"),
+    [
+        (8, 3, 0, 1, "expected a multiple of the 3 parts, got 8"),
+        (8, 0, 0, 1, "expected a multiple of the 0 parts, got 8"),
+        (8, 4, 0, 3, "an image for each of 3 processes in each of 4 parts, 12 or more, got 8"),
+        (8, 1, 2, 2, "process: expected 0..1, got 2"),
+        (8, 1, -1, 2, "process: expected 0..1, got -1"),
+    ],
+)
+def test_batches_that_cannot_be_cut(batch_size, parts, process, num_processes, message):
+    with pytest.raises(ValueError, match=message):
+        EpochSampler(10, batch_size, 0, 1, 0, parts, process, num_processes)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
