@@ -1,25 +1,44 @@
 """Snapshots: a plain state dict a step, and beside it the state that training goes on from.
 
     CS_scenes_<step>.pth            the network's state dict, what evaluate.py and other people's code read
-    CS_scenes_<step>.training.pth   optimiser, step, random generators and flags
+    CS_scenes_<step>.training.pth   optimiser, step, random generators, flags, and the state dict file's SHA-256
 
-Every file is written to a temporary one, synced to the disk and renamed, the state dict first: a file that is there is
-whole, and a .training.pth that is there has its state dict.
+Every file is written to a temporary one, synced to the disk and renamed, the state dict first: a file that is there was
+written whole, and a .training.pth that is there has its state dict. What happened to a file since, on the disk or by
+a copy that was cut short, is found when it is read.
 """
 
+import hashlib
 import os
 import re
 import tempfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _PREFIX = "CS_scenes_"
+_SUFFIX = ".pth"
 _TRAINING_SUFFIX = ".training.pth"
-_TRAINING_VERSION = 1
-# How many .training.pth files are kept: the newest, and one to fall back on.
+_TRAINING_VERSION = 2
+# What a training state of version 1 lacks.
+_SINCE_VERSION_1 = {"state_dict_sha256": None, "scaler": None}
+_TRAINING_TYPES: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "flags": dict,
+    "optimizer": dict,
+    "scaler": (dict, NoneType),
+    "cpu_generator": Tensor,
+    "cuda_generator": (Tensor, NoneType),
+    "state_dict_sha256": (str, NoneType),
+}
+# The attribute of a directory in a zip, MS-DOS's.
+_DIRECTORY = 0x10
+# How many .training.pth files are kept where every state dict is: the newest, and one to fall back on.
 _TRAINING_KEPT = 2
 
 
@@ -27,23 +46,48 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or written; the message names the file."""
 
 
+class Snapshot(NamedTuple):
+    """What a run goes on from: the network's state dict and the training state that belongs to it."""
+
+    step: int
+    state_dict: dict[str, Tensor]
+    training: dict[str, Any]
+
+
 def snapshot_path(folder: Path, step: int) -> Path:
-    return folder / f"{_PREFIX}{step}.pth"
+    return folder / f"{_PREFIX}{step}{_SUFFIX}"
 
 
 def training_path(folder: Path, step: int) -> Path:
     return folder / f"{_PREFIX}{step}{_TRAINING_SUFFIX}"
 
 
-def training_steps(folder: Path) -> list[int]:
-    """Steps that training can go on from, ascending."""
-    pattern = re.compile(re.escape(_PREFIX) + r"(\d+)" + re.escape(_TRAINING_SUFFIX))
+def _steps(folder: Path, suffix: str) -> list[int]:
+    """Steps of which there is a file with this suffix, ascending."""
+    pattern = re.compile(re.escape(_PREFIX) + "(0|[1-9][0-9]*)" + re.escape(suffix))
     matches = (pattern.fullmatch(path.name) for path in folder.glob("*.pth"))
     return sorted(int(match[1]) for match in matches if match)
 
 
-def _save(content: dict[str, Any], path: Path) -> None:
-    """Write a file so that at any moment either the old one, or none, or the whole new one is there."""
+def training_steps(folder: Path) -> list[int]:
+    """Steps of which there is a training state, ascending."""
+    return _steps(folder, _TRAINING_SUFFIX)
+
+
+def _sha256(file: IO[bytes]) -> str:
+    """The SHA-256 of the whole file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _save(content: dict[str, Any], path: Path) -> str:
+    """Write a file so that at any moment either the old one, or none, or the whole new one is there.
+
+    Returns its SHA-256.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +96,7 @@ def _save(content: dict[str, Any], path: Path) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+            digest = _sha256(file)
         os.chmod(temporary, 0o644)
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -59,15 +104,41 @@ def _save(content: dict[str, Any], path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+        return digest
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written, earlier snapshots are as they were: {error}") from error
 
 
+def _check_zip(file: IO[bytes]) -> None:
+    """Compare the contents of a zip with its checksums, which torch.load does not look at.
+
+    Raises:
+        zipfile.BadZipFile: they differ, it is no whole zip, or it would be read as something else.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+            entries = archive.infolist()
+    except Exception as error:  # zipfile too meets arbitrary bytes with arbitrary errors
+        raise zipfile.BadZipFile(f"it is truncated or damaged: {error}") from error
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"it is damaged: wrong checksum of {damaged}")
+    for entry in entries:
+        # PyTorch reads nothing of what is marked as a directory, and leaves the tensor's memory as it finds it.
+        if entry.external_attr & _DIRECTORY and entry.file_size > 0:
+            raise zipfile.BadZipFile(f"it is damaged: {entry.filename} is marked as a directory")
+
+
 def _load(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            # What PyTorch wrote before 1.6 is no zip and has no checksums.
+            if file.read(2) == b"PK":
+                _check_zip(file)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: expected a checkpoint, there is no such file") from error
     except Exception as error:  # the unpickler meets arbitrary bytes with arbitrary errors
@@ -76,33 +147,67 @@ def _load(path: Path) -> Any:
 
 
 def save_snapshot(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int, flags: dict
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    step: int,
+    flags: dict,
+    keep: int | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Path:
-    """Write both files for the step; returns the path of the state dict.
+    """Write both files for the step, then remove older ones; returns the path of the state dict.
+
+    At every moment one snapshot is whole, unless the only one there is of this same step: its files are replaced one
+    after the other.
 
     Args:
         flags: what has to be the same when training goes on; numbers, strings, booleans, lists or None.
+        keep: how many snapshots are kept, this one included, 1 or more; if None, every state dict and the training
+            states of two.
+        scaler: of the gradients, if training uses one.
 
     Raises:
         CheckpointError: the disk is full, say. Earlier snapshots are as they were.
     """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep: expected 1 or more, got {keep}")
     remove_interrupted(folder)
     path = snapshot_path(folder, step)
     # On the CPU, so that the file loads where there is no such GPU.
-    _save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)
+    digest = _save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)
     device = next(model.parameters()).device
     training = {
         "version": _TRAINING_VERSION,
         "step": step,
         "flags": flags,
         "optimizer": optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
         "cpu_generator": torch.get_rng_state(),
         "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "state_dict_sha256": digest,
     }
     _save(training, training_path(folder, step))
-    for old in training_steps(folder)[:-_TRAINING_KEPT]:
-        training_path(folder, old).unlink()
+    _remove_older(folder, step, keep)
     return path
+
+
+def _remove_older(folder: Path, step: int, keep: int | None) -> None:
+    """Leave the newest snapshots up to the step.
+
+    Later ones are neither counted nor removed: they are of a run that was taken up again from before them, because they
+    could not be read, say.
+    """
+    until_now = [other for other in training_steps(folder) if other <= step]
+    kept = until_now[-(keep or _TRAINING_KEPT) :]
+    for old in until_now:
+        if old not in kept:
+            training_path(folder, old).unlink()
+    if keep is None:
+        return
+    # The training state went first: one that is there has its state dict.
+    for old in _steps(folder, _SUFFIX):
+        if old <= step and old not in kept:
+            snapshot_path(folder, old).unlink()
 
 
 def remove_interrupted(folder: Path) -> None:
@@ -111,17 +216,72 @@ def remove_interrupted(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_training(folder: Path, step: int) -> dict[str, Any]:
-    """The content of CS_scenes_<step>.training.pth.
+def newest_snapshot(folder: Path, report: Callable[[str], None]) -> Snapshot | None:
+    """The newest snapshot that can be read and whose two files belong together; None if there is no training state.
+
+    Nothing is removed.
+
+    Args:
+        report: is called with a line for each newer snapshot that was refused, which says why.
 
     Raises:
-        CheckpointError: it is missing, unreadable, or of another kind or version.
+        CheckpointError: there are training states, and none can be gone on from; the message says why for each.
+    """
+    refused: list[str] = []
+    for step in reversed(training_steps(folder)):
+        try:
+            snapshot = read_snapshot(folder, step)
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            report(f"{reason}; going on from step {step}, before it")
+        return snapshot
+    if refused:
+        raise CheckpointError(
+            f"{folder}: cannot go on from any of its snapshots:" + "".join(f"\n    {reason}" for reason in refused)
+        )
+    return None
+
+
+def read_snapshot(folder: Path, step: int) -> Snapshot:
+    """Both files of the step.
+
+    Raises:
+        CheckpointError: one of them is missing, unreadable or something else, or they do not belong together.
+    """
+    training = read_training(folder, step)
+    path = snapshot_path(folder, step)
+    state_dict = read_state_dict(path)
+    expected = training["state_dict_sha256"]
+    if expected is not None:
+        with path.open("rb") as file:
+            if _sha256(file) != expected:
+                raise CheckpointError(f"{path}: is not the file that {training_path(folder, step).name} was saved with")
+    return Snapshot(step, state_dict, training)
+
+
+def read_training(folder: Path, step: int) -> dict[str, Any]:
+    """The content of CS_scenes_<step>.training.pth, in the form of the present version.
+
+    In one of version 1 there is no SHA-256 of the state dict file and no state of a scaler: these are None.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, of another kind, version or step.
     """
     path = training_path(folder, step)
     training = _load(path)
-    if not isinstance(training, dict) or training.get("version") != _TRAINING_VERSION:
-        found = training.get("version", "none") if isinstance(training, dict) else type(training).__name__
-        raise CheckpointError(f"{path}: expected a training state of version {_TRAINING_VERSION}, found {found}")
+    version = training.get("version", "none") if isinstance(training, dict) else type(training).__name__
+    if not isinstance(version, int) or version not in (1, _TRAINING_VERSION):
+        raise CheckpointError(f"{path}: expected a training state of version 1 or {_TRAINING_VERSION}, found {version}")
+    if version == 1:
+        training = {**_SINCE_VERSION_1, **training}
+    for name, kind in _TRAINING_TYPES.items():
+        if name not in training or not isinstance(training[name], kind):
+            found = type(training[name]).__name__ if name in training else "none"
+            raise CheckpointError(f"{path}: expected a training state with its {name}, found {found}")
+    if training["step"] != step:
+        raise CheckpointError(f"{path}: expected the training state of step {step}, found that of {training['step']}")
     return training
 
 
