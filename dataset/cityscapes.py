@@ -1,9 +1,13 @@
 """Cityscapes as torch datasets, and the loader whose batches depend on nothing but the seed."""
 
 import signal
+import threading
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from types import FrameType
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -16,6 +20,16 @@ from .transforms import draw_crop, normalise, pad_label, resize_image, resize_la
 
 # Keep the streams of random numbers apart.
 _ORDER, _AUGMENTATION = 0, 1
+# Batches that each process makes ahead: while one is waited for, the next is there, and memory stays small.
+_PREFETCHED = 2
+
+
+class Samples(Protocol):
+    """A dataset that knows the files of each of its samples."""
+
+    def item(self, key: Any) -> Item: ...
+
+    def __getitem__(self, key: Any) -> Any: ...
 
 
 def _open_label(item: Item, image: ImageFile) -> ImageFile:
@@ -64,10 +78,14 @@ class TrainingSet(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
+    def item(self, key: tuple[int, int]) -> Item:
+        """The files of the sample."""
+        return self.items[key[1]]
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """{"image": float32 [3, h, w], "label": uint8 [h, w] training ids, "name": str}."""
         epoch, index = key
-        item = self.items[index]
+        item = self.item(key)
         generator = np.random.default_rng([self.seed, _AUGMENTATION, epoch, index])
         image = ImageFile(item.image)
         label = _open_label(item, image)
@@ -97,9 +115,13 @@ class EvaluationSet(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
+    def item(self, index: int) -> Item:
+        """The files of the sample."""
+        return self.items[index]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"image": float32 [3, H, W], "label": uint8 [H, W] or None, "item": Item}."""
-        item = self.items[index]
+        item = self.item(index)
         image = ImageFile(item.image)
         label = None
         if item.label is not None:
@@ -183,42 +205,128 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, int(order(epoch)[place])) for epoch, place in keys]
 
 
-class _ErrorsAsValues(Dataset):
-    """Hands a DatasetError over as a sample: raised in a worker it would arrive wrapped in that worker's traceback."""
+@contextmanager
+def _errors_that_name(items: list[Item]) -> Iterator[None]:
+    """Turn whatever else is raised into a DatasetError that names the items' files."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    except Exception as error:
+        files = ", ".join(f"{item.image} (label {item.label})" if item.label else str(item.image) for item in items)
+        text = " ".join("".join(traceback.format_exception_only(error)).split())
+        made = "a sample of it" if len(items) == 1 else "a batch of them"
+        raise DatasetError(f"{files}: expected to make {made}, met an error: {text}") from error
 
-    def __init__(self, dataset: Dataset):
+
+class _Batches(Dataset):
+    """Whole batches, indexed by the list of their samples' keys.
+
+    A DatasetError is handed over as the batch: raised in a worker it would arrive wrapped in that worker's traceback.
+    """
+
+    def __init__(self, dataset: Samples, collate: Callable[[list], Any]):
         self.dataset = dataset
+        self.collate = collate
 
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, key):
+    def __getitem__(self, keys: list) -> Any:
         try:
-            return self.dataset[key]
+            return self._batch(keys)
         except DatasetError as error:
             return error
 
+    def _batch(self, keys: list) -> Any:
+        items = [self.dataset.item(key) for key in keys]
+        samples = []
+        for key, item in zip(keys, items, strict=True):
+            with _errors_that_name([item]):
+                samples.append(self.dataset[key])
+        with _errors_that_name(items):
+            return self.collate(samples)
 
-class _Collate:
-    """Collate samples, or pass the first DatasetError among them on."""
 
-    def __init__(self, collate: Callable[[list], Any]):
-        self.collate = collate
-
-    def __call__(self, samples: list) -> Any:
-        error = next((sample for sample in samples if isinstance(sample, DatasetError)), None)
-        return self.collate(samples) if error is None else error
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _set_up_worker(worker_id: int) -> None:
-    """One thread each; and a signal to the whole process group is for the main process to act on."""
+    """One thread each, as torch has; and a signal to the whole process group is for the main process to act on."""
     cv2.setNumThreads(0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
+class _DeathWatch:
+    """Keeps the death of a worker for when a batch is waited for.
+
+    PyTorch's handler of SIGCHLD raises a RuntimeError wherever this process is just then, in the middle of writing a
+    snapshot, say. In threads other than the main one there are no handlers; PyTorch looks every few seconds.
+    """
+
+    def __enter__(self) -> "_DeathWatch":
+        self._handler = signal.getsignal(signal.SIGCHLD)
+        self._waiting = self._arrived = False
+        self._watching = callable(self._handler) and threading.current_thread() is threading.main_thread()
+        if self._watching:
+            signal.signal(signal.SIGCHLD, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._watching and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, self._handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._arrived = True
+        if self._waiting:
+            self._handle(frame)
+
+    def _handle(self, frame: FrameType | None) -> None:
+        self._arrived = False
+        if callable(self._handler):
+            self._handler(signal.SIGCHLD, frame)
+
+    def next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, or None behind the last.
+
+        Raises:
+            DatasetError: a worker has died. What a batch meets is a value and not raised: an error of the system is
+                then one of receiving what a dying worker had sent, which may come before PyTorch sees it dead.
+        """
+        try:
+            self._waiting = True
+            if self._arrived:
+                self._handle(None)
+            return next(batches, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+                raise
+            raise DatasetError(_death_message(str(error).strip(" .") or type(error).__name__)) from error
+        finally:
+            self._waiting = False
+
+
+def _death_message(found: str) -> str:
+    """What has probably happened, and what helps."""
+    if "Bus error" in found:
+        advice = "the shared memory (/dev/shm) has probably run out: give more of it, or fewer --num-workers"
+    elif "Killed" in found:
+        advice = "the kernel probably did so because memory ran out: give fewer --num-workers"
+    else:
+        advice = "memory may have run out: give fewer --num-workers; with 0, an error is seen where it happens"
+    return f"a process that loads data has died, {found}; {advice}"
+
+
+def _end_workers(iterator: Iterator[Any]) -> None:
+    """End the worker processes of a DataLoader's iterator.
+
+    PyTorch does so when the iterator is garbage. The traceback of an error may keep it until this process ends, which
+    would wait for ever: it ends its children by SIGTERM, which they ignore.
+    """
+    getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
 def load_batches(
-    dataset: Dataset,
+    dataset: Samples,
     batches: Sampler[list],
     num_workers: int,
     collate: Callable[[list], Any] | None = None,
@@ -230,19 +338,29 @@ def load_batches(
         collate: makes a batch of a list of samples; torch's default_collate if None.
 
     Raises:
-        DatasetError: of the dataset, whichever process it came from.
+        DatasetError: a sample or batch cannot be made, whichever process it came from and whatever went wrong: the
+            message names its files. Or one of the processes has died.
     """
     loader = DataLoader(
-        _ErrorsAsValues(dataset),
-        batch_sampler=batches,
+        _Batches(dataset, collate or torch.utils.data.default_collate),
+        batch_size=None,  # the batches are made already
+        sampler=batches,
         num_workers=num_workers,
-        collate_fn=_Collate(collate or torch.utils.data.default_collate),
+        collate_fn=_unchanged,
         pin_memory=pin_memory,
         worker_init_fn=_set_up_worker,
+        prefetch_factor=_PREFETCHED if num_workers > 0 else None,
+        # There is one pass, on which the workers live as long as the run: keeping them for another has no use.
+        persistent_workers=False,
         # Its own generator: otherwise the loader draws from the one that dropout uses.
         generator=torch.Generator(),
     )
-    for batch in loader:
-        if isinstance(batch, DatasetError):
-            raise batch
-        yield batch
+    iterator = iter(loader)  # starts the workers and sets PyTorch's handler of SIGCHLD, in front of which the watch is
+    with _DeathWatch() as watch:
+        try:
+            while (batch := watch.next(iterator)) is not None:
+                if isinstance(batch, DatasetError):
+                    raise batch
+                yield batch
+        finally:
+            _end_workers(iterator)

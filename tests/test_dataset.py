@@ -1,7 +1,13 @@
 """Files, labels, augmentation and loading."""
 
+import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from itertools import chain
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -350,3 +356,111 @@ def test_an_error_in_a_worker_arrives_as_it_is(scenes, tmp_path, workers):
         batches(tmp_path, workers)
     assert str(error.value).startswith(str(broken))
     assert "Traceback" not in str(error.value)
+
+
+class Failing(TrainingSet):
+    """Meets an error at the image of index 3."""
+
+    def __init__(self, items, fail):
+        super().__init__(items, (40, 48))
+        self.fail = fail
+
+    def __getitem__(self, key):
+        if key[1] == 3:
+            self.fail()
+        return super().__getitem__(key)
+
+
+def raise_opencvs_error():
+    cv2.resize(np.zeros((0, 0), np.uint8), (1, 1))
+
+
+def raise_memory_error():
+    raise MemoryError
+
+
+def raise_value_error():
+    raise ValueError("two\nlines")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("fail", "kind", "text"),
+    [
+        (raise_opencvs_error, cv2.error, r"cv2.error: OpenCV.*resize"),
+        (raise_memory_error, MemoryError, "MemoryError$"),
+        (raise_value_error, ValueError, "ValueError: two lines$"),
+    ],
+)
+def test_an_unexpected_error_names_the_files(scenes, workers, fail, kind, text):
+    items = scan(scenes, "train")
+    with pytest.raises(DatasetError, match=text) as error:
+        list(load_batches(Failing(items, fail), EpochSampler(6, 4, 0, 3, 0), workers))
+    expected = f"{items[3].image} (label {items[3].label}): expected to make a sample of it, met an error: "
+    assert str(error.value).startswith(expected)
+    assert "\n" not in str(error.value)
+    if workers == 0:
+        assert isinstance(error.value.__cause__, kind)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_collating_names_all_files(scenes, workers):
+    items = scan(scenes, "test")
+
+    def collate(samples):
+        raise MemoryError
+
+    with pytest.raises(DatasetError) as error:
+        list(load_batches(EvaluationSet(items), [[0, 1]], workers, collate))
+    expected = f"{items[0].image}, {items[1].image}: expected to make a batch of them, met an error: MemoryError"
+    assert str(error.value) == expected
+
+
+def kill_worker():
+    if torch.utils.data.get_worker_info() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+DEATH = "a process that loads data has died, .*; .* memory .*: give fewer --num-workers"
+KILLED = r"a process that loads data has died, .*pid.* killed by signal: Killed; the kernel .* fewer --num-workers"
+
+
+def test_a_worker_that_was_killed_is_one_message(scenes):
+    handler = signal.getsignal(signal.SIGCHLD)
+    samples = Failing(scan(scenes, "train"), kill_worker)
+    with pytest.raises(DatasetError, match=DEATH):
+        list(load_batches(samples, EpochSampler(6, 4, 0, 3, 0), 2))
+    assert not multiprocessing.active_children()
+    loaded = list(load_batches(TrainingSet(samples.items, (40, 48)), EpochSampler(6, 4, 0, 3, 0), 2))
+    assert len(loaded) == 3
+    assert handler == signal.SIG_DFL or signal.getsignal(signal.SIGCHLD) is handler
+
+
+def test_a_worker_that_dies_during_a_step_is_met_at_the_next_batch(scenes):
+    """PyTorch's handler of SIGCHLD would raise in the middle of the step."""
+    dataset = TrainingSet(scan(scenes, "train"), (40, 48))
+    loaded = load_batches(dataset, EpochSampler(6, 4, 0, 40, 0), 2)
+    next(loaded)
+    worker = multiprocessing.active_children()[0].pid
+    os.kill(worker, signal.SIGKILL)
+    os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # WNOWAIT: it is PyTorch that finds it
+    torch.ones(3).sum()  # the step
+    with pytest.raises(DatasetError, match=KILLED):
+        next(loaded)
+
+
+@pytest.mark.slow
+def test_a_process_whose_error_is_kept_ends():
+    """The traceback keeps the loader, whose processes ignore the SIGTERM that they are ended with."""
+    program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from dataset import DatasetError, EvaluationSet, Item, load_batches
+try:
+    next(load_batches(EvaluationSet([Item(Path("nowhere.png"), None)]), [[0]], 2))
+except DatasetError as error:
+    kept = error
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
