@@ -1,11 +1,14 @@
 """Cityscapes as torch datasets, and the loader whose batches depend on nothing but the seed."""
 
+import multiprocessing
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, Protocol
 
@@ -263,6 +266,9 @@ class _DeathWatch:
     snapshot, say. In threads other than the main one there are no handlers; PyTorch looks every few seconds.
     """
 
+    def __init__(self, workers: list[BaseProcess]):
+        self._workers = workers
+
     def __enter__(self) -> "_DeathWatch":
         self._handler = signal.getsignal(signal.SIGCHLD)
         self._waiting = self._arrived = False
@@ -300,20 +306,24 @@ class _DeathWatch:
         except (RuntimeError, OSError, EOFError) as error:
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
-            raise DatasetError(_death_message(str(error).strip(" .") or type(error).__name__)) from error
+            found = str(error).strip(" .") or type(error).__name__
+            raise DatasetError(_death_message(self._workers, found)) from error
         finally:
             self._waiting = False
 
 
-def _death_message(found: str) -> str:
+def _death_message(workers: list[BaseProcess], found: str) -> str:
     """What has probably happened, and what helps."""
-    if "Bus error" in found:
+    wait([worker.sentinel for worker in workers], timeout=1)  # for the one that is just dying
+    causes = {-worker.exitcode for worker in workers if worker.exitcode is not None and worker.exitcode < 0}
+    if signal.SIGBUS in causes:
         advice = "the shared memory (/dev/shm) has probably run out: give more of it, or fewer --num-workers"
-    elif "Killed" in found:
+    elif signal.SIGKILL in causes:
         advice = "the kernel probably did so because memory ran out: give fewer --num-workers"
     else:
         advice = "memory may have run out: give fewer --num-workers; with 0, an error is seen where it happens"
-    return f"a process that loads data has died, {found}; {advice}"
+    names = " and ".join(signal.Signals(number).name for number in sorted(causes))
+    return f"a process that loads data has died{names and f', killed by {names}'} ({found}); {advice}"
 
 
 def _end_workers(iterator: Iterator[Any]) -> None:
@@ -355,8 +365,9 @@ def load_batches(
         # Its own generator: otherwise the loader draws from the one that dropout uses.
         generator=torch.Generator(),
     )
+    others = multiprocessing.active_children()
     iterator = iter(loader)  # starts the workers and sets PyTorch's handler of SIGCHLD, in front of which the watch is
-    with _DeathWatch() as watch:
+    with _DeathWatch([child for child in multiprocessing.active_children() if child not in others]) as watch:
         try:
             while (batch := watch.next(iterator)) is not None:
                 if isinstance(batch, DatasetError):
