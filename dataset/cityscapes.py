@@ -266,9 +266,6 @@ class _DeathWatch:
     snapshot, say. In threads other than the main one there are no handlers; PyTorch looks every few seconds.
     """
 
-    def __init__(self, workers: list[BaseProcess]):
-        self._workers = workers
-
     def __enter__(self) -> "_DeathWatch":
         self._handler = signal.getsignal(signal.SIGCHLD)
         self._waiting = self._arrived = False
@@ -292,22 +289,12 @@ class _DeathWatch:
             self._handler(signal.SIGCHLD, frame)
 
     def next(self, batches: Iterator[Any]) -> Any:
-        """The next batch, or None behind the last.
-
-        Raises:
-            DatasetError: a worker has died. What a batch meets is a value and not raised: an error of the system is
-                then one of receiving what a dying worker had sent, which may come before PyTorch sees it dead.
-        """
+        """The next batch, or None behind the last."""
         try:
             self._waiting = True
             if self._arrived:
                 self._handle(None)
             return next(batches, None)
-        except (RuntimeError, OSError, EOFError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
-                raise
-            found = str(error).strip(" .") or type(error).__name__
-            raise DatasetError(_death_message(self._workers, found)) from error
         finally:
             self._waiting = False
 
@@ -318,7 +305,7 @@ def _death_message(workers: list[BaseProcess], found: str) -> str:
     causes = {-worker.exitcode for worker in workers if worker.exitcode is not None and worker.exitcode < 0}
     if signal.SIGBUS in causes:
         advice = "the shared memory (/dev/shm) has probably run out: give more of it, or fewer --num-workers"
-    elif signal.SIGKILL in causes:
+    elif signal.SIGKILL in causes or "Killed" in found:
         advice = "the kernel probably did so because memory ran out: give fewer --num-workers"
     else:
         advice = "memory may have run out: give fewer --num-workers; with 0, an error is seen where it happens"
@@ -366,12 +353,23 @@ def load_batches(
         generator=torch.Generator(),
     )
     others = multiprocessing.active_children()
-    iterator = iter(loader)  # starts the workers and sets PyTorch's handler of SIGCHLD, in front of which the watch is
-    with _DeathWatch([child for child in multiprocessing.active_children() if child not in others]) as watch:
-        try:
-            while (batch := watch.next(iterator)) is not None:
-                if isinstance(batch, DatasetError):
-                    raise batch
-                yield batch
-        finally:
-            _end_workers(iterator)
+    workers: list[BaseProcess] = []
+    try:
+        # Starts the workers, and sets PyTorch's handler of SIGCHLD, in front of which the watch is.
+        iterator = iter(loader)
+        workers += [child for child in multiprocessing.active_children() if child not in others]
+        with _DeathWatch() as watch:
+            try:
+                while (batch := watch.next(iterator)) is not None:
+                    if isinstance(batch, DatasetError):
+                        raise batch
+                    yield batch
+            finally:
+                _end_workers(iterator)
+    # What a batch meets is a value and not raised: an error of the system is then one of receiving what a dying worker
+    # had sent, which may come before PyTorch sees it dead.
+    except (RuntimeError, OSError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            raise
+        found = str(error).strip(" .") or type(error).__name__
+        raise DatasetError(_death_message(workers, found)) from error
