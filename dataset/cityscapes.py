@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import Any, Protocol
 
 import cv2
@@ -259,44 +258,30 @@ def _set_up_worker(worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _DeathWatch:
-    """Keeps the death of a worker for when a batch is waited for.
+@contextmanager
+def _deaths_held_back() -> Iterator[Callable[[], None]]:
+    """Keep PyTorch's handler of SIGCHLD from acting; yields a function that lets it, if there was such a signal.
 
-    PyTorch's handler of SIGCHLD raises a RuntimeError wherever this process is just then, in the middle of writing a
-    snapshot, say. In threads other than the main one there are no handlers; PyTorch looks every few seconds.
+    The handler raises a RuntimeError if a worker has died, wherever this process is just then: in the middle of writing
+    a snapshot, or in a queue's lock, which then stays locked. A batch that is waited for is not lost sight of: PyTorch
+    looks every few seconds whether its worker lives.
     """
+    handler = signal.getsignal(signal.SIGCHLD)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    arrived: list[int] = []
 
-    def __enter__(self) -> "_DeathWatch":
-        self._handler = signal.getsignal(signal.SIGCHLD)
-        self._waiting = self._arrived = False
-        self._watching = callable(self._handler) and threading.current_thread() is threading.main_thread()
-        if self._watching:
-            signal.signal(signal.SIGCHLD, self._receive)
-        return self
+    def check() -> None:
+        if arrived:
+            arrived.clear()
+            handler(signal.SIGCHLD, None)
 
-    def __exit__(self, *error: object) -> None:
-        if self._watching and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, self._handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._arrived = True
-        if self._waiting:
-            self._handle(frame)
-
-    def _handle(self, frame: FrameType | None) -> None:
-        self._arrived = False
-        if callable(self._handler):
-            self._handler(signal.SIGCHLD, frame)
-
-    def next(self, batches: Iterator[Any]) -> Any:
-        """The next batch, or None behind the last."""
-        try:
-            self._waiting = True
-            if self._arrived:
-                self._handle(None)
-            return next(batches, None)
-        finally:
-            self._waiting = False
+    signal.signal(signal.SIGCHLD, lambda number, frame: arrived.append(number))
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _death_message(workers: list[BaseProcess], found: str) -> str:
@@ -355,15 +340,16 @@ def load_batches(
     others = multiprocessing.active_children()
     workers: list[BaseProcess] = []
     try:
-        # Starts the workers, and sets PyTorch's handler of SIGCHLD, in front of which the watch is.
-        iterator = iter(loader)
+        with _deaths_held_back():
+            iterator = iter(loader)  # starts the workers, and the first time sets PyTorch's handler of SIGCHLD
         workers += [child for child in multiprocessing.active_children() if child not in others]
-        with _DeathWatch() as watch:
+        with _deaths_held_back() as check:
             try:
-                while (batch := watch.next(iterator)) is not None:
+                while (batch := next(iterator, None)) is not None:
                     if isinstance(batch, DatasetError):
                         raise batch
                     yield batch
+                    check()
             finally:
                 _end_workers(iterator)
     # What a batch meets is a value and not raised: an error of the system is then one of receiving what a dying worker

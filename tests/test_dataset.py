@@ -426,6 +426,7 @@ DEATH = r"a process that loads data has died.*\(.*\); .*memory .*: give fewer --
 KILLED = r"a process that loads data has died, killed by SIGKILL \(.*\); the kernel .*: give fewer --num-workers"
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_killed_is_one_message(scenes):
     handler = signal.getsignal(signal.SIGCHLD)
     samples = Failing(scan(scenes, "train"), kill_worker)
