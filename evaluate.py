@@ -2,7 +2,8 @@
 
     python evaluate.py --data-dir YOUR_CS_PATH --restore-from snapshots/CS_scenes_60000.pth --recurrence 2
 
-is the paper's single-scale evaluation by sliding window; add --whole for whole images at six scales and mirrored.
+is the paper's single-scale evaluation by sliding window; add --whole for whole images at six scales and mirrored, and
+--gpu 0,1,2,3 for four GPUs, or run it with torchrun.
 """
 
 import argparse
@@ -29,13 +30,14 @@ from utils.commandline import (
     CommandError,
     add_shared_flags,
     check_ignore_label,
+    launch,
     number,
     plain_flags,
-    run,
-    select_device,
 )
+from utils.distributed import World
 from utils.inference import Predictor, multi_scale, sliding_predictor, whole_predictor
 from utils.metrics import ConfusionMatrix
+from utils.precision import in_mixed_precision
 from utils.visualisation import attention_figure, palette_image
 
 _WHOLE_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -93,9 +95,10 @@ def find_attention_item(args: argparse.Namespace, items: list[Item]) -> Item:
     return item
 
 
-def make_predictor(args: argparse.Namespace, model: CCNet) -> Predictor:
-    """Prediction as --whole, --input-size, --scales and --flip ask for it."""
-    predict = whole_predictor(model) if args.whole else sliding_predictor(model, args.input_size)
+def make_predictor(args: argparse.Namespace, world: World, model: CCNet) -> Predictor:
+    """Prediction as --amp, --whole, --input-size, --scales and --flip ask for it."""
+    network = in_mixed_precision(model, world.device, args.amp)
+    predict = whole_predictor(network) if args.whole else sliding_predictor(network, args.input_size)
     scales = args.scales or (_WHOLE_SCALES if args.whole else (1.0,))
     flip = args.whole if args.flip is None else args.flip
     return multi_scale(predict, scales, flip)
@@ -115,13 +118,18 @@ def save_prediction(prediction: np.ndarray, item: Item, output_dir: Path, submit
 
 
 def predict_all(
-    args: argparse.Namespace, predict: Predictor, items: list[Item], device: torch.device, output_dir: Path
+    args: argparse.Namespace, world: World, predict: Predictor, items: list[Item], output_dir: Path
 ) -> ConfusionMatrix:
-    """Predict and save every image, and count the classes where there is a label."""
+    """Predict and save every image, and count the classes where there is a label.
+
+    The batches, which are those of one process, go round the processes: none is predicted twice or padded.
+    """
+    device = world.device
     confusion = ConfusionMatrix(args.num_classes, device)
     samples = EvaluationSet(items, args.ignore_label)
-    batches = BatchSampler(SequentialSampler(samples), args.batch_size, drop_last=False)
-    with tqdm(total=len(items), unit="image", dynamic_ncols=True) as bar:
+    batches = list(BatchSampler(SequentialSampler(samples), args.batch_size, drop_last=False))[world.rank :: world.size]
+    num_images = sum(len(batch) for batch in batches)
+    with tqdm(total=num_images, unit="image", dynamic_ncols=True, disable=not world.is_main) as bar:
         for batch in load_batches(samples, batches, args.num_workers, collate=list):
             for group in same_size_groups(batch):
                 images = torch.stack([sample["image"] for sample in group]).to(device)
@@ -131,6 +139,7 @@ def predict_all(
                         confusion.update(sample["label"].to(device), prediction)
                     save_prediction(prediction.byte().cpu().numpy(), sample["item"], output_dir, args.submit)
                 bar.update(len(group))
+    confusion.counts = world.sum(confusion.counts)
     return confusion
 
 
@@ -181,20 +190,24 @@ def save_report(args: argparse.Namespace, confusion: ConfusionMatrix, num_images
 
 
 @torch.no_grad()
-def evaluate(args: argparse.Namespace) -> None:
-    device = select_device(args.device, args.gpu)
+def evaluate(args: argparse.Namespace, world: World) -> int:
+    """Evaluate, and return the exit status."""
     check_ignore_label(args.ignore_label, args.num_classes)
     items = find_items(args)
     attention_item = find_attention_item(args, items) if args.attention else None
     model = build_model(args.backbone, args.num_classes, args.recurrence, args.backbone_activation)
     load_state(model, read_state_dict(args.restore_from), str(args.restore_from))
-    model.to(device).eval()
+    model.to(world.device).eval()
+    if args.compile:
+        model.compile()
 
     output_dir = args.output_dir or args.restore_from.parent / "outputs"
     for folder, wanted in (("predictions", True), ("submit", args.submit), ("attention", args.attention)):
         if wanted:
             (output_dir / folder).mkdir(parents=True, exist_ok=True)
-    confusion = predict_all(args, make_predictor(args, model), items, device, output_dir)
+    confusion = predict_all(args, world, make_predictor(args, world, model), items, output_dir)
+    if not world.is_main:
+        return 0
     labelled = sum(item.label is not None for item in items)
     if labelled:
         print(save_report(args, confusion, labelled, output_dir), end="\n\n")
@@ -206,8 +219,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if attention_item is not None:
         picture = attention_picture(model, attention_item, args.attention, output_dir / "attention")
         print(f"attention:    {picture}")
+    return 0
 
 
 if __name__ == "__main__":
     arguments = get_parser().parse_args()
-    sys.exit(run(lambda: evaluate(arguments)))
+    sys.exit(launch(evaluate, arguments))

@@ -6,29 +6,29 @@ The paper's recipe, with the ImageNet backbone at dataset/resnet101-imagenet.pth
         --random-mirror --random-scale --input-size 769,769 --batch-size 8 --num-steps 60000 \
         --learning-rate 1e-2 --weight-decay 1e-4 --recurrence 2
 
-Add --ohem --ohem-thres 0.7 --ohem-keep 100000 for online hard example mining. A run that was interrupted goes on
-with the same command and --resume.
+Add --gpu 0,1,2,3 for four GPUs, or run it with torchrun --nproc_per_node=4; --ohem --ohem-thres 0.7 --ohem-keep 100000
+for online hard example mining; --amp bf16 for mixed precision. A run that was interrupted goes on with the same command
+and --resume, on as many GPUs as there are then.
 """
 
 import argparse
-import math
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dataset import EpochSampler, Item, TrainingSet, load_batches, read_list, scan
-from libs import ABN
 from networks import CCNet, build_model, load_state
 from utils.checkpoint import (
     CheckpointError,
+    Snapshot,
+    newest_snapshot,
     read_state_dict,
-    read_training,
     restore_generators,
     save_snapshot,
     snapshot_path,
@@ -39,13 +39,22 @@ from utils.commandline import (
     add_shared_flags,
     boolean,
     check_ignore_label,
+    launch,
     number,
     plain_flags,
-    run,
-    select_device,
 )
-from utils.criterion import CriterionDSN, CriterionOhemDSN
+from utils.criterion import BatchShare, CriterionDSN, CriterionOhemDSN
+from utils.distributed import World, stop_requests
 from utils.schedule import poly_learning_rate
+from utils.training import (
+    LossRecord,
+    Part,
+    StepRecord,
+    TrainingStep,
+    batch_share,
+    distribute,
+    freeze_statistics,
+)
 from utils.training_log import TrainingLog
 from utils.visualisation import training_panel
 
@@ -57,13 +66,15 @@ def get_parser() -> argparse.ArgumentParser:
     add_shared_flags(parser)
     add = parser.add_argument
     add("--split", choices=("train", "val", "trainval"), help="images to train on; train, or trainval with --ft")
-    add("--batch-size", type=number(int, 1), default=8, help="images a step")
+    add("--batch-size", type=number(int, 1), default=8, help="images a step, of all processes together")
+    add("--accumulate", type=number(int, 1), default=1, help="parts that a batch is put through the network in")
     add("--num-steps", type=number(int, 0), default=40000, help="training steps")
     add("--start-iters", type=number(int, 0), default=0, help="step of the schedule and of the data to begin at")
     add("--learning-rate", type=number(float, 0), default=1e-2, help="at step 0, of the polynomial decay")
     add("--power", type=number(float, 0), default=0.9, help="of the polynomial decay")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 penalty")
+    add("--clip-grad-norm", type=number(float, 0), help="longest gradient, of all parameters together")
     add("--random-mirror", action="store_true", help="mirror every other image")
     add("--random-scale", action="store_true", help="scale images by 0.7 to 2.1")
     add("--random-seed", type=number(int, 0, 2**63 - 1), default=12345, help="of initialisation, data and dropout")
@@ -80,21 +91,35 @@ def get_parser() -> argparse.ArgumentParser:
         default=True,
         help="update the running means and variances; without, they are used as they are",
     )
-    add("--ft", action="store_true", help="fine-tuning stage: train on trainval with --no-is-training")
+    add("--ft", action="store_true", help="fine-tuning stage: trainval, --no-is-training, a learning rate of 1e-3")
     add("--restore-from", type=Path, help="weights to begin with: an ImageNet backbone or a whole network")
     add("--not-restore-last", action="store_true", help="do not restore the last, classifying layers")
     add("--snapshot-dir", type=Path, default=Path("snapshots"), help="folder of the snapshots and the log")
     add("--save-pred-every", type=number(int, 1), default=10000, help="steps between snapshots and between pictures")
+    add("--keep", type=number(int, 1), help="how many of the newest snapshots are kept; all if not given")
+    add("--skip-nonfinite", action="store_true", help="leave out steps whose loss or gradient is infinite or NaN")
     add("--save-num-images", type=number(int, 0), default=2, help="images of the batch to log as pictures")
     add("--print-frequency", type=number(int, 1), default=10, help="steps between logged losses")
     add("--resume", action="store_true", help="go on from the newest snapshot in --snapshot-dir, if there is one")
     return parser
 
 
+# Of the fine-tuning stage: a tenth of the recipe's. The authors say that theirs is low, not how low.
+_FINE_TUNING_RATE = 1e-3
+
+
+def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, where --ft changes the default of --learning-rate."""
+    parser = get_parser()
+    if parser.parse_args(arguments).ft:
+        parser.set_defaults(learning_rate=_FINE_TUNING_RATE)
+    return parser.parse_args(arguments)
+
+
 # Flags that may change when a run goes on: they say where and how fast it runs, and what one sees of it.
 _FREE_FLAGS = {
-    "data_dir", "device", "gpu", "num_workers", "print_frequency", "restore_from", "resume", "save_num_images",
-    "save_pred_every", "snapshot_dir",
+    "accumulate", "amp", "compile", "data_dir", "device", "gpu", "keep", "num_workers", "print_frequency", "procs",
+    "restore_from", "resume", "save_num_images", "save_pred_every", "skip_nonfinite", "snapshot_dir",
 }  # fmt: skip
 
 
@@ -110,93 +135,97 @@ def run_flags(args: argparse.Namespace) -> dict:
     return {name: value for name, value in plain_flags(args).items() if name not in _FREE_FLAGS}
 
 
+def start_or_go_on(
+    args: argparse.Namespace,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> tuple[int, bool]:
+    """Load what the run begins or goes on with, read by the main process, in all of them.
+
+    Returns the step, and whether the run goes on.
+    """
+    step, training = restore(args, model, optimizer) if world.is_main else (0, None)
+    step, training = world.broadcast((step, training))
+    world.broadcast_(list(model.state_dict().values()))
+    if training is not None:
+        share_momentum(world, optimizer)
+        if training["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(training["scaler"])
+        restore_generators(training, world.device)
+    return step, training is not None
+
+
 def restore(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict | None]:
-    """Load what the run begins or goes on with. Returns the step, and the training state if it goes on."""
+    """Load weights and momentum. Returns the step, and the rest of the training state if the run goes on."""
     steps = training_steps(args.snapshot_dir)
     if steps and not args.resume:
         raise CommandError(
             f"--snapshot-dir {args.snapshot_dir}: holds a run at step {steps[-1]}; add --resume to go on with it, "
             "or give another folder"
         )
-    if steps:
-        return steps[-1], resume(args, model, optimizer, steps[-1])
+    snapshot = newest_snapshot(args.snapshot_dir, lambda reason: print(f"warning: {reason}", file=sys.stderr))
+    if snapshot is not None:
+        return snapshot.step, resume(args, model, optimizer, snapshot)
     if args.restore_from is not None:
         state = read_state_dict(args.restore_from)
-        load_state(model, state, str(args.restore_from), restore_last=not args.not_restore_last, allow_backbone=True)
+        load_state(
+            model, state, str(args.restore_from), restore_last=not args.not_restore_last, allow_backbone=not args.ft
+        )
+    elif args.ft:
+        raise CommandError("--ft: expected --restore-from, the trained network that is to be fine-tuned")
     return args.start_iters, None
 
 
-def resume(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict:
-    """Load the snapshot of a step of the run in --snapshot-dir. Returns its training state."""
-    training = read_training(args.snapshot_dir, step)
+def resume(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> dict:
+    """Load a snapshot of the run in --snapshot-dir. Returns its training state, without the optimiser's."""
+    training = dict(snapshot.training)
     # A flag that did not exist yet when the run began is as if it had not been given.
     before, now = run_flags(get_parser().parse_args([])) | training["flags"], run_flags(args)
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    changed = [name for name in sorted(now) if before.get(name) != now.get(name)]
     if changed:
         lines = [f"    --{name.replace('_', '-')}: was {before.get(name)}, is {now.get(name)}" for name in changed]
         raise CommandError(
             f"--resume: the run in {args.snapshot_dir} was begun with other flags; go on with the same, or give "
             "another --snapshot-dir:\n" + "\n".join(lines)
         )
-    path = snapshot_path(args.snapshot_dir, step)
-    load_state(model, read_state_dict(path), str(path))
+    path = snapshot_path(args.snapshot_dir, snapshot.step)
+    load_state(model, snapshot.state_dict, str(path))
     try:
-        optimizer.load_state_dict(training["optimizer"])
+        optimizer.load_state_dict(training.pop("optimizer"))
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: the optimiser's state beside it does not fit: {error}") from error
     return training
 
 
-def freeze_statistics(model: nn.Module) -> None:
-    """Let every batch norm use its running statistics and leave them as they are."""
-    for module in model.modules():
-        if isinstance(module, ABN):
-            module.eval()
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second SIGINT (Ctrl-C) is as ever."""
-    received: list[int] = []
-
-    def receive(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    before: dict[int, Any] = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def share_momentum(world: World, optimizer: torch.optim.Optimizer) -> None:
+    """Give all processes the main one's momentum, each buffer in the layout of its parameter, as SGD expects it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    has_momentum = [optimizer.state[parameter].get("momentum_buffer") is not None for parameter in parameters]
+    for parameter, has in zip(parameters, world.broadcast(has_momentum), strict=True):
+        if has:
+            buffer = torch.zeros_like(parameter)
+            if world.is_main:
+                buffer.copy_(optimizer.state[parameter]["momentum_buffer"])
+            world.broadcast_([buffer])
+            optimizer.state[parameter]["momentum_buffer"] = buffer
 
 
 _DIVERGED = "training has diverged: begin again with a lower --learning-rate and another --snapshot-dir"
 
 
-def train_step(
-    model: CCNet,
-    criterion: CriterionDSN,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """One step of SGD. Returns the losses, still on the device, and the main logits."""
-    logits = model(images)
-    main, auxiliary = criterion.components(logits, labels)
-    loss = criterion.combine(main, auxiliary)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return {"total": loss.detach(), "main": main.detach(), "auxiliary": auxiliary.detach()}, logits[0].detach()
-
-
-def finite_values(losses: dict[str, Tensor], step: int) -> dict[str, float]:
-    """The losses as numbers, which waits for the device."""
-    values = {name: loss.item() for name, loss in losses.items()}
-    if not math.isfinite(values["total"]):
-        raise CommandError(f"the loss is {values['total']} at step {step}; {_DIVERGED}")
-    return values
+def check_losses(args: argparse.Namespace, world: World, records: list[StepRecord]) -> None:
+    """They are all finite."""
+    bad = next((record for record in records if not record.is_finite), None)
+    if bad is not None:
+        names = ", ".join(name for part in world.gather(bad.names) for name in part)
+        steps = training_steps(args.snapshot_dir)
+        last_good = snapshot_path(args.snapshot_dir, steps[-1]) if steps else "none yet"
+        raise CommandError(
+            f"the loss is {bad.losses['total']} at step {bad.step}, of the images {names}; the last good snapshot: "
+            f"{last_good}; {_DIVERGED}, or skip such steps with --skip-nonfinite"
+        )
 
 
 def check_weights(model: nn.Module, step: int) -> None:
@@ -206,80 +235,135 @@ def check_weights(model: nn.Module, step: int) -> None:
             raise CommandError(f"{name} is not finite after step {step}; {_DIVERGED}")
 
 
-def train(args: argparse.Namespace) -> int:
+def check_batch(args: argparse.Namespace, world: World) -> None:
+    """The batch can be cut into equal parts, each with an image for every process."""
+    if args.batch_size % args.accumulate != 0:
+        raise CommandError(f"--batch-size {args.batch_size}: expected a multiple of --accumulate {args.accumulate}")
+    if args.batch_size // args.accumulate < world.size:
+        raise CommandError(
+            f"--batch-size {args.batch_size}: expected {world.size * args.accumulate} or more, an image for each of "
+            f"{world.size} processes in each of --accumulate {args.accumulate} parts"
+        )
+
+
+def make_criterion(args: argparse.Namespace, share: BatchShare | None) -> CriterionDSN:
+    """The loss of a part of the batch."""
+    if args.ohem:
+        return CriterionOhemDSN(args.ohem_thres, args.ohem_keep // args.accumulate, args.ignore_label, share)
+    return CriterionDSN(args.ignore_label, share)
+
+
+def train(args: argparse.Namespace, world: World) -> int:
     """Train, and return the exit status: 0, or 128 + the signal that ended training early."""
-    device = select_device(args.device, args.gpu)
     check_ignore_label(args.ignore_label, args.num_classes)
+    check_batch(args, world)
     items = find_items(args)
     torch.manual_seed(args.random_seed)
-    model = build_model(args.backbone, args.num_classes, args.recurrence, args.backbone_activation).to(device)
+    model = build_model(args.backbone, args.num_classes, args.recurrence, args.backbone_activation).to(world.device)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
+        model.parameters(), lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
     )
-    first, training = restore(args, model, optimizer)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
+    first, goes_on = start_or_go_on(args, world, model, optimizer, scaler)
     if first > args.num_steps:
         raise CommandError(f"--start-iters {first}: expected at most --num-steps {args.num_steps}")
     model.train()
     if args.ft or not args.is_training:
         freeze_statistics(model)
-    if training is not None:
-        restore_generators(training, device)
-    criterion = CriterionDSN(args.ignore_label)
-    if args.ohem:
-        criterion = CriterionOhemDSN(args.ohem_thres, args.ohem_keep, args.ignore_label)
-    print(f"{args.backbone}, R={args.recurrence}, on {device}: {len(items)} images, steps {first} to {args.num_steps}")
-    if first == args.num_steps and training is None:  # no step to do: the network as it is
-        save_snapshot(model, optimizer, args.snapshot_dir, first, run_flags(args))
-    log = TrainingLog(args.snapshot_dir, first, args.num_steps, args.batch_size)
-    with stop_requests() as stop, closing(log):
-        step = run_steps(args, items, model, criterion, optimizer, first, log, stop)
-    if stop and step < args.num_steps:
-        print(f"stopped by {signal.Signals(stop[0]).name} at step {step}; go on with --resume")
-        return 128 + stop[0]
-    print(f"done: {snapshot_path(args.snapshot_dir, step)}")
-    return 0
+    if args.compile:
+        model.compile()
+
+    def save(step: int) -> Path:
+        return save_snapshot(model, optimizer, args.snapshot_dir, step, run_flags(args), args.keep, scaler)
+
+    if world.is_main:
+        where = f"on {world.device}" if world.size == 1 else f"on {world.size} processes"
+        print(f"{args.backbone}, R={args.recurrence}, {where}: {len(items)} images, steps {first} to {args.num_steps}")
+        if first == args.num_steps and not goes_on:  # no step to do: the network as it is
+            save(first)
+    share = batch_share(world, args.batch_size // args.accumulate)
+    training_step = TrainingStep(
+        distribute(model, world, share), make_criterion(args, share), optimizer, scaler, world, args.amp,
+        args.clip_grad_norm, args.skip_nonfinite,
+    )  # fmt: skip
+    log = TrainingLog(args.snapshot_dir if world.is_main else None, first, args.num_steps, args.batch_size)
+    with stop_requests() as received, closing(log):
+        step, stopped_by = run_steps(args, world, items, model, training_step, first, log, received, save)
+    if world.is_main:
+        if stopped_by:
+            print(f"stopped by {signal.Signals(stopped_by).name} at step {step}; go on with --resume")
+        else:
+            print(f"done: {snapshot_path(args.snapshot_dir, step)}")
+    return 128 + stopped_by if stopped_by else 0
+
+
+def load_steps(args: argparse.Namespace, world: World, items: list[Item], first: int) -> Iterator[list[Part]]:
+    """The parts of each step's batch, on the device: of this process's images."""
+    samples = TrainingSet(
+        items, args.input_size, args.ignore_label, args.random_scale, args.random_mirror, args.random_seed
+    )
+    batches = EpochSampler(
+        len(items), args.batch_size, first, args.num_steps, args.random_seed, args.accumulate, world.rank, world.size
+    )
+    loaded = load_batches(samples, batches, args.num_workers, pin_memory=world.device.type == "cuda")
+    for _ in range(first, args.num_steps):
+        yield [
+            Part(
+                batch["image"].to(world.device, non_blocking=True, memory_format=torch.channels_last),
+                batch["label"].to(world.device, non_blocking=True),
+                batch["name"],
+            )
+            for batch in islice(loaded, args.accumulate)
+        ]
 
 
 def run_steps(
     args: argparse.Namespace,
+    world: World,
     items: list[Item],
     model: CCNet,
-    criterion: CriterionDSN,
-    optimizer: torch.optim.Optimizer,
+    training_step: TrainingStep,
     first: int,
     log: TrainingLog,
-    stop: list[int],
-) -> int:
-    """The main loop, from step `first` to the last or until `stop` is not empty. Returns the step reached."""
-    device = next(model.parameters()).device
-    samples = TrainingSet(
-        items, args.input_size, args.ignore_label, args.random_scale, args.random_mirror, args.random_seed
-    )
-    batches = EpochSampler(len(items), args.batch_size, first, args.num_steps, args.random_seed)
-    step = first
-    for batch in load_batches(samples, batches, args.num_workers, pin_memory=device.type == "cuda"):
-        images = batch["image"].to(device, non_blocking=True, memory_format=torch.channels_last)
-        labels = batch["label"].to(device, non_blocking=True)
+    received: list[int],
+    save: Callable[[int], Path],
+) -> tuple[int, int | None]:
+    """The main loop, from step `first` to the last or until a process has received a signal.
+
+    Returns the step reached, and that signal if it is not the last.
+    """
+    step, stopped_by = first, None
+    losses = LossRecord(world)
+    for parts in load_steps(args, world, items, first):
         learning_rate = poly_learning_rate(args.learning_rate, step, args.num_steps, args.power)
-        optimizer.param_groups[0]["lr"] = learning_rate
-        losses, logits = train_step(model, criterion, optimizer, images, labels)
+        training_step.optimizer.param_groups[0]["lr"] = learning_rate
+        outcome = training_step(parts)
         step += 1
+        names = [name for part in parts for name in part.names]
+        if outcome.skipped:
+            log.skipped(step, [name for part in world.gather(names) for name in part])
+        else:
+            losses.add(step, outcome.losses, names)
         log.advance()
-        stopping = bool(stop)  # read once: a signal that comes later is for the next step
-        save = step % args.save_pred_every == 0 or step == args.num_steps or stopping
-        if save or step % args.print_frequency == 0:  # in other steps nothing waits for the device
-            log.scalars(step, learning_rate, finite_values(losses, step))
-        if save:
+        stopped_by = world.agreed(received) if step < args.num_steps else None
+        saving = step % args.save_pred_every == 0 or step == args.num_steps or stopped_by is not None
+        if saving or step % args.print_frequency == 0:  # in other steps nothing waits for the device
+            records = losses.read()
+            check_losses(args, world, records)
+            log.scalars(step, learning_rate, records[-1].losses if records else {})
+        if saving and world.is_main:
             check_weights(model, step)
-            path = save_snapshot(model, optimizer, args.snapshot_dir, step, run_flags(args))
+            path = save(step)
+            images, labels, _ = parts[-1]
             for i in range(min(args.save_num_images, len(images))):
-                log.picture(step, f"image, label, prediction/{i}", training_panel(images[i], labels[i], logits[i]))
+                picture = training_panel(images[i], labels[i], outcome.logits[i])
+                log.picture(step, f"image, label, prediction/{i}", picture)
             log.message(f"step {step}: {path}")
-        if stopping:
+        if stopped_by is not None:
             break
-    return step
+    return step, stopped_by
 
 
 if __name__ == "__main__":
-    arguments = get_parser().parse_args()
-    sys.exit(run(lambda: train(arguments)))
+    arguments = parse_flags()
+    sys.exit(launch(train, arguments, most=arguments.batch_size // arguments.accumulate))

@@ -4,7 +4,7 @@ import multiprocessing
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing.connection import wait
@@ -309,7 +309,7 @@ def _end_workers(iterator: Iterator[Any]) -> None:
 
 def load_batches(
     dataset: Samples,
-    batches: Sampler[list],
+    batches: Iterable[list],
     num_workers: int,
     collate: Callable[[list], Any] | None = None,
     pin_memory: bool = False,

@@ -1,7 +1,16 @@
 """The networks: one builder, and loading of the original's state dicts."""
 
 from .ccnet import CCNet, build_model
+from .dropout import BatchDropout2d
 from .resnet import BACKBONE_ACTIVATIONS, BACKBONES
 from .state_dicts import StateDictError, load_state
 
-__all__ = ["BACKBONES", "BACKBONE_ACTIVATIONS", "CCNet", "StateDictError", "build_model", "load_state"]
+__all__ = [
+    "BACKBONES",
+    "BACKBONE_ACTIVATIONS",
+    "BatchDropout2d",
+    "CCNet",
+    "StateDictError",
+    "build_model",
+    "load_state",
+]

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from libs import InPlaceABNSync
 
+from .dropout import BatchDropout2d
 from .rcca import RCCAModule
 from .resnet import DilatedResNet
 
@@ -23,7 +24,7 @@ class CCNet(DilatedResNet):
         self.dsn = nn.Sequential(
             nn.Conv2d(layer3_channels, layer3_channels // 2, 3, padding=1),
             InPlaceABNSync(layer3_channels // 2),
-            nn.Dropout2d(0.1),
+            BatchDropout2d(0.1),
             nn.Conv2d(layer3_channels // 2, num_classes, 1),
         )
 

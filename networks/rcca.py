@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from cc_attention import CrissCrossAttention
 from libs import InPlaceABNSync
 
+from .dropout import BatchDropout2d
+
 
 class RCCAModule(nn.Module):
     """Reduce the channels, apply criss-cross attention `recurrence` times with shared weights, fuse, classify.
@@ -37,7 +39,7 @@ class RCCAModule(nn.Module):
         self.bottleneck = nn.Sequential(
             nn.Conv2d(in_channels + channels, channels, 3, padding=1, bias=False),
             InPlaceABNSync(channels),
-            nn.Dropout2d(0.1),
+            BatchDropout2d(0.1),
             nn.Conv2d(channels, num_classes, 1),
         )
 

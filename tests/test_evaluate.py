@@ -15,7 +15,7 @@ import train
 from dataset import CLASS_NAMES, scan
 from dataset.labels import LABEL_IDS, TRAIN_ID_TO_ID
 from networks import build_model
-from utils.commandline import run
+from utils.commandline import launch
 
 ROOT = Path(evaluate.__file__).parent
 
@@ -39,7 +39,7 @@ def evaluation(data, checkpoint, output, *flags):
     arguments = ["--data-dir", data, "--restore-from", checkpoint, "--output-dir", output, "--backbone", "resnet18"]
     arguments += ["--input-size", "33,41", "--num-workers", 0, "--device", "cpu", *flags]
     args = evaluate.get_parser().parse_args([str(argument) for argument in arguments])
-    return run(lambda: evaluate.evaluate(args))
+    return launch(evaluate.evaluate, args)
 
 
 def official_iou(monkeypatch, predictions, items):
@@ -101,7 +101,7 @@ def test_agrees_when_the_prediction_is_partly_right(scenes, checkpoint, tmp_path
         return torch.nn.functional.one_hot(torch.where(wrong, (ids + 1) % 3, ids), 19).permute(0, 3, 1, 2).float()
 
     predict.done = []
-    monkeypatch.setattr(evaluate, "make_predictor", lambda args, model: predict)
+    monkeypatch.setattr(evaluate, "make_predictor", lambda args, world, model: predict)
     assert evaluation(scenes, checkpoint, tmp_path, "--submit", "--batch-size", 2) == 0
     result, _ = assert_agrees(monkeypatch, tmp_path, scan(scenes, "val"))
     assert result["classes"]["train"] is None
@@ -260,6 +260,6 @@ def test_an_imagenet_backbone_is_no_network_to_evaluate(scenes, checkpoint, tmp_
 def test_a_training_state_is_no_state_dict(scenes, tmp_path, capsys):
     arguments = ["--data-dir", scenes, "--snapshot-dir", tmp_path, "--num-steps", 0, "--backbone", "resnet18"]
     args = train.get_parser().parse_args([*map(str, arguments), "--device", "cpu"])
-    assert run(lambda: train.train(args)) == 0
+    assert launch(train.train, args) == 0
     assert evaluation(scenes, tmp_path / "CS_scenes_0.training.pth", tmp_path / "out") == 2
     assert "expected a state dict (names to tensors), found other entries: version, step" in capsys.readouterr().err

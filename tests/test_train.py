@@ -19,7 +19,7 @@ from tensorboardX.proto import event_pb2
 import train
 from dataset import scan
 from networks import build_model
-from utils.commandline import CommandError, run
+from utils.commandline import CommandError, launch
 from utils.schedule import poly_learning_rate
 
 ROOT = Path(train.__file__).parent
@@ -38,13 +38,11 @@ SMALL = [
 
 
 def parse(scenes, snapshots, *flags):
-    return train.get_parser().parse_args(
-        ["--data-dir", str(scenes), "--snapshot-dir", str(snapshots), *SMALL, *map(str, flags)]
-    )
+    return train.parse_flags(["--data-dir", str(scenes), "--snapshot-dir", str(snapshots), *SMALL, *map(str, flags)])
 
 
 def run_training(scenes, snapshots, *flags):
-    return run(lambda: train.train(parse(scenes, snapshots, *flags)))
+    return launch(train.train, parse(scenes, snapshots, *flags))
 
 
 def weights(snapshots, step):
@@ -154,9 +152,9 @@ def train_in_a_process(scenes, snapshots, flags, code=""):
     program = f"""
 import os, signal, sys
 import train
-from utils.commandline import run
+from utils.commandline import launch
 {code}
-sys.exit(run(lambda: train.train(train.get_parser().parse_args())))
+sys.exit(launch(train.train, train.parse_flags()))
 """
     command = [sys.executable, "-c", program, "--data-dir", scenes, "--snapshot-dir", snapshots, *SMALL, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -274,16 +272,21 @@ def one_step(scenes, folder, *flags):
 
 
 def test_no_step_waits_for_the_device_unless_it_is_logged(scenes, tmp_path, monkeypatch, no_host_copies):
-    read, step_done, finite_values = [], train.train_step, train.finite_values
+    seen, step_done, read_losses = [], train.TrainingStep.__call__, train.LossRecord.read
 
-    def guarded(*arguments):
+    def guarded(self, parts):
         with no_host_copies:
-            return step_done(*arguments)
+            return step_done(self, parts)
 
-    monkeypatch.setattr(train, "train_step", guarded)
-    monkeypatch.setattr(train, "finite_values", lambda losses, step: read.append(step) or finite_values(losses, step))
+    def reading(self):
+        records = read_losses(self)
+        seen.append([record.step for record in records])
+        return records
+
+    monkeypatch.setattr(train.TrainingStep, "__call__", guarded)
+    monkeypatch.setattr(train.LossRecord, "read", reading)
     assert run_training(scenes, tmp_path, "--num-steps", 5, "--print-frequency", 3, "--ohem") == 0
-    assert read == [3, 5]
+    assert seen == [[1, 2, 3], [4, 5]]
 
 
 def test_importing_the_scripts_parses_nothing(monkeypatch):
@@ -389,8 +392,10 @@ def test_wrong_devices(scenes, tmp_path, capsys):
     assert "--gpu 0: cannot go with --device cpu" in failing(scenes, tmp_path, capsys, "--gpu", 0)
     count = torch.cuda.device_count()
     message = failing(scenes, tmp_path, capsys, "--device", "cuda", "--gpu", count)
-    assert f"expected a GPU, found {count}" in message
-    assert "expected one GPU's index" in failing(scenes, tmp_path, capsys, "--device", "cuda", "--gpu", "0,1")
+    assert f"expected GPUs that are there, each once, found {count}" in message
+    assert "--gpu 0,x: expected indices of GPUs" in failing(
+        scenes, tmp_path, capsys, "--device", "cuda", "--gpu", "0,x"
+    )
 
 
 def test_a_network_that_diverges_is_not_saved(scenes, tmp_path, capsys):
@@ -399,8 +404,6 @@ def test_a_network_that_diverges_is_not_saved(scenes, tmp_path, capsys):
     for path in tmp_path.glob("CS_scenes_?.pth"):
         assert all(tensor.isfinite().all() for tensor in torch.load(path, weights_only=True).values())
     assert "is not finite after step 3; training has diverged" in _error(lambda: train.check_weights(_with_nan(), 3))
-    loss = {"total": torch.tensor(torch.inf)}
-    assert "the loss is inf at step 3; training has diverged" in _error(lambda: train.finite_values(loss, 3))
 
 
 def _with_nan():

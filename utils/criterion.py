@@ -1,9 +1,16 @@
 """The losses: cross-entropy on both heads, and online hard example mining on the main one.
 
 All of it is computed on the logits' device, and nothing is copied to the host: no step waits for the device.
+
+Where a batch is spread over processes its loss is that of all its pixels together: a mean over the valid ones of all
+processes. Each process computes its own part, times the number of processes, so that the mean over the processes, which
+is what DistributedDataParallel makes of gradients, is the loss of the batch.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,9 +26,20 @@ def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def _mean_over_valid(pixel_losses: Tensor, valid: Tensor) -> Tensor:
+class BatchShare(NamedTuple):
+    """What this process has of a batch that is spread over torch.distributed's group."""
+
+    images: range
+    batch_size: int
+
+
+def _mean_over_valid(pixel_losses: Tensor, valid: Tensor, share: BatchShare | None) -> Tensor:
     """Mean over the valid pixels; 0, with zero gradients, where there are none."""
-    return (pixel_losses * valid).sum() / valid.sum().clamp(min=1)
+    total = valid.sum()
+    if share is None:
+        return (pixel_losses * valid).sum() / total.clamp(min=1)
+    dist.all_reduce(total)
+    return (pixel_losses * valid).sum() * (dist.get_world_size() / total.clamp(min=1))
 
 
 class CriterionDSN(nn.Module):
@@ -29,14 +47,16 @@ class CriterionDSN(nn.Module):
 
     Args:
         ignore_index: label of pixels that do not count.
+        share: which part of the batch this process has; None for all of it.
 
     Called with preds, [main, auxiliary] logits [N, K, h, w] each, and target [N, H, W], integer labels; the logits
     are upsampled to H x W. Returns the loss, a scalar.
     """
 
-    def __init__(self, ignore_index: int = 255):
+    def __init__(self, ignore_index: int = 255, share: BatchShare | None = None):
         super().__init__()
         self.ignore_index = ignore_index
+        self.share = share
 
     def components(self, preds: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of the main and of the auxiliary head, before weighting."""
@@ -58,7 +78,7 @@ class CriterionDSN(nn.Module):
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         losses = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="none")
-        return _mean_over_valid(losses, target != self.ignore_index)
+        return _mean_over_valid(losses, target != self.ignore_index, self.share)
 
 
 class CriterionOhemDSN(CriterionDSN):
@@ -72,10 +92,17 @@ class CriterionOhemDSN(CriterionDSN):
         thresh: probability below which pixels always count.
         min_kept: how many pixels of the batch count at least, about.
         ignore_index: label of pixels that do not count.
+        share: which part of the batch this process has; None for all of it.
     """
 
-    def __init__(self, thresh: float = 0.7, min_kept: int = 100000, ignore_index: int = 255):
-        super().__init__(ignore_index)
+    def __init__(
+        self,
+        thresh: float = 0.7,
+        min_kept: int = 100000,
+        ignore_index: int = 255,
+        share: BatchShare | None = None,
+    ):
+        super().__init__(ignore_index, share)
         if not 0 <= thresh <= 1:
             raise ValueError(f"thresh: expected a probability, 0 to 1, got {thresh}")
         if min_kept < 0:
@@ -87,7 +114,7 @@ class CriterionOhemDSN(CriterionDSN):
         losses = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="none")
         probability = torch.exp(-losses.detach())
         hard = probability <= self.threshold(logits.detach(), target)
-        return _mean_over_valid(losses, hard & (target != self.ignore_index))
+        return _mean_over_valid(losses, hard & (target != self.ignore_index), self.share)
 
     def threshold(self, logits: Tensor, target: Tensor) -> Tensor:
         """The probability up to which pixels count, a scalar. logits [N, K, H, W], target [N, H, W]."""
@@ -96,9 +123,18 @@ class CriterionOhemDSN(CriterionDSN):
             return logits.new_full((), self.thresh)
         probability, valid = self._shrunk_probability(logits, target)
         # Void pixels come last in the order. With fewer than k pixels any answer will do: num_valid <= k then.
-        ordered = torch.where(valid, probability, torch.inf)
-        kth = ordered.flatten().kthvalue(min(k, ordered.numel())).values
-        return torch.where(valid.sum() <= k, torch.ones_like(kth), kth.clamp(min=self.thresh))
+        ordered = self._of_all(torch.where(valid, probability, torch.inf)).flatten()
+        kth = ordered.kthvalue(min(k, ordered.numel())).values
+        return torch.where(ordered.isfinite().sum() <= k, torch.ones_like(kth), kth.clamp(min=self.thresh))
+
+    def _of_all(self, maps: Tensor) -> Tensor:
+        """The whole batch's of maps [N, h, w] of this process's images."""
+        if self.share is None:
+            return maps
+        whole = maps.new_zeros(self.share.batch_size, *maps.shape[1:])
+        whole[self.share.images.start : self.share.images.stop] = maps
+        dist.all_reduce(whole)
+        return whole
 
     def _shrunk_probability(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Probability of the true class on the shrunk maps, and where that class is not void; [N, H/8, W/8] each.

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .criterion import upsample
 
+Network = Callable[[Tensor], list[Tensor]]
 Predictor = Callable[[Tensor], Tensor]
 
 
-def whole_predictor(model: torch.nn.Module) -> Predictor:
+def whole_predictor(model: Network) -> Predictor:
     """Images [N, 3, H, W] to main logits [N, K, H, W], the whole image at once."""
 
     def predict(images: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def tile_starts(length: int, tile: int) -> list[int]:
     return [max(min(i * stride, length - tile), 0) for i in range(count)]
 
 
-def sliding_predictor(model: torch.nn.Module, tile_size: tuple[int, int]) -> Predictor:
+def sliding_predictor(model: Network, tile_size: tuple[int, int]) -> Predictor:
     """Images [N, 3, H, W] to main logits [N, K, H, W], by tiles of (height, width) that overlap by a third.
 
     Logits are averaged where tiles overlap. An image smaller than the tile is padded with zeros (the mean colour).
