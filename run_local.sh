@@ -4,9 +4,9 @@
 #   ./run_local.sh [flags]                 a complete small run on generated street scenes, on any machine
 #   ./run_local.sh YOUR_CS_PATH [flags]    the paper's recipe on Cityscapes at YOUR_CS_PATH
 #
-# Flags are those of train.py; what says which network and which device goes to evaluate.py as well. Each value below
-# can also be set by the environment variable of its name, e.g. BS=4 ./run_local.sh YOUR_CS_PATH. Run again after an
-# interruption, it goes on where it was.
+# It uses all GPUs of the machine. Flags are those of train.py; what says which network and which devices goes to
+# evaluate.py as well. Each value below can also be set by the environment variable of its name, e.g.
+# BS=4 ./run_local.sh YOUR_CS_PATH. Run again after an interruption, it goes on where it was.
 set -euo pipefail
 
 fail() {
@@ -55,7 +55,11 @@ else
     SNAPSHOT_DIR=${SNAPSHOT_DIR:-snapshots/scenes}
     RESTORE_FROM=${RESTORE_FROM-}
 fi
-LR=${LR:-1e-2}
+if [[ " $* " == *" --ft "* ]]; then
+    LR=${LR:-1e-3} # the default of train.py's fine-tuning stage
+else
+    LR=${LR:-1e-2}
+fi
 WD=${WD:-1e-4}
 RECURRENCE=${RECURRENCE:-2}
 OHEM=${OHEM:-0}
@@ -88,7 +92,10 @@ if [[ $RESTORE_FROM == dataset/resnet101-imagenet.pth ]]; then
     fi
 fi
 BOTH=(--data-dir "$CS_PATH" --backbone "$BACKBONE")
-for pair in --input-size="$INPUT_SIZE" --recurrence="$RECURRENCE" --num-classes= --ignore-label= --device= --gpu= --num-workers=; do
+# Every GPU there is, unless told otherwise; on a machine without it means nothing.
+GPU=$([[ -n $(last_value --device "" "$@")$(last_value --procs "" "$@") ]] || echo all)
+for pair in --input-size="$INPUT_SIZE" --recurrence="$RECURRENCE" --num-classes= --ignore-label= --device= --gpu="$GPU" \
+    --procs= --num-workers=; do
     value=$(last_value "${pair%%=*}" "${pair#*=}" "$@")
     [[ -z $value ]] || BOTH+=("${pair%%=*}" "$value")
 done

@@ -54,6 +54,7 @@ from utils.training import (
     batch_share,
     distribute,
     freeze_statistics,
+    make_optimizer,
 )
 from utils.training_log import TrainingLog
 from utils.visualisation import training_panel
@@ -260,9 +261,7 @@ def train(args: argparse.Namespace, world: World) -> int:
     items = find_items(args)
     torch.manual_seed(args.random_seed)
     model = build_model(args.backbone, args.num_classes, args.recurrence, args.backbone_activation).to(world.device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(model, args.learning_rate, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
     first, goes_on = start_or_go_on(args, world, model, optimizer, scaler)
     if first > args.num_steps:
@@ -287,8 +286,8 @@ def train(args: argparse.Namespace, world: World) -> int:
         args.clip_grad_norm, args.skip_nonfinite,
     )  # fmt: skip
     log = TrainingLog(args.snapshot_dir if world.is_main else None, first, args.num_steps, args.batch_size)
-    with stop_requests() as received, closing(log):
-        step, stopped_by = run_steps(args, world, items, model, training_step, first, log, received, save)
+    with stop_requests(world.received), closing(log):
+        step, stopped_by = run_steps(args, world, items, model, training_step, first, log, save)
     if world.is_main:
         if stopped_by:
             print(f"stopped by {signal.Signals(stopped_by).name} at step {step}; go on with --resume")
@@ -325,7 +324,6 @@ def run_steps(
     training_step: TrainingStep,
     first: int,
     log: TrainingLog,
-    received: list[int],
     save: Callable[[int], Path],
 ) -> tuple[int, int | None]:
     """The main loop, from step `first` to the last or until a process has received a signal.
@@ -345,7 +343,7 @@ def run_steps(
         else:
             losses.add(step, outcome.losses, names)
         log.advance()
-        stopped_by = world.agreed(received) if step < args.num_steps else None
+        stopped_by = world.stop_signal() if step < args.num_steps else None
         saving = step % args.save_pred_every == 0 or step == args.num_steps or stopped_by is not None
         if saving or step % args.print_frequency == 0:  # in other steps nothing waits for the device
             records = losses.read()

@@ -18,9 +18,13 @@ from tensorboardX.proto import event_pb2
 
 import train
 from dataset import scan
-from networks import build_model
+from libs import ABN
+from networks import BatchDropout2d, build_model
 from utils.commandline import CommandError, launch
+from utils.criterion import CriterionDSN
+from utils.distributed import World
 from utils.schedule import poly_learning_rate
+from utils.training import Part, TrainingStep, make_optimizer
 
 ROOT = Path(train.__file__).parent
 SMALL = [
@@ -322,6 +326,119 @@ def test_every_flag_is_read():
     for action in train.get_parser()._actions:
         if action.dest != "help":
             assert re.search(rf"args\.{action.dest}\b", source), action.dest
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision(scenes, tmp_path, amp):
+    """The weights stay float32, and what scales float16's gradients goes on with the run."""
+    flags = ["--input-size", "16,16", "--num-steps", 2, "--amp", amp, "--save-pred-every", 1, "--keep", 1]
+    assert run_training(scenes, tmp_path, *flags, "--clip-grad-norm", 10) == 0
+    assert [path.name for path in sorted(tmp_path.glob("*.pth"))] == ["CS_scenes_2.pth", "CS_scenes_2.training.pth"]
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights(tmp_path, 2).values())
+    scaler = torch.load(tmp_path / "CS_scenes_2.training.pth", weights_only=True)["scaler"]
+    assert (0 < scaler["scale"] <= 65536) if amp == "fp16" else not scaler
+    assert run_training(scenes, tmp_path, *flags, "--clip-grad-norm", 10, "--resume") == 0
+
+
+def test_a_gradient_too_large_for_float16_is_left_out(scenes):
+    """By the scaler, which lowers its scale; weights and momentum stay as they are."""
+    model, world = build_model("resnet18"), World(torch.device("cpu"))
+    optimizer = make_optimizer(model, 0.1, 0.9, 0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e30)
+    step = TrainingStep(model, CriterionDSN(), optimizer, scaler, world, "fp16", skip_nonfinite=True)
+    part = Part(torch.randn(2, 3, 16, 16), torch.zeros(2, 16, 16, dtype=torch.uint8), ["a", "b"])
+    before = model.conv1.weight.detach().clone()
+    assert not step([part]).skipped
+    assert torch.equal(model.conv1.weight, before)
+    assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())
+    assert scaler.get_scale() < 1e30
+
+
+def test_accumulated_gradients_are_the_mean_of_the_parts():
+    model, world = build_model("resnet18").double().eval(), World(torch.device("cpu"))
+    model.train().apply(lambda module: module.eval() if isinstance(module, (ABN, BatchDropout2d)) else None)
+    images, labels = torch.randn(4, 3, 24, 24).double(), torch.randint(0, 19, (4, 24, 24))
+    criterion = CriterionDSN()
+    expected = sum(criterion(model(images[i : i + 2]), labels[i : i + 2]) for i in (0, 2)) / 2
+    names = [name for name, parameter in model.named_parameters() if "cca." not in name or "gamma" in name]
+    gradients = torch.autograd.grad(expected, [model.get_parameter(name) for name in names])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = TrainingStep(model, criterion, optimizer, torch.amp.GradScaler("cpu", enabled=False), world)
+    outcome = step([Part(images[i : i + 2], labels[i : i + 2], []) for i in (0, 2)])
+    torch.testing.assert_close(outcome.losses[0].double(), expected.detach(), rtol=1e-6, atol=0)
+    for name, gradient in zip(names, gradients, strict=True):
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=lambda text, name=name: name + text)
+
+
+def test_the_optimizer_is_sgd():
+    """On channels_last weights too, whose momentum has to have their layout."""
+    networks = [build_model("resnet18") for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    plain = torch.optim.SGD(networks[0].parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for model, optimizer in zip(networks, (plain, make_optimizer(networks[1], 0.1, 0.9, 0.1)), strict=True):
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = parameter.detach().sin()
+            optimizer.step()
+    for (name, one), other in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=lambda text, name=name: name + text)
+
+
+def nan_in_step(monkeypatch, number):
+    """Makes a pixel of the last image of that step's batch NaN; the batch is one part."""
+    made = []
+
+    def part(images, labels, names):
+        made.append(names)
+        if len(made) == number:
+            images[-1, 0, 0, 0] = torch.nan
+        return Part(images, labels, names)
+
+    monkeypatch.setattr(train, "Part", part)
+    return made
+
+
+@pytest.mark.parametrize("frequency", [1, 100])
+def test_a_loss_that_is_not_finite_is_blamed_on_its_step(scenes, tmp_path, capsys, monkeypatch, frequency):
+    made = nan_in_step(monkeypatch, 3)
+    flags = ["--num-steps", 8, "--save-pred-every", 2, "--print-frequency", frequency]
+    message = failing(scenes, tmp_path, capsys, *flags)
+    assert f"the loss is nan at step 3, of the images {', '.join(made[2])}; the last good snapshot: " in message
+    assert f"{tmp_path / 'CS_scenes_2.pth'}; training has diverged" in message
+
+
+def test_a_skipped_step_leaves_the_network_as_it_was(scenes, tmp_path, capsys, monkeypatch):
+    """Statistics included: as if the step's image had not been there."""
+    made = nan_in_step(monkeypatch, 3)
+    flags = ["--num-steps", 3, "--save-pred-every", 1, "--skip-nonfinite"]
+    assert run_training(scenes, tmp_path, *flags) == 0
+    assert f"of the images {', '.join(made[2])} (1 skipped)" in "".join(capsys.readouterr())
+    assert_bitwise_equal(weights(tmp_path, 2), weights(tmp_path, 3))
+
+
+def test_a_damaged_snapshot_is_refused_and_the_one_before_it_used(scenes, tmp_path, capsys):
+    flags = ["--num-steps", 3, "--save-pred-every", 1]
+    assert run_training(scenes, tmp_path, *flags) == 0
+    expected = weights(tmp_path, 3)
+    path = tmp_path / "CS_scenes_3.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert run_training(scenes, tmp_path, *flags, "--resume") == 0
+    output = capsys.readouterr()
+    assert re.search(r"warning: \S+CS_scenes_3.pth: .*damaged.*; going on from step 2, before it", output.err)
+    assert "steps 2 to 3" in output.out
+    assert_bitwise_equal(weights(tmp_path, 3), expected)
+
+
+def test_fine_tuning_begins_with_a_trained_network_and_a_low_rate(scenes, tmp_path, capsys):
+    assert train.parse_flags(["--ft"]).learning_rate == 1e-3
+    assert train.parse_flags(["--ft", "--learning-rate", "1e-4"]).learning_rate == 1e-4
+    assert "--ft: expected --restore-from" in failing(scenes, tmp_path, capsys, "--ft")
+    backbone = {name: tensor for name, tensor in build_model("resnet18").state_dict().items() if "head" not in name}
+    torch.save({name: tensor for name, tensor in backbone.items() if "dsn" not in name}, tmp_path / "imagenet.pth")
+    message = failing(scenes, tmp_path, capsys, "--ft", "--restore-from", tmp_path / "imagenet.pth")
+    assert "read as a whole network, it does not fit" in message
 
 
 # ---- errors: one message, no stack trace

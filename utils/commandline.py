@@ -188,7 +188,7 @@ def _run(world: World, store: str, report: Path | None, main: Main, args: argpar
         _say(f"the GPU's memory does not suffice; a smaller --batch-size or --input-size may help: {error}", report)
     except RuntimeError:
         if world.size > 1:
-            wait_for_the_one_that_failed()
+            wait_for_the_one_that_failed(world)
         raise
     return 2
 

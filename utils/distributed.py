@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,13 @@ class World:
         device: of this process.
         rank: its number, from 0.
         size: how many there are.
+        received: signals that asked this process to stop; see `stop_requests`.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    received: list[int] = field(default_factory=list)
 
     @property
     def is_main(self) -> bool:
@@ -89,9 +91,9 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def agreed(self, received: list[int]) -> int | None:
+    def stop_signal(self) -> int | None:
         """A signal that any of the processes has received, or None: the same in all of them. No GPU is waited for."""
-        number = min(received, default=_NO_SIGNAL)  # of Ctrl-C and the SIGTERM that follows it, the first cause
+        number = min(self.received, default=_NO_SIGNAL)  # of Ctrl-C and the SIGTERM that follows it, the first cause
         if self.size > 1:
             lowest = torch.tensor(number)
             dist.all_reduce(lowest, dist.ReduceOp.MIN)
@@ -120,11 +122,16 @@ def joined(world: World, store: str) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def wait_for_the_one_that_failed() -> None:
+def wait_for_the_one_that_failed(world: World) -> None:
     """After an error that may only tell that another process has failed: leave it to that one to be reported.
 
     Whoever started the processes, torchrun or `spawn`, ends this one meanwhile if it is so.
+
+    Raises:
+        SystemExit: it has done so already.
     """
+    if world.received:
+        sys.exit(128 + world.received[0])
     time.sleep(5 * _GRACE)
 
 
@@ -139,12 +146,13 @@ def spawn(main: Callable[..., int], devices: list[torch.device], *arguments: Any
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(devices), 1)))
     processes: list[Any] = []
+    received: list[int] = []
 
     def pass_on(number: int) -> None:
         for process in processes:
             process.terminate()
 
-    with tempfile.TemporaryDirectory(prefix="ccnet-") as folder, stop_requests(pass_on) as received:
+    with tempfile.TemporaryDirectory(prefix="ccnet-") as folder, stop_requests(received, pass_on):
         context = mp.start_processes(_run_one, (main, devices, folder, arguments), len(devices), join=False)
         processes += context.processes
         if received:  # while they were started
@@ -193,9 +201,8 @@ def _exit_status(
 
 
 @contextmanager
-def stop_requests(on_signal: Callable[[int], None] = lambda number: None) -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second SIGINT (Ctrl-C) is as ever."""
-    received: list[int] = []
+def stop_requests(received: list[int], on_signal: Callable[[int], None] = lambda number: None) -> Iterator[None]:
+    """Collect SIGINT and SIGTERM in `received` instead of dying of them; a second SIGINT (Ctrl-C) is as ever."""
 
     def receive(number: int, frame: object) -> None:
         received.append(number)
@@ -205,7 +212,7 @@ def stop_requests(on_signal: Callable[[int], None] = lambda number: None) -> Ite
 
     before: dict[int, Any] = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """One step of training: forward and backward passes of a batch's parts, and the update; and what the losses were."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -39,13 +40,32 @@ def distribute(model: CCNet, world: World, images: BatchShare | None) -> nn.Modu
             module.images = images
     if world.size == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[world.device] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,  # the statistics are those of all processes
-        gradient_as_bucket_view=True,
-        find_unused_parameters=model.head.recurrence == 0,  # the attention's, which are there and not used
-    )
+    with warnings.catch_warnings():
+        # The newest PyTorch has another name for broadcast_buffers, which older ones do not know.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            model,
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,  # the statistics are those of all processes
+            gradient_as_bucket_view=True,
+            find_unused_parameters=model.head.recurrence == 0,  # the attention's, which are there and not used
+        )
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """SGD as one kernel, to which a GradScaler's scale is a tensor that the host does not wait for.
+
+    Its momentum begins as zeros instead of being made in the first step: if a GradScaler leaves that step out, PyTorch
+    2.14 goes on with uninitialised memory.
+    """
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, learning_rate, momentum, weight_decay=weight_decay, fused=True)
+    if momentum > 0:
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class Part(NamedTuple):
@@ -171,6 +191,8 @@ class LossRecord:
 
     def read(self) -> list[StepRecord]:
         """All steps since the last call, the same in all processes but for the names."""
+        if not self._steps:
+            return []
         rows = (self.world.sum(torch.stack(self._losses)) / self.world.size).tolist()
         records = [
             StepRecord(step, dict(zip(LOSSES, row, strict=True)), names)
