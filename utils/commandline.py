@@ -13,7 +13,7 @@ from dataset import IGNORE_LABEL, NUM_CLASSES, DatasetError
 from networks import BACKBONE_ACTIVATIONS, BACKBONES, StateDictError
 
 from .checkpoint import CheckpointError
-from .distributed import ProcessError, World, joined, spawn, wait_for_the_one_that_failed
+from .distributed import ProcessError, World, end_process, joined, spawn, wait_for_the_one_that_failed
 from .precision import AMP_DTYPES
 
 
@@ -161,7 +161,7 @@ def launch(main: Main, args: argparse.Namespace, most: int | None = None) -> int
     """
     try:
         if dist.is_torchelastic_launched():
-            return _run(_torchrun_world(args), "env://", None, main, args)
+            end_process(_run(_torchrun_world(args), "env://", None, main, args))
         devices = find_devices(args.device, args.gpu, args.procs, most)
         if len(devices) == 1:
             return _run(World(devices[0]), "", None, main, args)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -169,7 +169,17 @@ def spawn(main: Callable[..., int], devices: list[torch.device], *arguments: Any
 
 def _run_one(rank: int, main: Callable[..., int], devices: list[torch.device], folder: str, arguments: tuple) -> None:
     world = World(devices[rank], rank, len(devices))
-    sys.exit(main(world, f"file://{folder}/store", _report(folder, rank), *arguments))
+    end_process(main(world, f"file://{folder}/store", _report(folder, rank), *arguments))
+
+
+def end_process(status: int) -> NoReturn:
+    """Exit, without taking the interpreter apart.
+
+    Threads of the process group may be about to let go of Python objects just then, and would abort the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _report(folder: str, rank: int) -> Path:
