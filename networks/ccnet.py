@@ -8,6 +8,7 @@ from libs import InPlaceABNSync
 from .dropout import BatchDropout2d
 from .rcca import RCCAModule
 from .resnet import DilatedResNet
+from .winograd import Conv3x3
 
 
 class CCNet(DilatedResNet):
@@ -22,7 +23,7 @@ class CCNet(DilatedResNet):
         layer3_channels, layer4_channels = self.out_channels
         self.head = RCCAModule(layer4_channels, num_classes, recurrence)
         self.dsn = nn.Sequential(
-            nn.Conv2d(layer3_channels, layer3_channels // 2, 3, padding=1),
+            Conv3x3(layer3_channels, layer3_channels // 2, bias=True),
             InPlaceABNSync(layer3_channels // 2),
             BatchDropout2d(0.1),
             nn.Conv2d(layer3_channels // 2, num_classes, 1),

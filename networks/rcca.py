@@ -7,6 +7,7 @@ from cc_attention import CrissCrossAttention
 from libs import InPlaceABNSync
 
 from .dropout import BatchDropout2d
+from .winograd import Conv3x3
 
 
 class RCCAModule(nn.Module):
@@ -28,16 +29,16 @@ class RCCAModule(nn.Module):
         self.recurrence = recurrence
         channels = in_channels // 4
         self.conva = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+            Conv3x3(in_channels, channels),
             InPlaceABNSync(channels),
         )
         self.cca = CrissCrossAttention(channels)
         self.convb = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            Conv3x3(channels, channels),
             InPlaceABNSync(channels),
         )
         self.bottleneck = nn.Sequential(
-            nn.Conv2d(in_channels + channels, channels, 3, padding=1, bias=False),
+            Conv3x3(in_channels + channels, channels),
             InPlaceABNSync(channels),
             BatchDropout2d(0.1),
             nn.Conv2d(channels, num_classes, 1),
