@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from cc_attention import CrissCrossAttention
 from libs import to_batchnorm
-from networks import BACKBONES, CCNet, build_model
+from networks import BACKBONES, CCNet, PredictionNetwork, build_model
 from networks.resnet import BasicBlock, Bottleneck
 from networks.winograd import Conv3x3
 from utils.criterion import AUXILIARY_WEIGHT, CriterionDSN, CriterionOhemDSN
@@ -244,16 +244,14 @@ class Training:
                 module.eval()
         loss, logits = self.loss()
         loss.backward()
-        gradients = {name: parameter.grad for name, parameter in self.network.named_parameters()}
+        results = {"loss": loss.detach(), "main logits": logits[0].detach(), "auxiliary logits": logits[1].detach()}
+        for name in ("head.bottleneck.0.weight", "dsn.0.weight"):
+            gradient = self.network.get_parameter(name).grad
+            assert gradient is not None
+            results[f"gradient of {name}"] = gradient
         self.network.zero_grad(set_to_none=True)
         self.network.train()
-        named = {f"gradient of {name}": gradients[name] for name in ("head.bottleneck.0.weight", "dsn.0.weight")}
-        return {
-            "loss": loss.detach(),
-            "main logits": logits[0].detach(),
-            "auxiliary logits": logits[1].detach(),
-            **named,
-        }
+        return results
 
 
 class Evaluation:
@@ -266,7 +264,8 @@ class Evaluation:
         learn_statistics(network, random_images(args, kind, 2, 3, 193, 193))
         network.eval()
         if kind == "ours":
-            self.predict = sliding_predictor(network, (args.tile, args.tile))
+            assert isinstance(network, CCNet)
+            self.predict = sliding_predictor(PredictionNetwork(network), (args.tile, args.tile))
         else:
             self.predict = plain_sliding_predictor(network, args.tile)
 

@@ -2,10 +2,19 @@
 
 from . import native
 from .abn import ABN, InPlaceABN, InPlaceABNSync
-from .conversion import fold, from_batchnorm, to_batchnorm
+from .conversion import fold, fold_norms, from_batchnorm, to_batchnorm
 from .functional import activated_batch_norm
 
 if native.LOADED:
     from . import operators  # noqa: F401  tells PyTorch of the operators' shapes
 
-__all__ = ["ABN", "InPlaceABN", "InPlaceABNSync", "activated_batch_norm", "fold", "from_batchnorm", "to_batchnorm"]
+__all__ = [
+    "ABN",
+    "InPlaceABN",
+    "InPlaceABNSync",
+    "activated_batch_norm",
+    "fold",
+    "fold_norms",
+    "from_batchnorm",
+    "to_batchnorm",
+]

@@ -149,3 +149,38 @@ def fold(convolution: _Convolution, abn: ABN) -> nn.Sequential:
     folded.weight.copy_(weight)
     folded.bias = nn.Parameter(offset.to(folded.weight.dtype))
     return nn.Sequential(folded, _activation_module(abn))
+
+
+class FoldedNorm(nn.Module):
+    """What a convolution leaves of the activated batch norm that it has taken in: activation(x + residual), over x."""
+
+    def __init__(self, activation: nn.Module):
+        super().__init__()
+        self.activation = activation
+        if not isinstance(activation, nn.Identity):
+            activation.inplace = True  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.activation(x if residual is None else x.add_(residual))
+
+
+@torch.no_grad()
+def fold_norms(module: nn.Module) -> nn.Module:
+    """A copy of the network in evaluation, where convolutions have taken in the activated batch norms behind them.
+
+    A norm is taken to be behind a convolution if it comes directly after it among its module's children: the network
+    must call them in that order, and nothing else may use the convolution's output. Other norms stay.
+    """
+    module = copy.copy(module)
+    module._parameters, module._buffers = copy.deepcopy((module._parameters, module._buffers))
+    children: dict[str, nn.Module | None] = {}
+    for name, child in module._modules.items():
+        before = next(reversed(children), None)
+        convolution = children[before] if before is not None else None
+        if before is not None and isinstance(convolution, _Convolution) and isinstance(child, ABN):
+            children[before], activation = fold(convolution, child)
+            children[name] = FoldedNorm(activation)
+        else:
+            children[name] = child and fold_norms(child)
+    module._modules = children
+    return module.eval()

@@ -2,6 +2,7 @@
 
 from .ccnet import CCNet, build_model
 from .dropout import BatchDropout2d
+from .prediction import PredictionNetwork
 from .resnet import BACKBONE_ACTIVATIONS, BACKBONES
 from .state_dicts import StateDictError, load_state
 
@@ -10,6 +11,7 @@ __all__ = [
     "BACKBONE_ACTIVATIONS",
     "BatchDropout2d",
     "CCNet",
+    "PredictionNetwork",
     "StateDictError",
     "build_model",
     "load_state",

@@ -33,6 +33,10 @@ class CCNet(DilatedResNet):
         layer3, layer4 = self.features(images)
         return [self.head(layer4), self.dsn(layer3)]
 
+    def main_logits(self, images: Tensor) -> Tensor:
+        """The first of the results alone, without computing the other."""
+        return self.head(self.features(images)[1])
+
 
 def build_model(
     backbone: str = "resnet101", num_classes: int = 19, recurrence: int = 2, backbone_activation: str = "identity"
