@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, load_batches, read_list, scan
 from dataset.files import ImageFile
 from dataset.labels import TRAIN_ID_TO_ID
-from networks import CCNet, build_model, load_state
+from networks import CCNet, PredictionNetwork, build_model, load_state
 from utils.checkpoint import read_state_dict
 from utils.commandline import (
     CommandError,
@@ -96,8 +96,11 @@ def find_attention_item(args: argparse.Namespace, items: list[Item]) -> Item:
 
 
 def make_predictor(args: argparse.Namespace, world: World, model: CCNet) -> Predictor:
-    """Prediction as --amp, --whole, --input-size, --scales and --flip ask for it."""
-    network = in_mixed_precision(model, world.device, args.amp)
+    """Prediction as --amp, --compile, --whole, --input-size, --scales and --flip ask for it."""
+    prediction = PredictionNetwork(model)
+    if args.compile:
+        prediction.compile()
+    network = in_mixed_precision(prediction, world.device, args.amp)
     predict = whole_predictor(network) if args.whole else sliding_predictor(network, args.input_size)
     scales = args.scales or (_WHOLE_SCALES if args.whole else (1.0,))
     flip = args.whole if args.flip is None else args.flip
@@ -198,8 +201,6 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
     model = build_model(args.backbone, args.num_classes, args.recurrence, args.backbone_activation)
     load_state(model, read_state_dict(args.restore_from), str(args.restore_from))
     model.to(world.device).eval()
-    if args.compile:
-        model.compile()
 
     output_dir = args.output_dir or args.restore_from.parent / "outputs"
     for folder, wanted in (("predictions", True), ("submit", args.submit), ("attention", args.attention)):
