@@ -221,8 +221,13 @@ class Training:
         self.labels = random_labels(args, args.batch_size, crop, crop)
         self.criterion = criterion_of(kind, args.ohem)
         self.reads_loss = kind == "plain"
-        parameters = self.network.parameters()
-        self.optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=LEARNING_RATE,
+            momentum=MOMENTUM,
+            weight_decay=WEIGHT_DECAY,
+            fused=True if kind == "ours" else None,
+        )
 
     def loss(self) -> tuple[Tensor, list[Tensor]]:
         with autocast(self.device, self.dtype):
