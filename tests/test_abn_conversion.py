@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from libs import ABN, InPlaceABN, InPlaceABNSync, fold, from_batchnorm, to_batchnorm
+from libs import ABN, InPlaceABN, InPlaceABNSync, fold, fold_norms, from_batchnorm, to_batchnorm
 from networks import BACKBONE_ACTIVATIONS, build_model
 
 ACTIVATIONS = {"leaky_relu": nn.LeakyReLU(0.2), "elu": nn.ELU(), "identity": nn.Identity()}
@@ -108,6 +108,30 @@ def test_fold(activation, affine, convolution):
         folded = fold(convolution, abn)
         torch.testing.assert_close(folded(x), expected, rtol=1e-10, atol=1e-10)
     assert {type(module) for module in folded.modules()}.isdisjoint({ABN, InPlaceABN})
+
+
+def test_fold_norms():
+    """Those directly behind a convolution, at any depth; with a residual too. The network is left as it is."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(4, 4, 1), fill(ABN(4))
+            self.other = fill(ABN(4, activation="elu"))
+
+        def forward(self, x):
+            return self.other(self.norm(self.first(x), x))
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), fill(InPlaceABN(4)), Block(), nn.ReLU()).double()
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    folded = fold_norms(network)
+    assert network.training
+    assert not folded.training
+    assert [type(module) for module in folded.modules() if isinstance(module, ABN)] == [ABN]
+    assert sum(isinstance(module, ABN) for module in network.modules()) == 3
+    network.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), network(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("activation", BACKBONE_ACTIVATIONS)

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import context, criss_cross, inplace_abn, loading
+from benchmarks import context, criss_cross, inplace_abn, loading, train_step
 from dataset.labels import IGNORE_LABEL
 from dataset.scenes import make_scene
 from libs import InPlaceABN
@@ -66,6 +67,38 @@ def test_the_benchmark_of_batch_norm_runs():
     out = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
     assert out.count("| 2x16x9x9 float32") == 4
     assert out.count("| CCNet-101, 2x3x33x33 |") == 3
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_training_and_evaluation_runs():
+    arguments = (
+        "--backbone resnet18 --crops 65 --batch-size 2 --dtypes float32 --image 65x97 --tile 65 --ohem --ohem-crops 65 "
+        "--threads 1 --repeats 1 --seconds 1"
+    )
+    command = [sys.executable, "-m", "benchmarks.train_step", *arguments.split()]
+    out = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if "| float32 |" in line}
+    assert rows.keys() == {"2x3x65x65", "65x97", "2x19x65x65"}
+    for name in ("2x3x65x65", "65x97"):
+        assert all(float(cell.strip().rstrip("x")) > 0 for cell in rows[name][1:]), rows[name]
+
+
+def test_a_contender_that_differs_is_refused():
+    arguments = SimpleNamespace(backbone="resnet18", recurrence=2, batch_size=2, device="cpu", ohem=False)
+    plain, ours = (train_step.Training(arguments, kind, 65, torch.float32) for kind in train_step.KINDS)
+    expected = plain.results()
+    train_step.check("ours", ours.results(), expected, torch.float32)
+    with torch.no_grad():
+        ours.network.head.cca.gamma.fill_(1)
+    with pytest.raises(SystemExit, match=r"ours: main logits differs by .*: no times are printed"):
+        train_step.check("ours", ours.results(), {"main logits": expected["main logits"]}, torch.float32)
+
+
+def test_the_plain_form_is_of_pytorchs_own_modules():
+    network = train_step.plain_network("resnet18", 2)
+    assert {type(m).__module__.split(".")[0] for m in network.modules() if not list(m.children())} == {"torch"}
+    assert all(p.is_contiguous() for p in network.parameters())
+    assert not any(p.stride() == (c := p.shape[1], 1, c, c) and c > 1 for p in network.parameters() if p.dim() == 4)
 
 
 def test_without_attention_the_sign_is_out_of_reach():

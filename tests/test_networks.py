@@ -1,10 +1,13 @@
 """The networks' names, shapes and sizes, and loading of the original's three generations of state dicts."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from networks import BACKBONES, StateDictError, build_model, load_state
+from libs import ABN
+from networks import BACKBONE_ACTIVATIONS, BACKBONES, PredictionNetwork, StateDictError, build_model, load_state
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,35 @@ def test_recurrence_applies_the_one_attention_again():
         torch.testing.assert_close(model.head(x), expected)
         model.head.recurrence = 0
         assert not torch.allclose(model.head(x), expected)
+
+
+@pytest.mark.parametrize("activation", BACKBONE_ACTIVATIONS)
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_the_copy_for_prediction_gives_the_main_logits(backbone, activation):
+    """And has no batch norm and no auxiliary head; the network itself is left as it is."""
+    model = build_model(backbone, backbone_activation=activation).double()
+    with torch.no_grad():
+        model.head.cca.gamma.fill_(0.5)
+        for module in model.modules():
+            if isinstance(module, ABN):
+                module.weight.uniform_(-0.8, 0.8)
+                module.bias.normal_()
+    images = torch.randn(2, 3, 65, 97, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(3):
+            model(images)
+    before = copy.deepcopy(model.state_dict())
+    network = PredictionNetwork(model)
+    assert model.training
+    assert not any(isinstance(module, ABN) for module in network.modules())
+    assert not any(name.startswith("network.dsn") for name in network.state_dict())
+    model.eval()
+    (logits,) = network(images)
+    torch.testing.assert_close(logits, model(images)[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.main_logits(images), logits, rtol=1e-9, atol=1e-9)
+    assert not logits.requires_grad
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.parametrize(
