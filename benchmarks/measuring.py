@@ -38,12 +38,12 @@ def begin_under_steady_conditions(device: str, fresh_memory: bool) -> None:
         os.execve(sys.executable, sys.orig_argv, environment)
 
 
-def milliseconds(work: Work, device: str) -> float:
-    """What one call takes; on a GPU, between CUDA events."""
+def milliseconds(work: Work, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """What one call takes by a clock that gives seconds; on a GPU, between CUDA events."""
     if device == "cpu":
-        begin = time.perf_counter()
+        begin = clock()
         work()
-        return 1e3 * (time.perf_counter() - begin)
+        return 1e3 * (clock() - begin)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     work()
@@ -53,7 +53,12 @@ def milliseconds(work: Work, device: str) -> float:
 
 
 def take_turns(
-    works: dict[str, Work], repeats: int, seconds: float, device: str = "cpu", prepare: Work = lambda: None
+    works: dict[str, Work],
+    repeats: int,
+    seconds: float,
+    device: str = "cpu",
+    prepare: Work = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median milliseconds of each, in turns. What would take longer than `seconds` is run as often as that allows.
 
@@ -65,7 +70,7 @@ def take_turns(
             if turn and sum(times[name]) > 1e3 * seconds:
                 continue
             prepare()
-            ms = milliseconds(work, device)
+            ms = milliseconds(work, device, clock)
             if turn:  # the first warms up
                 times[name].append(ms)
     return {name: statistics.median(values) for name, values in times.items()}

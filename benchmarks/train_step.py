@@ -6,7 +6,7 @@ Ours is what train.py and evaluate.py run. The plain form is the original's in p
 matrix products, nn.BatchNorm2d and ReLU (in place where the original has it so), NCHW, tiles one after the other
 through the whole network with its auxiliary head, OHEM on the host with NumPy and SciPy, the loss read in every step.
 bfloat16 is torch.autocast for both. All times in a row are measured in one process, the contenders taking turns, and
-are medians.
+are medians. (Where other work runs on the machine, --threads 1 --cpu-time gives steadier ones.)
 
 - step: forward, loss, backward and the step of SGD, with --ohem by the criterion with OHEM.
 - evaluation: one image by sliding window, its logits at full resolution.
@@ -25,6 +25,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -390,12 +391,16 @@ HEADER = ["", "", "plain, ms", "ours, ms", "plain, images/s", "ours, images/s", 
 MEMORY_HEADER = ["plain, MB", "ours, MB"]
 
 
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    return time.process_time if args.cpu_time else time.perf_counter
+
+
 def rows_of(
     args: argparse.Namespace, part: str, what: str, works: dict[tuple[str, str], Work], images: int, crop: int
 ) -> Iterable[list[str]]:
     """A row a dtype, of works by dtype and kind."""
     names = {f"{dtype_name} {kind}": work for (dtype_name, kind), work in works.items()}
-    ms = take_turns(names, args.repeats, args.seconds, args.device)
+    ms = take_turns(names, args.repeats, args.seconds, args.device, clock=clock_of(args))
     for dtype_name in args.dtypes:
         plain, ours = ms[f"{dtype_name} plain"], ms[f"{dtype_name} ours"]
         in_float32 = ms.get("float32 plain")
@@ -445,7 +450,7 @@ def ohem_rows(args: argparse.Namespace) -> Iterable[list[str]]:
             check(f"ours, {dtype_name}", losses["ours", ohem].results(), expected, dtype)
         names: dict[str, Work] = {f"{kind} {ohem}": item.results for (kind, ohem), item in losses.items()}
         names["cross-entropy"] = partial(plain_cross_entropy, losses["plain", False])
-        ms = take_turns(names, max(args.repeats, 15), args.seconds, args.device)
+        ms = take_turns(names, max(args.repeats, 15), args.seconds, args.device, clock=clock_of(args))
         one = ms["cross-entropy"]
         costs = {kind: ms[f"{kind} True"] - ms[f"{kind} False"] for kind in KINDS}
         yield [
@@ -486,17 +491,23 @@ def main() -> None:
     add("--threads", type=int, default=2)
     add("--repeats", type=int, default=5)
     add("--seconds", type=float, default=60, help="spent on one contender at most, but for one run")
+    add("--cpu-time", action="store_true", help="count CPU time, where other work runs; with one thread")
     add("--fresh-memory", action="store_true", help="leave the C library's handling of memory as it is")
     add("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
     add("--memory-of", nargs=2, help=argparse.SUPPRESS)  # measure one contender and print the bytes
     args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        raise SystemExit("--cpu-time: expected --threads 1, since waiting threads take time too")
     torch.set_num_threads(args.threads)
     if args.memory_of:
         part, kind = args.memory_of
         print(peak_bytes("cpu", memory_work(args, part, kind, args.crops[0], DTYPES[args.dtypes[0]])))
         return
     begin_under_steady_conditions(args.device, args.fresh_memory)
-    print_machine(args.device, f"{args.backbone}, R={args.recurrence}, {args.threads} threads")
+    print_machine(
+        args.device,
+        f"{args.backbone}, R={args.recurrence}, {'CPU time of ' if args.cpu_time else ''}{args.threads} threads",
+    )
     if "step" in args.parts:
         title = f"A training step{' with OHEM' if args.ohem else ''}: medians, and peak memory of two steps."
         print_table(title, HEADER + MEMORY_HEADER, step_rows(args))
