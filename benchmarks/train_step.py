@@ -5,8 +5,9 @@
 Ours is what train.py and evaluate.py run. The plain form is the original's in plain PyTorch: attention as batched
 matrix products, nn.BatchNorm2d and ReLU (in place where the original has it so), NCHW, tiles one after the other
 through the whole network with its auxiliary head, OHEM on the host with NumPy and SciPy, the loss read in every step.
-bfloat16 is torch.autocast for both. All times in a row are measured in one process, the contenders taking turns, and
-are medians. (Where other work runs on the machine, --threads 1 --cpu-time gives steadier ones.)
+bfloat16 is torch.autocast for both, and ours has its logits in float32. All times in a row are measured in one process,
+the contenders taking turns, and are medians. (Where other work runs on the machine, --threads 1 --cpu-time gives
+steadier ones.)
 
 - step: forward, loss, backward and the step of SGD, with --ohem by the criterion with OHEM.
 - evaluation: one image by sliding window, its logits at full resolution.
@@ -39,11 +40,12 @@ from torch import Tensor, nn
 
 from cc_attention import CrissCrossAttention
 from libs import to_batchnorm
-from networks import BACKBONES, CCNet, PredictionNetwork, build_model
+from networks import BACKBONES, BatchDropout2d, CCNet, PredictionNetwork, build_model
 from networks.resnet import BasicBlock, Bottleneck
 from networks.winograd import Conv3x3
 from utils.criterion import AUXILIARY_WEIGHT, CriterionDSN, CriterionOhemDSN
 from utils.inference import sliding_predictor
+from utils.precision import in_mixed_precision
 
 from .criss_cross import bmm_attention
 from .measuring import (
@@ -90,6 +92,8 @@ def plain_network(backbone: str, recurrence: int) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, Conv3x3):
                 setattr(module, name, plain_convolution(child))
+            if isinstance(child, BatchDropout2d):
+                setattr(module, name, nn.Dropout2d(child.p))
             if isinstance(child, nn.LeakyReLU):
                 child.inplace = True
     return network
@@ -162,8 +166,13 @@ def plain_sliding_predictor(network: nn.Module, tile: int) -> Callable[[Tensor],
 # ---- what is measured ----
 
 
-def autocast(device: str, dtype: torch.dtype) -> AbstractContextManager[object]:
-    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+def autocast(device: str, kind: str, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Of the plain form, around network and loss; ours has its own way, around the network."""
+    return torch.autocast(device, dtype, enabled=kind == "plain" and dtype != torch.float32)
+
+
+def mixed_precision(network: nn.Module, device: str, dtype: torch.dtype) -> Callable[[Tensor], list[Tensor]]:
+    return in_mixed_precision(network, torch.device(device), "bf16" if dtype == torch.bfloat16 else "off")
 
 
 def random_network(args: argparse.Namespace, kind: str) -> nn.Module:
@@ -216,12 +225,14 @@ class Training:
     """A network in training on one batch, which it sees in every step."""
 
     def __init__(self, args: argparse.Namespace, kind: str, crop: int, dtype: torch.dtype):
-        self.device, self.dtype = args.device, dtype
+        self.device, self.kind, self.dtype = args.device, kind, dtype
         self.network = random_network(args, kind).train()
+        self.forward: Callable[[Tensor], list[Tensor]] = self.network
+        if kind == "ours":
+            self.forward = mixed_precision(self.network, args.device, dtype)
         self.images = random_images(args, kind, args.batch_size, 3, crop, crop)
         self.labels = random_labels(args, args.batch_size, crop, crop)
         self.criterion = criterion_of(kind, args.ohem)
-        self.reads_loss = kind == "plain"
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=LEARNING_RATE,
@@ -231,8 +242,8 @@ class Training:
         )
 
     def loss(self) -> tuple[Tensor, list[Tensor]]:
-        with autocast(self.device, self.dtype):
-            logits = self.network(self.images)
+        with autocast(self.device, self.kind, self.dtype):
+            logits = self.forward(self.images)
             return self.criterion(logits, self.labels), logits
 
     def step(self) -> None:
@@ -240,7 +251,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        if self.reads_loss:
+        if self.kind == "plain":
             loss.item()
 
     def results(self) -> dict[str, Tensor]:
@@ -264,20 +275,21 @@ class Evaluation:
     """Prediction of one image by sliding window."""
 
     def __init__(self, args: argparse.Namespace, kind: str, dtype: torch.dtype):
-        self.device, self.dtype = args.device, dtype
+        self.device, self.kind, self.dtype = args.device, kind, dtype
         self.image = random_images(args, kind, 1, 3, *args.image)
         network = random_network(args, kind)
         learn_statistics(network, random_images(args, kind, 2, 3, 193, 193))
         network.eval()
         if kind == "ours":
             assert isinstance(network, CCNet)
-            self.predict = sliding_predictor(PredictionNetwork(network), (args.tile, args.tile))
+            prediction = mixed_precision(PredictionNetwork(network), args.device, dtype)
+            self.predict = sliding_predictor(prediction, (args.tile, args.tile))
         else:
             self.predict = plain_sliding_predictor(network, args.tile)
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, self.kind, self.dtype):
             return self.predict(self.image)
 
 

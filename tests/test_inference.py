@@ -47,17 +47,6 @@ def test_sliding_a_local_network_is_the_whole(size):
     torch.testing.assert_close(sliding, whole_predictor(Local())(images))
 
 
-def test_logits_of_16_bits_are_added_up_in_float32():
-    class Low(nn.Module):
-        def forward(self, images):
-            return [images.bfloat16(), None]
-
-    images = torch.randn(1, 3, 20, 30).bfloat16().float()
-    sliding = sliding_predictor(Low(), (9, 13))(images)
-    assert sliding.dtype == torch.float32
-    torch.testing.assert_close(sliding, images)
-
-
 def test_overlapping_tiles_are_averaged_for_every_image_of_a_batch():
     images = torch.randn(2, 3, 8, 9, dtype=torch.float64)
     got = sliding_predictor(Positional(), (6, 6))(images)
