@@ -60,7 +60,8 @@ class CriterionDSN(nn.Module):
 
     def components(self, preds: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of the main and of the auxiliary head, before weighting."""
-        main, auxiliary = (upsample(logits, target.shape[1:]) for logits in preds)
+        # Contiguous while they are small: cross-entropy would copy the large ones.
+        main, auxiliary = (upsample(logits.contiguous(), target.shape[1:]) for logits in preds)
         target = target.long()
         return self.main_loss(main, target), self._cross_entropy(auxiliary, target)
 
