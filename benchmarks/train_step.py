@@ -313,6 +313,7 @@ class Losses:
             for logits in self._logits(args, side)
         ]
         self.criterion = criterion_of(kind, ohem)
+        self.kind = kind
 
     def _logits(self, args: argparse.Namespace, side: int) -> list[Tensor]:
         """Random, but right about most pixels, as while training."""
@@ -323,7 +324,9 @@ class Losses:
         return [4 * right + noise[0], 4 * right + noise[1]]
 
     def results(self) -> dict[str, Tensor]:
-        loss = self.criterion(self.preds, self.labels)
+        # As `in_mixed_precision` gives them
+        preds = [logits.float() for logits in self.preds] if self.kind == "ours" else self.preds
+        loss = self.criterion(preds, self.labels)
         main, auxiliary = torch.autograd.grad(loss, self.preds)
         return {"loss": loss.detach(), "gradient of main": main, "gradient of auxiliary": auxiliary}
 
