@@ -141,6 +141,16 @@ def test_predictions_do_not_depend_on_the_batch_size(scenes, checkpoint, tmp_pat
         assert (one == two).mean() > 0.999  # convolutions of other batch sizes may round differently
 
 
+def test_mixed_precision_predicts_the_same(scenes, checkpoint, tmp_path):
+    for amp in ("off", "bf16"):
+        assert evaluation(scenes, checkpoint, tmp_path / amp, "--amp", amp) == 0
+    for item in scan(scenes, "val"):
+        one, other = (
+            np.asarray(Image.open(tmp_path / amp / "predictions" / f"{item.name}.png")) for amp in ("off", "bf16")
+        )
+        assert 0.9 < (one == other).mean() < 1  # where two classes are about as likely, rounding decides
+
+
 def predictor_calls(scenes, checkpoint, tmp_path, monkeypatch, *flags):
     seen = []
 
