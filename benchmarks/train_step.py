@@ -278,7 +278,7 @@ class Evaluation:
         self.device, self.kind, self.dtype = args.device, kind, dtype
         self.image = random_images(args, kind, 1, 3, *args.image)
         network = random_network(args, kind)
-        learn_statistics(network, random_images(args, kind, 2, 3, 193, 193))
+        learn_statistics(network, random_images(args, kind, 2, 3, 97, 97))
         network.eval()
         if kind == "ours":
             assert isinstance(network, CCNet)
