@@ -15,6 +15,7 @@ from test_train import events
 import train
 from dataset import scan
 from networks import build_model
+from utils import commandline
 from utils.checkpoint import training_steps
 from utils.commandline import CommandError, find_devices
 from utils.distributed import World
@@ -309,6 +310,24 @@ def test_the_devices_of_the_processes(monkeypatch):
             indices(*arguments)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert indices("auto", "all") == ["cpu"]
+
+
+def test_torchrun_says_which_process_this_is(monkeypatch):
+    for name, value in {"LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "RANK": 3, "WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def world(*flags):
+        return commandline.torchrun_world(train.parse_flags(list(flags)))
+
+    assert world("--device", "cpu") == world("--device", "cpu", "--gpu", "all") == World(torch.device("cpu"), 3, 4)
+    with pytest.raises(CommandError, match="--procs 2: torchrun starts the processes, with --nproc_per_node"):
+        world("--procs", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert world().device == world("--gpu", "all").device == torch.device("cuda", 1)
+    assert world("--gpu", "2,3").device == torch.device("cuda", 3)
+    with pytest.raises(CommandError, match="--gpu 2: expected one for each of torchrun's 2 processes"):
+        world("--gpu", "2")
 
 
 def test_batches_that_cannot_be_cut():

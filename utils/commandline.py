@@ -136,12 +136,12 @@ def find_devices(device: str, gpu: str, procs: int | None, most: int | None) -> 
     return [torch.device("cuda", index) for index in indices]
 
 
-def _torchrun_world(args: argparse.Namespace) -> World:
+def torchrun_world(args: argparse.Namespace) -> World:
     """This process's place in the run, by what torchrun says in environment variables."""
     if args.procs is not None:
         raise CommandError(f"--procs {args.procs}: torchrun starts the processes, with --nproc_per_node")
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    devices = find_devices(args.device, args.gpu, local_size if args.gpu == "None" else None, None)
+    devices = find_devices(args.device, args.gpu, local_size if args.gpu in ("None", "all") else None, None)
     if local_rank >= len(devices):
         raise CommandError(f"--gpu {args.gpu}: expected one for each of torchrun's {local_size} processes")
     return World(devices[local_rank], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -161,7 +161,7 @@ def launch(main: Main, args: argparse.Namespace, most: int | None = None) -> int
     """
     try:
         if dist.is_torchelastic_launched():
-            end_process(_run(_torchrun_world(args), "env://", None, main, args))
+            end_process(_run(torchrun_world(args), "env://", None, main, args))
         devices = find_devices(args.device, args.gpu, args.procs, most)
         if len(devices) == 1:
             return _run(World(devices[0]), "", None, main, args)

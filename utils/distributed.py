@@ -3,6 +3,7 @@
 A run is of one process per GPU, or of several on CPUs. They are started by torchrun, or by `spawn` here.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -177,6 +178,7 @@ def end_process(status: int) -> NoReturn:
 
     Threads of the process group may be about to let go of Python objects just then, and would abort the process.
     """
+    atexit._run_exitfuncs()  # as any exit begins
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
