@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run the operators' tests under another release of PyTorch, on the native code that run_tests.sh has built and without
-# building it again.
+# building it again. Of the instruction sets the first will do, beside the best, which is what is chosen by default: what
+# a kernel computes has nothing to do with PyTorch.
 #
 #   tests/other_torch.sh 2.13.0 [flags of pytest]
 set -euo pipefail
@@ -14,5 +15,6 @@ built=$(cksum libs/_C.abi3.so)
 "$environment/bin/pip" install --quiet --disable-pip-version-check "torch==$release" numpy pytest hypothesis
 "$environment/bin/python" -c "import torch; from libs import native; assert native.LOADED; print('PyTorch', torch.__version__)"
 "$environment/bin/python" -m pytest -p no:cacheprovider tests/test_criss_cross.py tests/test_criss_cross_native.py \
-    tests/test_abn.py tests/test_abn_native.py -m "not slow and not emulated" "$@"
+    tests/test_abn.py tests/test_abn_native.py -m "not slow and not emulated" \
+    -k "not avx2 and not avx512" "$@"
 [[ $(cksum libs/_C.abi3.so) == "$built" ]]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Build the native code with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy, and run the operators' tests on
-# it. Needs GCC and an environment as run_tests.sh sets it up; flags go to pytest.
+# it. Needs GCC and an environment as run_tests.sh sets it up; flags go to pytest. Of the two instruction sets of one
+# width of vectors one will do.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -23,7 +24,7 @@ with_sanitizers() { LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-
 with_sanitizers python -c "from libs import native; assert native.LOADED" # or its tests would all be skipped
 with_sanitizers python -m pytest -p no:cacheprovider \
     tests/test_criss_cross.py tests/test_criss_cross_native.py tests/test_abn.py tests/test_abn_native.py \
-    -m "not slow and not emulated" "$@" || {
+    -m "not slow and not emulated" -k "not avx512 or avx512_bf16" "$@" || {
     cat "$copy"/report.* # pytest has kept what was printed, and the process may be gone
     exit 1
 }
