@@ -46,6 +46,7 @@ from networks.winograd import Conv3x3
 from utils.criterion import AUXILIARY_WEIGHT, CriterionDSN, CriterionOhemDSN
 from utils.inference import sliding_predictor
 from utils.precision import in_mixed_precision
+from utils.training import make_optimizer
 
 from .criss_cross import bmm_attention
 from .measuring import (
@@ -233,13 +234,12 @@ class Training:
         self.images = random_images(args, kind, args.batch_size, 3, crop, crop)
         self.labels = random_labels(args, args.batch_size, crop, crop)
         self.criterion = criterion_of(kind, args.ohem)
-        self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            lr=LEARNING_RATE,
-            momentum=MOMENTUM,
-            weight_decay=WEIGHT_DECAY,
-            fused=True if kind == "ours" else None,
-        )
+        if kind == "ours":
+            self.optimizer = make_optimizer(self.network, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY)
+        else:
+            self.optimizer = torch.optim.SGD(
+                self.network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+            )
 
     def loss(self) -> tuple[Tensor, list[Tensor]]:
         with autocast(self.device, self.kind, self.dtype):
