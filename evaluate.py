@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm import tqdm
 
 from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, load_batches, read_list, scan
-from dataset.files import ImageFile
+from dataset.images import ImageFile
 from dataset.labels import TRAIN_ID_TO_ID
 from networks import CCNet, PredictionNetwork, build_model, load_state
 from utils.checkpoint import read_state_dict
@@ -30,12 +30,12 @@ from utils.commandline import (
     CommandError,
     add_shared_flags,
     check_ignore_label,
-    launch,
     number,
     plain_flags,
 )
 from utils.distributed import World
 from utils.inference import Predictor, multi_scale, sliding_predictor, whole_predictor
+from utils.launch import launch
 from utils.metrics import ConfusionMatrix
 from utils.precision import in_mixed_precision
 from utils.visualisation import attention_figure, palette_image

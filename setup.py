@@ -2,12 +2,12 @@
 
     pip install -e .
 
-builds their native code in libs/_C, once for every PyTorch from 2.10 and every Python from 3.10 on (LibTorch's stable
-ABI). It needs a C++17 compiler; without one the package is installed all the same, and computes in plain PyTorch. The
-scripts (train.py, evaluate.py) and what only they use run from the checkout.
+builds their native code in cc_attention/_C, once for every PyTorch from 2.10 and every Python from 3.10 on (LibTorch's
+stable ABI). It needs a C++17 compiler; without one the package is installed all the same, and computes in plain
+PyTorch. The scripts (train.py, evaluate.py) and what only they use run from the checkout.
 
-CXX names the compiler. The CUDA kernels, libs/_C_cuda, are built as well where PyTorch is a CUDA build and nvcc is
-found: in CUDA_HOME, on the PATH, or among the installed nvidia-cuda-nvcc wheels, which
+CXX names the compiler. The CUDA kernels, cc_attention/_C_cuda, are built as well where PyTorch is a CUDA build and
+nvcc is found: in CUDA_HOME, on the PATH, or among the installed nvidia-cuda-nvcc wheels, which
 
     pip install -e .[nvcc]
 
@@ -187,7 +187,7 @@ def set_architectures(torch, toolkit: Path) -> None:
 
 
 def extensions(torch) -> list:
-    """libs._C; and libs._C_cuda, where there is nvcc."""
+    """cc_attention._C; and cc_attention._C_cuda, where there is nvcc."""
     from torch.utils import cpp_extension
 
     if find_compiler() is None:
@@ -203,12 +203,12 @@ def extensions(torch) -> list:
         "py_limited_api": True,
     }
     sources = sorted(glob("*/csrc/*.cpp") + glob("*/csrc/cpu/*.cpp"))
-    found = [cpp_extension.CppExtension("libs._C", sources, **common)]
+    found = [cpp_extension.CppExtension("cc_attention._C", sources, **common)]
     toolkit = cuda_toolkit(torch)
     if toolkit is not None:
         set_architectures(torch, toolkit)
         cpp_extension.CUDA_HOME = str(toolkit)  # torch's own guess knows neither wrappers nor wheels
-        cuda = cpp_extension.CUDAExtension("libs._C_cuda", sorted(glob("*/csrc/cuda/*.cu")), **common)
+        cuda = cpp_extension.CUDAExtension("cc_attention._C_cuda", sorted(glob("*/csrc/cuda/*.cu")), **common)
         cuda.libraries.remove("cudart")
         cuda.extra_objects.append(str(cuda_runtime(toolkit)))
         found.append(cuda)

@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.criss_cross import CHANNELS, bmm_attention, print_table
-from libs import native
+from cc_attention import native
 
 # The emulator belongs to the tests. It registers operators, once in a process: so it is imported by the tests' name.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from libs import native
+from cc_attention import native
 
 Work = Callable[[], object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -42,7 +42,6 @@ from cc_attention import CrissCrossAttention
 from libs import to_batchnorm
 from networks import BACKBONES, BatchDropout2d, CCNet, PredictionNetwork, build_model
 from networks.resnet import BasicBlock, Bottleneck
-from networks.winograd import Conv3x3
 from utils.criterion import AUXILIARY_WEIGHT, CriterionDSN, CriterionOhemDSN
 from utils.inference import sliding_predictor
 from utils.precision import in_mixed_precision
@@ -91,25 +90,11 @@ def plain_network(backbone: str, recurrence: int) -> nn.Module:
     network.head.cca = PlainAttention(network.head.cca)  # type: ignore[union-attr, arg-type]
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if isinstance(child, Conv3x3):
-                setattr(module, name, plain_convolution(child))
             if isinstance(child, BatchDropout2d):
                 setattr(module, name, nn.Dropout2d(child.p))
             if isinstance(child, nn.LeakyReLU):
                 child.inplace = True
     return network
-
-
-def plain_convolution(convolution: Conv3x3) -> nn.Conv2d:
-    return nn.Conv2d(
-        convolution.in_channels,
-        convolution.out_channels,
-        3,
-        stride=convolution.stride,  # type: ignore[arg-type]
-        padding=convolution.dilation,  # type: ignore[arg-type]
-        dilation=convolution.dilation,  # type: ignore[arg-type]
-        bias=convolution.bias is not None,
-    )
 
 
 def plain_criterion(preds: list[Tensor], target: Tensor, ohem: bool = False) -> Tensor:

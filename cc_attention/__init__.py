@@ -1,7 +1,6 @@
 """Criss-cross attention: the operators and the modules."""
 
-from libs import native
-
+from . import native
 from .functional import ca_map, ca_weight, criss_cross_attention
 from .module import CrissCrossAttention, CrissCrossAttention3d
 

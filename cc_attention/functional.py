@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libs import native
-
-from . import reference
+from . import native, reference
 
 
 def channels_last_format(x: Tensor) -> torch.memory_format:

@@ -1,17 +1,22 @@
 """Cityscapes: files, labels, augmentation, loading; and generated scenes in the same layout."""
 
-from .cityscapes import EpochSampler, EvaluationSet, TrainingSet, load_batches, share
-from .files import SPLITS, DatasetError, Item, read_list, scan
+from .images import Box, ImageFile
+from .items import SPLITS, DatasetError, Item, read_list, scan
 from .labels import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
+from .loading import load_batches
+from .sampler import EpochSampler, share
+from .samples import EvaluationSet, TrainingSet
 
 __all__ = [
     "CLASS_NAMES",
     "IGNORE_LABEL",
     "NUM_CLASSES",
     "SPLITS",
+    "Box",
     "DatasetError",
     "EpochSampler",
     "EvaluationSet",
+    "ImageFile",
     "Item",
     "TrainingSet",
     "load_batches",

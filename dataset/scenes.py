@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import Box
+from .images import Box
 from .labels import LABEL_IDS, LABELS
 
 # The sign's colour, RGB, for each class of the ambiguous vehicle.

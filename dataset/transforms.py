@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from .files import Box
+from .images import Box
 
 # Mean of the ImageNet backbone's training images: B, G, R in 0..255.
 IMAGE_MEAN = np.array([104.00698793, 116.66876762, 122.67891434], dtype=np.float32)

@@ -1,6 +1,7 @@
 """Activated batch norm: plain, in place, in place over all processes, and its conversion."""
 
-from . import native
+from cc_attention import native
+
 from .abn import ABN, InPlaceABN, InPlaceABNSync
 from .conversion import fold, fold_norms, from_batchnorm, to_batchnorm
 from .functional import activated_batch_norm

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native, reference
+from cc_attention import native
+
+from . import reference
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -1,7 +1,7 @@
 """The networks: one builder, and loading of the original's state dicts."""
 
 from .ccnet import CCNet, build_model
-from .dropout import BatchDropout2d
+from .layers import BatchDropout2d
 from .prediction import PredictionNetwork
 from .resnet import BACKBONE_ACTIVATIONS, BACKBONES
 from .state_dicts import StateDictError, load_state

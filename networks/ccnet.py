@@ -5,10 +5,9 @@ from torch import Tensor, nn
 
 from libs import InPlaceABNSync
 
-from .dropout import BatchDropout2d
+from .layers import BatchDropout2d, conv3x3
 from .rcca import RCCAModule
 from .resnet import DilatedResNet
-from .winograd import Conv3x3
 
 
 class CCNet(DilatedResNet):
@@ -23,7 +22,7 @@ class CCNet(DilatedResNet):
         layer3_channels, layer4_channels = self.out_channels
         self.head = RCCAModule(layer4_channels, num_classes, recurrence)
         self.dsn = nn.Sequential(
-            Conv3x3(layer3_channels, layer3_channels // 2, bias=True),
+            conv3x3(layer3_channels, layer3_channels // 2, bias=True),
             InPlaceABNSync(layer3_channels // 2),
             BatchDropout2d(0.1),
             nn.Conv2d(layer3_channels // 2, num_classes, 1),

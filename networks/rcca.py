@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from cc_attention import CrissCrossAttention
 from libs import InPlaceABNSync
 
-from .dropout import BatchDropout2d
-from .winograd import Conv3x3
+from .layers import BatchDropout2d, conv3x3
 
 
 class RCCAModule(nn.Module):
@@ -29,16 +28,16 @@ class RCCAModule(nn.Module):
         self.recurrence = recurrence
         channels = in_channels // 4
         self.conva = nn.Sequential(
-            Conv3x3(in_channels, channels),
+            conv3x3(in_channels, channels),
             InPlaceABNSync(channels),
         )
         self.cca = CrissCrossAttention(channels)
         self.convb = nn.Sequential(
-            Conv3x3(channels, channels),
+            conv3x3(channels, channels),
             InPlaceABNSync(channels),
         )
         self.bottleneck = nn.Sequential(
-            Conv3x3(in_channels + channels, channels),
+            conv3x3(in_channels + channels, channels),
             InPlaceABNSync(channels),
             BatchDropout2d(0.1),
             nn.Conv2d(channels, num_classes, 1),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from libs import InPlaceABNSync
 
-from .winograd import Conv3x3
+from .layers import conv3x3
 
 # What batch norm of the backbone ends with. identity: nothing, and a ReLU follows, which keeps a second tensor for the
 # backward pass. leaky_relu: its activation, and one tensor is kept (docs/inplace_abn.md).
@@ -39,9 +39,9 @@ class BasicBlock(nn.Module):
         activation: str,
     ):
         super().__init__()
-        self.conv1 = Conv3x3(in_channels, channels, stride, dilation)
+        self.conv1 = conv3x3(in_channels, channels, stride, dilation)
         self.bn1, self.relu = _norm(channels, activation), _relu_unless(activation)
-        self.conv2 = Conv3x3(channels, channels, dilation=dilation)
+        self.conv2 = conv3x3(channels, channels, dilation=dilation)
         self.bn2 = _norm(channels, activation)
         self.relu_of_sum = _relu_unless(activation, inplace=True)
         self.activates_sum = activation != "identity"
@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1, self.relu1 = _norm(channels, activation), _relu_unless(activation)
-        self.conv2 = Conv3x3(channels, channels, stride, dilation)
+        self.conv2 = conv3x3(channels, channels, stride, dilation)
         self.bn2, self.relu2 = _norm(channels, activation), _relu_unless(activation)
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = _norm(channels * self.expansion, activation)
@@ -117,11 +117,11 @@ class DilatedResNet(nn.Module):
                 f"backbone_activation: expected one of {', '.join(BACKBONE_ACTIVATIONS)}, got {activation!r}"
             )
         block, (n1, n2, n3, n4) = BACKBONES[name]
-        self.conv1 = Conv3x3(3, 64, stride=2)
+        self.conv1 = conv3x3(3, 64, stride=2)
         self.bn1, self.relu1 = _norm(64, activation), _relu_unless(activation)
-        self.conv2 = Conv3x3(64, 64)
+        self.conv2 = conv3x3(64, 64)
         self.bn2, self.relu2 = _norm(64, activation), _relu_unless(activation)
-        self.conv3 = Conv3x3(64, 128)
+        self.conv3 = conv3x3(64, 128)
         self.bn3, self.relu3 = _norm(128, activation), _relu_unless(activation)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
         self.layer1 = _make_stage(block, activation, 128, 64, n1)

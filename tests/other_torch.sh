@@ -10,11 +10,11 @@ release=$1
 shift
 environment=$(mktemp -d)
 trap 'rm -rf "$environment"' EXIT
-built=$(cksum libs/_C.abi3.so)
+built=$(cksum cc_attention/_C.abi3.so)
 .venv/bin/python -m venv "$environment"
 "$environment/bin/pip" install --quiet --disable-pip-version-check "torch==$release" numpy pytest hypothesis
-"$environment/bin/python" -c "import torch; from libs import native; assert native.LOADED; print('PyTorch', torch.__version__)"
+"$environment/bin/python" -c "import torch; from cc_attention import native; assert native.LOADED; print('PyTorch', torch.__version__)"
 "$environment/bin/python" -m pytest -p no:cacheprovider tests/test_criss_cross.py tests/test_criss_cross_native.py \
     tests/test_abn.py tests/test_abn_native.py -m "not slow and not emulated" \
     -k "not avx2 and not avx512" "$@"
-[[ $(cksum libs/_C.abi3.so) == "$built" ]]
+[[ $(cksum cc_attention/_C.abi3.so) == "$built" ]]

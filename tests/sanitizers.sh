@@ -15,13 +15,13 @@ FORCE_CUDA=0 CC=gcc CXX=g++ CFLAGS=$sanitize LDFLAGS=$sanitize python setup.py -
     cat build.log
     exit 1
 }
-nm -D libs/_C.abi3.so >symbols
+nm -D cc_attention/_C.abi3.so >symbols
 grep -q __asan_ symbols
 grep -q __ubsan_ symbols
 # Python and PyTorch are not built with them: their libraries have to come first, and what they leak is not ours.
 export ASAN_OPTIONS="detect_leaks=0:log_path=$copy/report" UBSAN_OPTIONS="print_stacktrace=1:log_path=$copy/report"
 with_sanitizers() { LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" "$@"; }
-with_sanitizers python -c "from libs import native; assert native.LOADED" # or its tests would all be skipped
+with_sanitizers python -c "from cc_attention import native; assert native.LOADED" # or its tests would all be skipped
 with_sanitizers python -m pytest -p no:cacheprovider \
     tests/test_criss_cross.py tests/test_criss_cross_native.py tests/test_abn.py tests/test_abn_native.py \
     -m "not slow and not emulated" -k "not avx512 or avx512_bf16" "$@" || {

@@ -8,7 +8,7 @@ import emulation
 import pytest
 import torch
 
-from libs import native
+from cc_attention import native
 
 ALL_CAPABILITIES = ["baseline", "avx2", "avx512", "avx512_bf16"]
 TARGETS = [*ALL_CAPABILITIES, pytest.param("emulated", marks=pytest.mark.emulated), "cuda"]
@@ -38,7 +38,7 @@ def _is_supported(name: str) -> bool:
 def needs_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    assert native.runs_on(torch.device("cuda")), "there is a GPU, and libs/_C_cuda is not loaded"
+    assert native.runs_on(torch.device("cuda")), "there is a GPU, and cc_attention/_C_cuda is not loaded"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from libs import native
+from cc_attention import native
 
 ROOT = Path(__file__).parents[1]
 
@@ -213,7 +213,7 @@ def test_vector_instructions_stay_in_the_code_for_their_cpus():
 
 USE = """
 import torch, cc_attention, libs
-from libs import native
+from cc_attention import native
 x = torch.randn(1, 16, 5, 6)
 expected = cc_attention.reference.criss_cross_attention(x, x, x)
 torch.testing.assert_close(cc_attention.criss_cross_attention(x, x, x), expected)
@@ -245,10 +245,10 @@ def test_without_native_code_the_reference_computes_and_one_warning_says_so(tmp_
 def test_native_code_that_does_not_load_is_reported(tmp_path):
     for package in ("cc_attention", "libs"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.so"))
-    (tmp_path / "libs/_C.abi3.so").write_text("not a library")
+    (tmp_path / "cc_attention/_C.abi3.so").write_text("not a library")
     result = run_python(USE, tmp_path)
     assert result.stdout.startswith("False")
-    assert re.search(r"libs/_C\.abi3\.so cannot be loaded \(.*\)\. This builds it.*pip install", result.stderr)
+    assert re.search(r"cc_attention/_C\.abi3\.so cannot be loaded \(.*\)\. This builds it.*pip install", result.stderr)
 
 
 def pip(*arguments: str | Path, **environment: str) -> None:
@@ -262,7 +262,7 @@ def test_wheel_is_abi3_and_works_away_from_the_checkout(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert re.fullmatch(r"ccnet-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"cc_attention/__init__.py", "libs/__init__.py", "libs/_C.abi3.so"} <= set(names)
+    assert {"cc_attention/__init__.py", "libs/__init__.py", "cc_attention/_C.abi3.so"} <= set(names)
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"cc_attention", "libs"}
     pip("install", "--no-deps", "--target", tmp_path / "site", wheel)
     result = run_python(USE, tmp_path / "site")

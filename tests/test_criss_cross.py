@@ -15,9 +15,9 @@ from cc_attention import (
     ca_map,
     ca_weight,
     criss_cross_attention,
+    native,
     reference,
 )
-from libs import native
 
 
 def path_of(pixel, size):

@@ -19,8 +19,15 @@ from hypothesis import strategies as st
 from layouts import laid_out
 from targets import ALL_CAPABILITIES, TARGETS, capability, running_on
 
-from cc_attention import CrissCrossAttention, CrissCrossAttention3d, ca_map, ca_weight, criss_cross_attention, reference
-from libs import native
+from cc_attention import (
+    CrissCrossAttention,
+    CrissCrossAttention3d,
+    ca_map,
+    ca_weight,
+    criss_cross_attention,
+    native,
+    reference,
+)
 
 pytestmark = pytest.mark.skipif(not native.LOADED, reason="needs the native operators: pip install -e .")
 

@@ -11,7 +11,7 @@ import torch
 from attention import DTYPES, everything, random_inputs
 from emulation import ROOT, emulated_gpu, launches
 
-from libs import native
+from cc_attention import native
 
 LIBRARY = Path(native.__file__).with_name("_C_cuda.abi3.so")
 DOCUMENT = ROOT / "docs" / "cuda_kernels.md"
@@ -21,7 +21,7 @@ REGISTERS, SHARED_BYTES, RESERVED_BYTES, WARPS, BLOCKS = 65536, 164 * 1024, 1024
 
 pytestmark = [
     pytest.mark.emulated,
-    pytest.mark.skipif(not LIBRARY.exists(), reason="needs libs/_C_cuda, which pip install -e . builds with nvcc"),
+    pytest.mark.skipif(not LIBRARY.exists(), reason="needs cc_attention/_C_cuda: pip install -e ., with nvcc"),
 ]
 
 

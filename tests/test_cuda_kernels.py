@@ -21,8 +21,7 @@ from attention import (
 )
 from emulation import EMULATOR, KERNELS, ROOT, compile_with_emulator, emulated_gpu
 
-from cc_attention import reference
-from libs import native
+from cc_attention import native, reference
 
 pytestmark = [
     pytest.mark.emulated,

@@ -8,8 +8,7 @@ from attention import assert_close, random_inputs
 
 from benchmarks import cuda_roofline
 from benchmarks.cuda_roofline import ORIGINAL_KERNELS, Case, OriginalTraffic, TensorTraffic
-from cc_attention import reference
-from libs import native
+from cc_attention import native, reference
 
 pytestmark = [
     pytest.mark.emulated,

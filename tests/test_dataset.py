@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset import DatasetError, EpochSampler, EvaluationSet, TrainingSet, load_batches, read_list, scan, share
-from dataset.files import Box, ImageFile, Item
+from dataset.images import Box, ImageFile
+from dataset.items import Item
 from dataset.labels import LABELS, PALETTE, TRAIN_ID_TO_ID, id_to_train_id_table
 from dataset.transforms import (
     IMAGE_MEAN,

@@ -15,10 +15,11 @@ from test_train import events
 import train
 from dataset import scan
 from networks import build_model
-from utils import commandline
+from utils import launch as launching
 from utils.checkpoint import training_steps
-from utils.commandline import CommandError, find_devices
+from utils.commandline import CommandError
 from utils.distributed import World
+from utils.launch import find_devices
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--device", "cpu", "--backbone", "resnet18", "--num-workers", 0]
@@ -55,7 +56,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch
 import torch.distributed as dist
 import train, evaluate
-from utils.commandline import launch
+from utils.launch import launch
 {code}
 if __name__ == "__main__":
     arguments = {"train.parse_flags()" if script == "train" else "evaluate.get_parser().parse_args()"}
@@ -317,7 +318,7 @@ def test_torchrun_says_which_process_this_is(monkeypatch):
         monkeypatch.setenv(name, str(value))
 
     def world(*flags):
-        return commandline.torchrun_world(train.parse_flags(list(flags)))
+        return launching.torchrun_world(train.parse_flags(list(flags)))
 
     assert world("--device", "cpu") == world("--device", "cpu", "--gpu", "all") == World(torch.device("cpu"), 3, 4)
     with pytest.raises(CommandError, match="--procs 2: torchrun starts the processes, with --nproc_per_node"):

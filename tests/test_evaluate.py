@@ -15,7 +15,7 @@ import train
 from dataset import CLASS_NAMES, scan
 from dataset.labels import LABEL_IDS, TRAIN_ID_TO_ID
 from networks import build_model
-from utils.commandline import launch
+from utils.launch import launch
 
 ROOT = Path(evaluate.__file__).parent
 
@@ -212,7 +212,7 @@ def test_shared_flags_mean_the_same_in_both_scripts():
 
 
 def test_every_flag_is_read():
-    source = "".join((ROOT / name).read_text() for name in ("evaluate.py", "utils/commandline.py"))
+    source = "".join((ROOT / name).read_text() for name in ("evaluate.py", "utils/commandline.py", "utils/launch.py"))
     for action in evaluate.get_parser()._actions:
         if action.dest != "help":
             assert re.search(rf"args\.{action.dest}\b", source), action.dest

@@ -20,9 +20,10 @@ import train
 from dataset import scan
 from libs import ABN
 from networks import BatchDropout2d, build_model
-from utils.commandline import CommandError, launch
+from utils.commandline import CommandError
 from utils.criterion import CriterionDSN
 from utils.distributed import World
+from utils.launch import launch
 from utils.schedule import poly_learning_rate
 from utils.training import Part, TrainingStep, make_optimizer
 
@@ -156,7 +157,7 @@ def train_in_a_process(scenes, snapshots, flags, code=""):
     program = f"""
 import os, signal, sys
 import train
-from utils.commandline import launch
+from utils.launch import launch
 {code}
 sys.exit(launch(train.train, train.parse_flags()))
 """
@@ -322,7 +323,10 @@ def test_flags_change_what_is_learnt(scenes, tmp_path, flags):
 
 
 def test_every_flag_is_read():
-    source = "".join((ROOT / name).read_text() for name in ("train.py", "utils/commandline.py"))
+    source = "".join(
+        (ROOT / name).read_text()
+        for name in ("train.py", "utils/commandline.py", "utils/launch.py", "utils/resuming.py")
+    )
     for action in train.get_parser()._actions:
         if action.dest != "help":
             assert re.search(rf"args\.{action.dest}\b", source), action.dest

@@ -20,7 +20,7 @@ set_up_environment() { # requirement files...
         _unless_done "installing $file" "$file" -- \
             python -m pip install --quiet --disable-pip-version-check --requirement "$file" || return
     done
-    [[ -e libs/_C.abi3.so ]] || rm -f .venv/.done-building-the-operators # built without a compiler, or removed since
+    [[ -e cc_attention/_C.abi3.so ]] || rm -f .venv/.done-building-the-operators # built without a compiler, or removed since
     _unless_done "building the operators" setup.py pyproject.toml $(find cc_attention/csrc libs/csrc -type f | sort) -- \
         _build_operators
 }

@@ -1,7 +1,12 @@
-"""Dropout whose random numbers are those of the whole batch, in however many processes it is."""
+"""Layers that several parts of the network have."""
 
 import torch
 from torch import Tensor, nn
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size of its input where its stride is 1."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=bias)
 
 
 class BatchDropout2d(nn.Dropout2d):

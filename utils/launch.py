@@ -1,0 +1,112 @@
+"""Starting a script's processes on its devices, and ending them with one message for what the user can mend."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dataset import DatasetError
+from networks import StateDictError
+
+from .checkpoint import CheckpointError
+from .commandline import CommandError
+from .distributed import ProcessError, World, end_process, joined, spawn, wait_for_the_one_that_failed
+
+
+def find_devices(device: str, gpu: str, procs: int | None, most: int | None) -> list[torch.device]:
+    """The device of each process that --device, --gpu and --procs ask for.
+
+    Args:
+        most: processes that --gpu all may start.
+
+    Raises:
+        CommandError: a device is not there, or the flags contradict each other.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() or gpu not in ("None", "all") else "cpu"
+    if device == "cpu":
+        if gpu not in ("None", "all"):
+            raise CommandError(f"--gpu {gpu}: cannot go with --device cpu")
+        return [torch.device("cpu")] * (procs or 1)
+    count = torch.cuda.device_count()
+    if gpu == "all":
+        indices = list(range(min(count, most or count)))[:procs]
+    elif gpu == "None":
+        indices = list(range(procs or 1))
+    elif all(index.isdecimal() for index in gpu.split(",")):
+        indices = [int(index) for index in gpu.split(",")]
+    else:
+        raise CommandError(f"--gpu {gpu}: expected indices of GPUs, as in 0,1,2,3, or all")
+    if not indices or max(indices) >= count or len(set(indices)) < len(indices):
+        raise CommandError(f"--gpu {gpu}: expected GPUs that are there, each once, found {count} (--device cpu)")
+    if procs is not None and procs != len(indices):
+        raise CommandError(f"--procs {procs}: expected a process for each of the {len(indices)} GPUs of --gpu {gpu}")
+    return [torch.device("cuda", index) for index in indices]
+
+
+def torchrun_world(args: argparse.Namespace) -> World:
+    """This process's place in the run, by what torchrun says in environment variables."""
+    if args.procs is not None:
+        raise CommandError(f"--procs {args.procs}: torchrun starts the processes, with --nproc_per_node")
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    devices = find_devices(args.device, args.gpu, local_size if args.gpu in ("None", "all") else None, None)
+    if local_rank >= len(devices):
+        raise CommandError(f"--gpu {args.gpu}: expected one for each of torchrun's {local_size} processes")
+    return World(devices[local_rank], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+Main = Callable[[argparse.Namespace, World], int]
+
+
+def launch(main: Main, args: argparse.Namespace, most: int | None = None) -> int:
+    """Run main(args, world) in this process if it is the only one or torchrun started it, or in several new ones.
+
+    What the user can mend becomes one message, and exit status 2, instead of stack traces.
+
+    Args:
+        main: importable by the new processes.
+        most: processes that --gpu all may start.
+    """
+    try:
+        if dist.is_torchelastic_launched():
+            end_process(_run(torchrun_world(args), "env://", None, main, args))
+        devices = find_devices(args.device, args.gpu, args.procs, most)
+        if len(devices) == 1:
+            return _run(World(devices[0]), "", None, main, args)
+        return spawn(_run, devices, main, args)
+    except CommandError as error:
+        _say(str(error), None)
+    except ProcessError as error:
+        _say(str(error), None)
+        return error.status
+    return 2
+
+
+def _run(world: World, store: str, report: Path | None, main: Main, args: argparse.Namespace) -> int:
+    """Run main in this process, one of the world's; an error is written to `report`, or else printed."""
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+        torch.backends.cudnn.benchmark = True  # crops and tiles are all of one size
+    try:
+        with joined(world, store):
+            return main(args, world)
+    except (CommandError, DatasetError, StateDictError, CheckpointError, OSError) as error:
+        _say(str(error), report)
+    except torch.OutOfMemoryError as error:
+        _say(f"the GPU's memory does not suffice; a smaller --batch-size or --input-size may help: {error}", report)
+    except RuntimeError:
+        if world.size > 1:
+            wait_for_the_one_that_failed(world)
+        raise
+    return 2
+
+
+def _say(message: str, report: Path | None) -> None:
+    if report is None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        report.write_text(message)

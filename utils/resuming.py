@@ -1,0 +1,121 @@
+"""What a run of training begins or goes on with: weights, or the newest snapshot of its folder."""
+
+import argparse
+import sys
+
+import torch
+from torch import nn
+
+from networks import load_state
+
+from .checkpoint import (
+    CheckpointError,
+    Snapshot,
+    newest_snapshot,
+    read_state_dict,
+    restore_generators,
+    snapshot_path,
+    training_steps,
+)
+from .commandline import CommandError, plain_flags
+from .distributed import World
+
+# Flags that may change when a run goes on: they say where and how fast it runs, and what one sees of it.
+_FREE_FLAGS = {
+    "accumulate", "amp", "compile", "data_dir", "device", "gpu", "keep", "num_workers", "print_frequency", "procs",
+    "restore_from", "resume", "save_num_images", "save_pred_every", "skip_nonfinite", "snapshot_dir",
+}  # fmt: skip
+
+
+def run_flags(args: argparse.Namespace) -> dict:
+    """What defines the run, and has to be the same when it goes on."""
+    return {name: value for name, value in plain_flags(args).items() if name not in _FREE_FLAGS}
+
+
+def start_or_resume(
+    args: argparse.Namespace,
+    defaults: argparse.Namespace,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> tuple[int, bool]:
+    """Load the weights and, on resuming, the rest of the training state; the main process reads, all of them get it.
+
+    Args:
+        defaults: the flags of a command line without any: what a flag newer than the run counts as there.
+
+    Returns the step, and whether the run is resumed.
+    """
+    step, training = restore(args, defaults, model, optimizer) if world.is_main else (0, None)
+    step, training = world.broadcast((step, training))
+    world.broadcast_(list(model.state_dict().values()))
+    if training is not None:
+        share_momentum(world, optimizer)
+        if training["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(training["scaler"])
+        restore_generators(training, world.device)
+    return step, training is not None
+
+
+def restore(
+    args: argparse.Namespace, defaults: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict | None]:
+    """Load weights and momentum. Returns the step, and the rest of the training state if the run goes on."""
+    steps = training_steps(args.snapshot_dir)
+    if steps and not args.resume:
+        raise CommandError(
+            f"--snapshot-dir {args.snapshot_dir}: holds a run at step {steps[-1]}; add --resume to go on with it, "
+            "or give another folder"
+        )
+    snapshot = newest_snapshot(args.snapshot_dir, lambda reason: print(f"warning: {reason}", file=sys.stderr))
+    if snapshot is not None:
+        return snapshot.step, resume(args, defaults, model, optimizer, snapshot)
+    if args.restore_from is not None:
+        state = read_state_dict(args.restore_from)
+        load_state(
+            model, state, str(args.restore_from), restore_last=not args.not_restore_last, allow_backbone=not args.ft
+        )
+    elif args.ft:
+        raise CommandError("--ft: expected --restore-from, the trained network that is to be fine-tuned")
+    return args.start_iters, None
+
+
+def resume(
+    args: argparse.Namespace,
+    defaults: argparse.Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    snapshot: Snapshot,
+) -> dict:
+    """Load a snapshot of the run in --snapshot-dir. Returns its training state, without the optimiser's."""
+    training = dict(snapshot.training)
+    # A flag that did not exist yet when the run began is as if it had not been given.
+    before, now = run_flags(defaults) | training["flags"], run_flags(args)
+    changed = [name for name in sorted(now) if before.get(name) != now.get(name)]
+    if changed:
+        lines = [f"    --{name.replace('_', '-')}: was {before.get(name)}, is {now.get(name)}" for name in changed]
+        raise CommandError(
+            f"--resume: the run in {args.snapshot_dir} was begun with other flags; go on with the same, or give "
+            "another --snapshot-dir:\n" + "\n".join(lines)
+        )
+    path = snapshot_path(args.snapshot_dir, snapshot.step)
+    load_state(model, snapshot.state_dict, str(path))
+    try:
+        optimizer.load_state_dict(training.pop("optimizer"))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: the optimiser's state beside it does not fit: {error}") from error
+    return training
+
+
+def share_momentum(world: World, optimizer: torch.optim.Optimizer) -> None:
+    """Give all processes the main one's momentum, each buffer in the layout of its parameter, as SGD expects it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    has_momentum = [optimizer.state[parameter].get("momentum_buffer") is not None for parameter in parameters]
+    for parameter, has in zip(parameters, world.broadcast(has_momentum), strict=True):
+        if has:
+            buffer = torch.zeros_like(parameter)
+            if world.is_main:
+                buffer.copy_(optimizer.state[parameter]["momentum_buffer"])
+            world.broadcast_([buffer])
+            optimizer.state[parameter]["momentum_buffer"] = buffer
