@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm import tqdm
 
-from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, load_batches, read_list, scan
+from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, check_labels, load_batches, read_list, scan
 from dataset.images import ImageFile
 from dataset.labels import TRAIN_ID_TO_ID
 from networks import CCNet, PredictionNetwork, build_model, load_state
@@ -73,7 +73,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 def find_items(args: argparse.Namespace) -> list[Item]:
     """The images to evaluate; no two have one name, by which their results would overwrite each other."""
-    items = read_list(args.data_dir, args.data_list) if args.data_list is not None else scan(args.data_dir, args.split)
+    if args.data_list is not None:
+        items = read_list(args.data_dir, args.data_list, args.label_encoding)
+    else:
+        items = scan(args.data_dir, args.split, args.label_encoding)
     (name, count), *_ = Counter(item.frame if args.submit else item.name for item in items).most_common(1)
     if count > 1:
         raise CommandError(f"{args.data_list or args.data_dir}: expected every image once, found {count} named {name}")
@@ -197,6 +200,7 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
     """Evaluate, and return the exit status."""
     check_ignore_label(args.ignore_label, args.num_classes)
     items = find_items(args)
+    check_labels(items)
     attention_item = find_attention_item(args, items) if args.attention else None
     model = build_model(args.backbone, args.num_classes, args.recurrence, args.backbone_activation)
     load_state(model, read_state_dict(args.restore_from), str(args.restore_from))

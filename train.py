@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dataset import EpochSampler, Item, TrainingSet, load_batches, read_list, scan
+from dataset import EpochSampler, Item, TrainingSet, check_labels, load_batches, read_list, scan
 from networks import CCNet, build_model
 from utils.checkpoint import (
     save_snapshot,
@@ -115,8 +115,8 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def find_items(args: argparse.Namespace) -> list[Item]:
     """The images to train on."""
     if args.data_list is not None:
-        return read_list(args.data_dir, args.data_list)
-    return scan(args.data_dir, args.split or ("trainval" if args.ft else "train"))
+        return read_list(args.data_dir, args.data_list, args.label_encoding, need_labels=True)
+    return scan(args.data_dir, args.split or ("trainval" if args.ft else "train"), args.label_encoding)
 
 
 _DIVERGED = "training has diverged: begin again with a lower --learning-rate and another --snapshot-dir"
@@ -165,6 +165,7 @@ def train(args: argparse.Namespace, world: World) -> int:
     check_ignore_label(args.ignore_label, args.num_classes)
     check_batch(args, world)
     items = find_items(args)
+    check_labels(items)
     torch.manual_seed(args.random_seed)
     model = build_model(args.backbone, args.num_classes, args.recurrence, args.backbone_activation).to(world.device)
     optimizer = make_optimizer(model, args.learning_rate, args.momentum, args.weight_decay)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import IGNORE_LABEL, NUM_CLASSES
-from dataset.labels import CLASS_NAMES, id_to_train_id_table
+from dataset.labels import CLASS_NAMES, train_id_table
 from dataset.scenes import Scene, make_scene
 from dataset.transforms import normalise
 from networks.rcca import RCCAModule
@@ -46,7 +46,7 @@ class ShallowNetwork(nn.Module):
 
 def make_scenes(split: int, count: int) -> tuple[list[Scene], Tensor, Tensor]:
     """Scenes, their images [count, 3, 96, 96] and labels [count, 96, 96], void but on bus and truck."""
-    train_ids = id_to_train_id_table()
+    train_ids = train_id_table()
     scenes = [make_scene(_SIZE, _SIZE, np.random.default_rng([split, number])) for number in range(count)]
     images = torch.from_numpy(np.stack([normalise(scene.image) for scene in scenes]))
     labels = torch.from_numpy(np.stack([train_ids[scene.label] for scene in scenes])).long()

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from dataset import Item, TrainingSet, scan
-from dataset.labels import LABELS, id_to_train_id_table
+from dataset.labels import LABELS, train_id_table
 from dataset.scenes import make_scene
 from dataset.transforms import IMAGE_MEAN, draw_crop
 
@@ -40,7 +40,7 @@ def map_by_comparisons(label: np.ndarray) -> np.ndarray:
 
 
 def map_by_table(label: np.ndarray) -> np.ndarray:
-    return cv2.LUT(label, id_to_train_id_table())
+    return cv2.LUT(label, train_id_table())
 
 
 def read(path: Path | None, mode: int) -> np.ndarray:

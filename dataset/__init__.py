@@ -1,5 +1,6 @@
 """Cityscapes: files, labels, augmentation, loading; and generated scenes in the same layout."""
 
+from .checks import check_labels
 from .images import Box, ImageFile
 from .items import SPLITS, DatasetError, Item, read_list, scan
 from .labels import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
@@ -19,6 +20,7 @@ __all__ = [
     "ImageFile",
     "Item",
     "TrainingSet",
+    "check_labels",
     "load_batches",
     "read_list",
     "scan",

@@ -3,14 +3,16 @@
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
+from PIL.ImageFile import ImageFile as PillowFile
 
 from .items import DatasetError
-from .labels import KNOWN_IDS
+from .labels import ENCODINGS, KNOWN_VALUES
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,27 @@ class Box:
     right: int
 
 
+# Keywords of the PNG texts in which Pillow looks for an orientation.
+_EXIF_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+_COLOUR_MODES = ("RGB", "RGBA", "L", "LA", "P")
+_LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")
+_LABEL_FORMATS = ("PNG", "BMP", "TIFF")
+# 65535 is -1 in 16 bits. 255, which is -1 in 8 bits, is accepted in more, since such files are made from 8 bits.
+_WIDE_VOID = (-1, 65535)
+# What Pillow, given a damaged file, may raise.
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, KeyError, struct.error, Image.DecompressionBombError)
+
+
 class ImageFile:
     """An image file, of which only the part that is needed is decoded.
 
+    The image is turned (rotated, mirrored) as its EXIF orientation says.
+
     Attributes:
-        size: (height, width) in pixels, from the header.
+        size: (height, width) in pixels, of the turned image.
+
+    Raises:
+        DatasetError: not an image file, or one of several frames.
     """
 
     def __init__(self, path: Path):
@@ -35,43 +53,99 @@ class ImageFile:
         try:
             self._data = path.read_bytes()
             with Image.open(io.BytesIO(self._data)) as header:
-                self.size = (header.height, header.width)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                self._mode, self._format = header.mode, _format(header)
+                self._turned = None if _is_upright(header, self._data) else ImageOps.exif_transpose(header)
+                image = header if self._turned is None else self._turned
+                self.size = (image.height, image.width)
+                is_animated = getattr(header, "is_animated", False) and header.format in ("PNG", "GIF", "WEBP", "AVIF")
+        except _DECODING_ERRORS as error:
             raise DatasetError(f"{path}: expected an image file, cannot read it: {error}") from error
+        if is_animated:
+            raise DatasetError(f"{path}: expected one image, found an animation")
 
-    def _read(self, box: Box | None, modes: tuple[str, ...], convert_to: str | None) -> np.ndarray:
+    @property
+    def is_turned(self) -> bool:
+        """Whether the file stores it in another orientation than upright."""
+        return self._turned is not None
+
+    def _read(self, box: Box | None, convert_to: str | None) -> np.ndarray:
         height, width = self.size
         box = box or Box(0, height, 0, width)
         data = self._data if box.bottom >= height else _shortened_png(self._data, box.bottom)
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                if image.mode not in modes:
-                    raise DatasetError(
-                        f"{self.path}: expected an image of mode {' or '.join(modes)}, found mode {image.mode}"
-                    )
+            with Image.open(io.BytesIO(data)) as upright:
+                image = upright if self._turned is None else self._turned
                 part = image.crop((box.left, box.top, min(box.right, width), min(box.bottom, height)))
                 return np.asarray(part.convert(convert_to) if convert_to else part)
-        except (OSError, SyntaxError, ValueError) as error:
-            if isinstance(error, DatasetError):
-                raise
+        except _DECODING_ERRORS as error:
             raise DatasetError(f"{self.path}: expected an image, cannot decode it: {error}") from error
+
+    def _check_mode(self, modes: tuple[str, ...]) -> None:
+        if self._mode not in modes:
+            raise DatasetError(f"{self.path}: expected an image of mode {' or '.join(modes)}, found mode {self._mode}")
 
     def read_colour(self, box: Box | None = None) -> np.ndarray:
         """uint8 [height, width, 3], RGB: the part in the box, as far as it is in the image, or all of it."""
-        return self._read(box, ("RGB", "RGBA", "L", "LA", "P"), "RGB")
+        self._check_mode(_COLOUR_MODES)
+        return self._read(box, "RGB")
 
-    def read_label(self, box: Box | None = None) -> np.ndarray:
-        """uint8 [height, width], label ids: the part in the box, as far as it is in the image, or all of it.
+    def read_label(self, box: Box | None = None, encoding: str = "ids") -> np.ndarray:
+        """uint8 [height, width], values of an encoding: the part in the box, as far as it is in the image, or all.
+
+        In images of more than 8 bits, -1, 255 and 65535 (-1 in 16 bits) are all 255.
 
         Raises:
-            DatasetError: not a one-channel image, or an id in the part outside 0..33 and -1 (255 in 8 bits).
+            DatasetError: not a one-channel image in a format that keeps its values, or a value in the part that the
+                encoding does not have.
         """
-        label = self._read(box, ("L", "P", "I", "I;16"), None)
-        known = KNOWN_IDS[label] if label.dtype == np.uint8 else (label >= -1) & (label <= 33)
+        if self._format not in _LABEL_FORMATS:
+            raise DatasetError(
+                f"{self.path}: expected a lossless label image ({', '.join(_LABEL_FORMATS)}; 8 bits or more), found "
+                f"{self._format}, which may not hold the values that were written"
+            )
+        self._check_mode(_LABEL_MODES)
+        label = self._read(box, None)
+        values, table = label, KNOWN_VALUES[encoding]
+        if label.dtype == np.uint8:
+            known = table[values]
+        else:
+            values = np.where(np.isin(label, _WIDE_VOID), 255, label)
+            known = np.isin(values, np.flatnonzero(table))
         if not known.all():
-            wrong = label[~known][0]
-            raise DatasetError(f"{self.path}: expected label ids 0..33 and -1, found {wrong}")
-        return label.astype(np.uint8)
+            raise DatasetError(f"{self.path}: expected {ENCODINGS[encoding]}, found {label[~known][0]}")
+        return values.astype(np.uint8)
+
+
+def _format(header: PillowFile) -> str:
+    """The file's format, and what may change the values of a label image, if anything."""
+    if header.format == "TIFF":
+        compression = header.info.get("compression", "")
+        if "jpeg" in compression or compression == "webp":
+            return f"TIFF with {compression} compression"
+    if header.format in _LABEL_FORMATS and header.mode == "L" and header.tile:
+        arguments = header.tile[0][3] or ""
+        raw_mode = arguments if isinstance(arguments, str) else arguments[0]
+        if raw_mode != "L":  # Pillow stretches fewer bits to 0..255
+            return f"{header.format} with grey levels stored as {raw_mode}"
+    return str(header.format)
+
+
+def _is_upright(header: PillowFile, data: bytes) -> bool:
+    """Whether the EXIF orientation, if there is any, says that the image is stored as it is shown."""
+    if header.format == "PNG" and not any(
+        kind == b"eXIf" or text.startswith(_EXIF_TEXTS) for kind, text in _png_chunks(data)
+    ):
+        return True  # Pillow would decode all pixels to look for it behind them
+    return header.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and first 32 bytes of each chunk of a PNG."""
+    start = 8
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        yield kind, data[start + 8 : start + 8 + min(length, 32)]
+        start += length + 12
 
 
 def _shortened_png(data: bytes, rows: int) -> bytes:

@@ -1,14 +1,26 @@
 """Finding the images of a data set and their labels: in a Cityscapes folder, or named in a list file."""
 
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 SPLITS = {"train": ("train",), "val": ("val",), "test": ("test",), "trainval": ("train", "val")}
 _IMAGE_SUFFIX = "_leftImg8bit.png"
-_LABEL_SUFFIX = "_gtFine_labelIds.png"
+_LABEL_SUFFIXES = {"ids": "_gtFine_labelIds.png", "trainids": "_gtFine_labelTrainIds.png"}
+# Which label files to look for, by the given encoding. Training ids may be in files that bear the layout's usual name.
+_PREFERRED: dict[str | None, tuple[str, ...]] = {
+    None: ("ids", "trainids"),
+    "ids": ("ids",),
+    "trainids": ("trainids", "ids"),
+}
 _LAYOUT = """expected the Cityscapes layout:
     <data-dir>/leftImg8bit/<split>/<city>/<city>_<sequence>_<frame>_leftImg8bit.png
     <data-dir>/gtFine/<split>/<city>/<city>_<sequence>_<frame>_gtFine_labelIds.png"""
+_LIST_LINE = (
+    "expected the path of an image, or those of an image and its label with a tab or spaces between them "
+    "(quote paths that hold spaces, or separate them by a tab)"
+)
 
 
 class DatasetError(ValueError):
@@ -17,10 +29,15 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Item:
-    """One image and its label image; a test image has none."""
+    """One image and its label image; a test image has none.
+
+    Attributes:
+        given_encoding: of the label image, "ids" or "trainids"; None if only its file name tells.
+    """
 
     image: Path
     label: Path | None
+    given_encoding: str | None = None
 
     @property
     def name(self) -> str:
@@ -32,9 +49,21 @@ class Item:
         """<city>_<sequence>_<frame>, by which the benchmark's server knows the image."""
         return self.name.removesuffix("_leftImg8bit")
 
+    @property
+    def encoding(self) -> str:
+        """How to read the label image, "ids" or "trainids": as given, or else as its file name says."""
+        named = "trainids" if self.label is not None and "labeltrainids" in self.label.name.lower() else "ids"
+        return self.given_encoding or named
 
-def scan(root: str | Path, split: str) -> list[Item]:
+
+def scan(root: str | Path, split: str, encoding: str | None = None) -> list[Item]:
     """All images of a split (train, val, test or trainval), sorted; those of test without labels.
+
+    Hidden files and folders are not looked at.
+
+    Args:
+        encoding: of the label images, "ids" or "trainids"; if None, as their file names say: _labelIds if there is such
+            a file, or else _labelTrainIds.
 
     Raises:
         DatasetError: there is no such folder, no image in it, or an image without label.
@@ -44,55 +73,84 @@ def scan(root: str | Path, split: str) -> list[Item]:
     root = Path(root)
     items: list[Item] = []
     for part in SPLITS[split]:
-        images = sorted((root / "leftImg8bit" / part).glob(f"*/*{_IMAGE_SUFFIX}"))
+        images = sorted((root / "leftImg8bit" / part).glob(f"[!.]*/[!.]*{_IMAGE_SUFFIX}"))
         if not images:
             raise DatasetError(f"{root}: no images of the split {part!r}; {_LAYOUT}\nfound: {_found(root, part)}")
         for image in images:
-            name = image.name.removesuffix(_IMAGE_SUFFIX) + _LABEL_SUFFIX
-            label = None if part == "test" else root / "gtFine" / part / image.parent.name / name
-            items.append(Item(image, label))
+            label = None if part == "test" else _label_of(image, root / "gtFine" / part, encoding)
+            items.append(Item(image, label, encoding))
     _check_files(items, f"{root}, split {split!r}")
     return items
+
+
+def _label_of(image: Path, folder: Path, encoding: str | None) -> Path:
+    """The image's label file: of the possible names the first one that exists, or else the first."""
+    suffixes = [_LABEL_SUFFIXES[kind] for kind in _PREFERRED[encoding]]
+    stem = image.name.removesuffix(_IMAGE_SUFFIX)
+    paths = [folder / image.parent.name / (stem + suffix) for suffix in suffixes]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _found(root: Path, part: str) -> str:
     """What there is instead of the images, from the innermost expected folder that exists."""
     for folder in (root / "leftImg8bit" / part, root / "leftImg8bit", root):
         if folder.is_dir():
-            names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+            names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.glob("[!.]*"))
             more = ", ..." if len(names) > 8 else ""
             return f"{folder} holds {', '.join(names[:8]) + more if names else 'nothing'}"
     return f"{root} is a file, not a folder" if root.exists() else f"{root} does not exist"
 
 
-def read_list(root: str | Path, list_path: str | Path) -> list[Item]:
+def read_list(
+    root: str | Path, list_path: str | Path, encoding: str | None = None, need_labels: bool = False
+) -> list[Item]:
     """The images named in a list file: a line each, image and label relative to root, or the image alone.
 
+    Paths are separated by a tab, or else by spaces; those that hold spaces may be quoted as in a shell. A line that
+    begins with # is a comment.
+
+    Args:
+        encoding: of the label images, "ids" or "trainids"; None if their file names tell.
+        need_labels: every image must have a label.
+
     Raises:
-        DatasetError: the file cannot be read, a line has another form, or a file it names does not exist.
+        DatasetError: the file cannot be read, a line has another form or lacks a label that is needed, or a file it
+            names does not exist.
     """
     root = Path(root)
     try:
-        lines = Path(list_path).read_text().splitlines()
+        lines = Path(list_path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{list_path}: expected a list file (image and label path a line): {error}") from error
-    items = []
+    items, unlabelled = [], []
     for number, line in enumerate(lines, start=1):
-        match line.split():
-            case []:
-                continue
-            case [image]:
-                items.append(Item(root / image, None))
-            case [image, label]:
-                items.append(Item(root / image, root / label))
-            case columns:
-                raise DatasetError(
-                    f"{list_path}, line {number}: expected 1 or 2 columns, found {len(columns)}: {line!r}"
-                )
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        image, *label = _paths(line, f"{list_path}, line {number}")
+        items.append(Item(root / image, root / label[0] if label else None, encoding))
+        if not label:
+            unlabelled.append(number)
     if not items:
         raise DatasetError(f"{list_path}: expected image and label paths, found no line")
+    if need_labels and unlabelled:
+        raise DatasetError(
+            f"{list_path}: expected an image and its label in every line, found no label in {len(unlabelled)} of "
+            f"{len(items)} lines, the first of them line {unlabelled[0]}: {lines[unlabelled[0] - 1]!r}"
+        )
     _check_files(items, str(list_path))
     return items
+
+
+def _paths(line: str, where: str) -> list[str]:
+    """The one or two paths of a line."""
+    is_quoted = re.search(r"""(^|\s)["']""", line)
+    try:
+        paths = shlex.split(line) if is_quoted or "\t" not in line else re.split(r" *\t\s*", line.rstrip())
+    except ValueError as error:
+        raise DatasetError(f"{where}: {_LIST_LINE}, found {line!r}: {error}") from error
+    if len(paths) not in (1, 2) or not all(paths):
+        raise DatasetError(f"{where}: {_LIST_LINE}, found {len(paths)} columns: {line!r}")
+    return paths
 
 
 def _check_files(items: list[Item], source: str) -> None:

@@ -61,16 +61,20 @@ CLASS_NAMES = tuple(label.name for label in CLASSES)
 NUM_CLASSES = len(CLASSES)
 LABEL_IDS = {label.name: label.id for label in LABELS}
 
-# Ids a label image may hold, as uint8: license plate's -1 is 255 there.
-KNOWN_IDS = np.zeros(256, dtype=bool)
-KNOWN_IDS[[label.id % 256 for label in LABELS]] = True
+# What the values of a label image may be: Cityscapes' label ids, or the training ids of its classes.
+ENCODINGS = {"ids": "label ids 0..33 and -1 (255)", "trainids": f"training ids 0..{NUM_CLASSES - 1} and 255 (void)"}
+
+# bool [256]: values that a label image of each encoding may hold, as uint8; license plate's id -1 is 255 there.
+KNOWN_VALUES = {encoding: np.zeros(256, dtype=bool) for encoding in ENCODINGS}
+KNOWN_VALUES["ids"][[label.id % 256 for label in LABELS]] = True
+KNOWN_VALUES["trainids"][[*range(NUM_CLASSES), 255]] = True
 
 
-def id_to_train_id_table(ignore_label: int = IGNORE_LABEL) -> np.ndarray:
-    """uint8 [256]: training id of each label id (as uint8), `ignore_label` for void ones."""
+def train_id_table(encoding: str = "ids", ignore_label: int = IGNORE_LABEL) -> np.ndarray:
+    """uint8 [256]: the training id that each value (uint8) of a label image stands for, `ignore_label` for void."""
     table = np.full(256, ignore_label, dtype=np.uint8)
     for train_id, label in enumerate(CLASSES):
-        table[label.id] = train_id
+        table[label.id if encoding == "ids" else train_id] = train_id
     return table
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from .images import ImageFile
 from .items import DatasetError, Item
-from .labels import IGNORE_LABEL, id_to_train_id_table
+from .labels import ENCODINGS, IGNORE_LABEL, train_id_table
 from .sampler import AUGMENTATION_STREAM
 from .transforms import draw_crop, normalise, pad_label, resize_image, resize_label, source_box
 
@@ -18,11 +18,17 @@ def _open_label(item: Item, image: ImageFile) -> ImageFile:
         raise DatasetError(f"{item.image}: expected a label image beside it, it has none")
     label = ImageFile(item.label)
     if label.size != image.size:
+        turned = [file.path.name for file in (image, label) if file.is_turned]
         raise DatasetError(
             f"{item.label}: expected the size of its image {item.image.name}, {image.size[0]}x{image.size[1]}, "
             f"found {label.size[0]}x{label.size[1]}"
+            + (f", after turning {' and '.join(turned)} as the EXIF orientation says" if turned else "")
         )
     return label
+
+
+def _train_id_tables(ignore_label: int) -> dict[str, np.ndarray]:
+    return {encoding: train_id_table(encoding, ignore_label) for encoding in ENCODINGS}
 
 
 class TrainingSet(Dataset):
@@ -54,7 +60,7 @@ class TrainingSet(Dataset):
         self.random_scale = random_scale
         self.random_mirror = random_mirror
         self.seed = seed
-        self._train_ids = id_to_train_id_table(ignore_label)
+        self._train_ids = _train_id_tables(ignore_label)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -73,7 +79,8 @@ class TrainingSet(Dataset):
         crop = draw_crop(generator, image.size, self.crop_size, self.random_scale, self.random_mirror)
         box = source_box(crop)
         pixels = resize_image(image.read_colour(box), crop)
-        train_ids = self._train_ids[resize_label(label.read_label(box), crop)]
+        values = resize_label(label.read_label(box, item.encoding), crop)
+        train_ids = self._train_ids[item.encoding][values]
         return {
             "image": torch.from_numpy(normalise(pixels, self.crop_size, crop.mirror)),
             "label": torch.from_numpy(pad_label(train_ids, self.crop_size, self.ignore_label, crop.mirror)),
@@ -91,7 +98,7 @@ class EvaluationSet(Dataset):
 
     def __init__(self, items: list[Item], ignore_label: int = IGNORE_LABEL):
         self.items = items
-        self._train_ids = id_to_train_id_table(ignore_label)
+        self._train_ids = _train_id_tables(ignore_label)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -106,5 +113,6 @@ class EvaluationSet(Dataset):
         image = ImageFile(item.image)
         label = None
         if item.label is not None:
-            label = torch.from_numpy(self._train_ids[_open_label(item, image).read_label()])
+            values = _open_label(item, image).read_label(encoding=item.encoding)
+            label = torch.from_numpy(self._train_ids[item.encoding][values])
         return {"image": torch.from_numpy(normalise(image.read_colour())), "label": label, "item": item}

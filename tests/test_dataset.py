@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from itertools import chain
 from pathlib import Path
 
@@ -15,12 +17,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
-from dataset import DatasetError, EpochSampler, EvaluationSet, TrainingSet, load_batches, read_list, scan, share
+import evaluate
+import train
+from dataset import (
+    DatasetError,
+    EpochSampler,
+    EvaluationSet,
+    TrainingSet,
+    check_labels,
+    load_batches,
+    read_list,
+    scan,
+    share,
+)
 from dataset.images import Box, ImageFile
 from dataset.items import Item
-from dataset.labels import LABELS, PALETTE, TRAIN_ID_TO_ID, id_to_train_id_table
+from dataset.labels import LABELS, PALETTE, TRAIN_ID_TO_ID, train_id_table
 from dataset.transforms import (
     IMAGE_MEAN,
     SCALE_TENTHS,
@@ -34,6 +48,7 @@ from dataset.transforms import (
     scaled_length,
     source_box,
 )
+from utils.distributed import World
 
 
 def test_label_table_is_that_of_cityscapesscripts():
@@ -42,10 +57,11 @@ def test_label_table_is_that_of_cityscapesscripts():
     ours = {(label.name, label.id, label.train_id, label.colour) for label in LABELS}
     void = {-1, 255}
     assert ours == {(o.name, o.id, None if o.trainId in void else o.trainId, o.color) for o in official}
-    table = id_to_train_id_table(200)
+    table, of_train_ids = train_id_table("ids", 200), train_id_table("trainids", 200)
     for label in official:
         expected = 200 if label.trainId in void else label.trainId
         assert table[label.id % 256] == expected
+        assert of_train_ids[label.trainId % 256] == expected
         if expected != 200:
             assert TRAIN_ID_TO_ID[label.trainId] == label.id
             assert tuple(PALETTE[label.trainId]) == label.color
@@ -60,6 +76,18 @@ def test_scan_finds_every_split(scenes):
     assert item.label.name == item.frame + "_gtFine_labelIds.png"
     assert item.name == item.frame + "_leftImg8bit"
     assert all(item.label is None for item in scan(scenes, "test"))
+
+
+def test_hidden_files_and_folders_are_no_data(scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / ".hidden" / "data")
+    root = tmp_path / ".hidden" / "data"
+    image = scan(root, "val")[0].image
+    image.with_name("._" + image.name).write_bytes(b"\x00\x05\x16\x07")
+    shutil.copytree(image.parent, image.parent.parent / ".trash")
+    assert [item.image.name for item in scan(root, "val")] == [item.image.name for item in scan(scenes, "val")]
+    image.parent.rename(image.parent.parent / ".moved")
+    with pytest.raises(DatasetError, match=r"no images of the split 'val'(.|\n)*leftImg8bit/val holds nothing"):
+        scan(root, "val")
 
 
 def test_list_files_of_the_original(scenes, tmp_path):
@@ -91,11 +119,45 @@ def test_image_without_label_is_named(scenes, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "an image.png\tits label.png",
+        "an image.png \t its label.png ",
+        "'an image.png' \"its label.png\"",
+        "'an image.png'\t'its label.png'",
+        "an\\ image.png its\\ label.png",
+    ],
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_list_files_with_spaces_comments_and_a_byte_order_mark(tmp_path, line, newline):
+    for name in ("an image.png", "its label.png", "a.png", "#b.png"):
+        (tmp_path / name).touch()
+    lines = ["# image and label: isn't it", line, "", "  # more", "a.png\t#b.png"]
+    (tmp_path / "x.lst").write_bytes(b"\xef\xbb\xbf" + newline.join(lines).encode())
+    expected = [
+        Item(tmp_path / "an image.png", tmp_path / "its label.png"),
+        Item(tmp_path / "a.png", tmp_path / "#b.png"),
+    ]
+    assert read_list(tmp_path, tmp_path / "x.lst") == expected
+
+
+def test_training_lists_need_labels(scenes, tmp_path):
+    image, label = scan(scenes, "val")[0].image, scan(scenes, "val")[0].label
+    (tmp_path / "x.lst").write_text(f"{image} {label}\n# a comment\n{image}\n{image} {label}\n{image}\n")
+    assert len(read_list(scenes, tmp_path / "x.lst")) == 4
+    with pytest.raises(DatasetError, match=r"x.lst: .* no label in 2 of 4 lines, the first of them line 3: '.*leftImg"):
+        read_list(scenes, tmp_path / "x.lst", need_labels=True)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a b c\n", "line 1: expected 1 or 2 columns, found 3"),
+        ("a b c\n", "line 1: expected the path of an image, or .*found 3 columns: 'a b c'"),
         ("", "found no line"),
         ("gone.png\n", "1 of 1 image files do not exist"),
+        ("# only this\n", "found no line"),
+        ("\ta.png\n", "line 1: .*found 2 columns"),
+        ("a.png\n'b.png\n", "line 2: .*No closing quotation"),
     ],
 )
 def test_wrong_list_files(scenes, tmp_path, text, message):
@@ -148,7 +210,7 @@ def test_bad_files_are_named(tmp_path, make):
         return dataset[0 if isinstance(dataset, EvaluationSet) else (0, 0)]
 
     item = one_item(tmp_path, IMAGE, np.full((12, 16), 34, np.uint8))
-    with pytest.raises(DatasetError, match=r"label.png: expected label ids 0..33 and -1, found 34"):
+    with pytest.raises(DatasetError, match=r"label.png: expected label ids 0..33 and -1 \(255\), found 34"):
         sample(item)
     item = one_item(tmp_path, IMAGE, np.zeros((12, 15), np.uint8))
     with pytest.raises(DatasetError, match=r"label.png: expected the size of its image image.png, 12x16, found 12x15"):
@@ -164,6 +226,206 @@ def test_bad_files_are_named(tmp_path, make):
     item.image.write_text("no image")
     with pytest.raises(DatasetError, match=r"image.png: expected an image file"):
         sample(item)
+
+
+TURNS = {  # EXIF orientation: the image as it is shown, of that which is stored
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: stored.swapaxes(0, 1)[:, ::-1],
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: stored.swapaxes(0, 1)[::-1],
+}
+
+
+def save_turned(path, pixels, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+
+
+def move_exif_to_the_end(path):
+    """PNG allows it behind the pixels."""
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    path.write_bytes(data.replace(chunk, b"")[:-12] + chunk + data[-12:])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_images_are_turned_as_their_exif_orientation_says(tmp_path, suffix, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(pixels).save(path)
+    shown = TURNS[orientation](ImageFile(path).read_colour())
+    save_turned(path, pixels, orientation)
+
+    def check():
+        file = ImageFile(path)
+        assert file.size == shown.shape[:2]
+        assert file.is_turned == (orientation != 1)
+        assert np.array_equal(file.read_colour(), shown)
+        assert np.array_equal(file.read_colour(Box(2, 9, 3, 40)), shown[2:9, 3:40])
+
+    check()
+    if suffix == "png":
+        move_exif_to_the_end(path)
+        check()
+
+
+def test_labels_are_turned_too_and_a_size_error_says_so(tmp_path):
+    item = one_item(tmp_path, IMAGE, np.zeros((12, 16), np.uint8))
+    label = np.random.default_rng(0).integers(0, 34, (16, 12), dtype=np.uint8)
+    save_turned(item.label, label, 6)
+    assert np.array_equal(EvaluationSet([item])[0]["label"], train_id_table()[TURNS[6](label)])
+    save_turned(item.image, IMAGE, 8)
+    Image.fromarray(np.zeros((12, 16), np.uint8)).save(item.label)
+    message = "image.png, 16x12, found 12x16, after turning image.png as the EXIF orientation says"
+    with pytest.raises(DatasetError, match=message):
+        EvaluationSet([item])[0]
+
+
+@pytest.mark.parametrize(
+    ("save", "found"),
+    [
+        (lambda image, path: image.save(path, "JPEG"), "JPEG"),
+        (lambda image, path: image.save(path, "WEBP"), "WEBP"),
+        (lambda image, path: image.save(path, "GIF"), "GIF"),  # its palette may be sorted
+        (lambda image, path: image.save(path, "TIFF", compression="jpeg"), "TIFF with .*jpeg compression"),
+        (lambda image, path: path.write_bytes(png_of_four_bits()), "PNG with grey levels stored as L;4"),
+    ],
+)
+def test_label_formats_that_may_change_the_values_are_refused(tmp_path, save, found):
+    path = tmp_path / "label.png"
+    save(Image.fromarray(np.full((8, 8), 7, np.uint8)), path)
+    with pytest.raises(DatasetError, match=rf"label.png: expected a lossless label image .* found {found}"):
+        ImageFile(path).read_label()
+
+
+def png_of_four_bits():
+    """Two grey levels, 0 and 1 of 15, which Pillow reads as 0 and 17."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 4, 0, 0, 0, 0)
+    pixels = zlib.compress(b"\0\x01")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif"])
+def test_other_lossless_label_formats_are_read(tmp_path, suffix):
+    label = np.arange(34, dtype=np.uint8)[None]
+    Image.fromarray(label).save(tmp_path / f"label.{suffix}")
+    assert np.array_equal(ImageFile(tmp_path / f"label.{suffix}").read_label(), label)
+
+
+@pytest.mark.parametrize(("dtype", "suffix"), [(np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif")])
+def test_void_in_labels_of_more_than_8_bits(tmp_path, dtype, suffix):
+    path = tmp_path / f"label.{suffix}"
+    values = [7, 255, 65535, -1 if dtype == np.int32 else 0]
+    Image.fromarray(np.array([values], dtype)).save(path)
+    expected = [7, 255, 255, 255 if dtype == np.int32 else 0]
+    assert ImageFile(path).read_label().tolist() == [expected]
+    for wrong in (34, 256 + 7, 65534):
+        Image.fromarray(np.array([[7, wrong]], dtype)).save(path)
+        with pytest.raises(DatasetError, match=rf"expected label ids 0..33 and -1 \(255\), found {wrong}$"):
+            ImageFile(path).read_label()
+
+
+def test_animations_are_refused(tmp_path):
+    frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (7, 8)]
+    frames[0].save(tmp_path / "label.png", save_all=True, append_images=frames[1:])
+    with pytest.raises(DatasetError, match=r"label.png: expected one image, found an animation"):
+        ImageFile(tmp_path / "label.png")
+
+
+# ---- encodings
+
+
+def copy_as(scenes, root, name, values):
+    """The scenes with other label images: with `name` in place of labelIds, and values mapped by the table."""
+    shutil.copytree(scenes / "leftImg8bit", root / "leftImg8bit")
+    for path in (scenes / "gtFine").glob("*/*/*_labelIds.png"):
+        copy = root / path.relative_to(scenes).with_name(path.name.replace("labelIds", name))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values[np.asarray(Image.open(path))]).save(copy)
+
+
+def labels_of(items):
+    return [sample["label"] for sample in map(EvaluationSet(items).__getitem__, range(len(items)))]
+
+
+def same_labels(items, others):
+    return all(torch.equal(a, b) for a, b in zip(labels_of(items), labels_of(others), strict=True))
+
+
+def test_training_ids_are_read_by_their_name(scenes, tmp_path):
+    copy_as(scenes, tmp_path, "labelTrainIds", train_id_table())
+    expected, items = scan(scenes, "val"), scan(tmp_path, "val")
+    assert [item.encoding for item in items] == ["trainids"] * 3
+    assert same_labels(items, expected)
+    crops = TrainingSet(items, (30, 40), seed=1), TrainingSet(expected, (30, 40), seed=1)
+    assert torch.equal(crops[0][(0, 2)]["label"], crops[1][(0, 2)]["label"])
+    check_labels(items)
+    # A list may mix both.
+    (tmp_path / "x.lst").write_text(f"{items[0].image} {items[0].label}\n{items[1].image} {expected[1].label}\n")
+    mixed = read_list(tmp_path, tmp_path / "x.lst")
+    assert [item.encoding for item in mixed] == ["trainids", "ids"]
+    assert same_labels(mixed, expected[:2])
+    check_labels(mixed)
+    # The encoding chooses the file: ids where there are both, unless told otherwise.
+    shutil.copytree(scenes / "gtFine", tmp_path / "gtFine", dirs_exist_ok=True)
+    for encoding, found in ((None, "ids"), ("ids", "ids"), ("trainids", "trainids")):
+        items = scan(tmp_path, "val", encoding)
+        assert {item.label.name.split("_")[-1].lower() for item in items} == {f"label{found}.png"}
+        assert same_labels(items, expected)
+
+
+def test_training_ids_without_their_name_are_refused_unless_told(scenes, tmp_path):
+    copy_as(scenes, tmp_path, "labelIds", train_id_table())
+    with pytest.raises(
+        DatasetError, match=r"labelIds.png: .* first 3 label images only the values 0, .*, 255; .*rainids"
+    ):
+        check_labels(scan(tmp_path, "val"))
+    told = scan(tmp_path, "val", "trainids")
+    check_labels(told)
+    assert same_labels(told, scan(scenes, "val"))
+    check_labels(scan(tmp_path, "val", "ids"))
+    with pytest.raises(DatasetError, match=r"expected training ids 0..18 and 255 \(void\), found \d\d$"):
+        check_labels(scan(scenes, "val", "trainids"))
+
+
+@pytest.mark.parametrize("values", [[0, 1, 2, 3, 4], [0, 255]])
+def test_labels_without_a_valid_pixel_are_refused(scenes, tmp_path, values):
+    copy_as(scenes, tmp_path, "labelIds", np.resize(values, 256).astype(np.uint8))
+    listed = ", ".join(map(str, values))
+    with pytest.raises(DatasetError, match=rf"only the values {listed}; if they are training ids"):
+        check_labels(scan(tmp_path, "train"))
+    with pytest.raises(DatasetError, match=rf"no pixel of a trained class .*, 6 in all: .* the values {listed}$"):
+        check_labels(scan(tmp_path, "train", "ids"))
+    # One image with a valid pixel is enough.
+    items = scan(tmp_path, "train", "ids")
+    shutil.copy(scan(scenes, "train")[5].label, items[5].label)
+    check_labels(items)
+
+
+def test_images_without_labels_need_no_check(scenes):
+    check_labels(scan(scenes, "test"))
+
+
+def test_scripts_refuse_meaningless_labels_before_anything_else(scenes, tmp_path):
+    copy_as(scenes, tmp_path, "labelIds", np.zeros(256, np.uint8))
+    command = ["--data-dir", str(tmp_path), "--label-encoding", "ids"]
+    world = World(torch.device("cpu"))
+    with pytest.raises(DatasetError, match="no pixel of a trained class"):
+        train.train(train.parse_flags(command), world)
+    arguments = evaluate.get_parser().parse_args([*command, "--restore-from", "none.pth"])
+    with pytest.raises(DatasetError, match="no pixel of a trained class"):
+        evaluate.evaluate(arguments, world)
 
 
 # ---- augmentation

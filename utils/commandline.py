@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dataset import IGNORE_LABEL, NUM_CLASSES
+from dataset.labels import ENCODINGS
 from networks import BACKBONE_ACTIVATIONS, BACKBONES
 
 from .precision import AMP_DTYPES
@@ -56,6 +57,11 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         "--data-dir", type=Path, default=Path("cityscapes"), help="folder with leftImg8bit/ and gtFine/"
     )
     parser.add_argument("--data-list", type=Path, help="list file (image and label path a line) instead of a split")
+    parser.add_argument(
+        "--label-encoding",
+        choices=ENCODINGS,
+        help="values of the label images: Cityscapes' label ids, or training ids; as their file names say if not given",
+    )
     parser.add_argument(
         "--ignore-label", type=number(int, NUM_CLASSES, 255), default=IGNORE_LABEL, help="label of void"
     )
