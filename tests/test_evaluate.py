@@ -251,13 +251,22 @@ def test_what_is_in_the_way_of_the_output_is_named(scenes, checkpoint, tmp_path,
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_labels_that_are_all_void_give_null(scenes, checkpoint, tmp_path):
-    image = scan(scenes, "val")[0].image
+def test_labels_that_are_all_void_are_refused_and_one_beside_others_counts_nothing(
+    scenes, checkpoint, tmp_path, capsys
+):
+    first, second, _ = scan(scenes, "val")
     Image.fromarray(np.zeros((48, 64), np.uint8)).save(tmp_path / "void.png")
-    (tmp_path / "x.lst").write_text(f"{image} {tmp_path / 'void.png'}")
-    assert evaluation("/", checkpoint, tmp_path, "--data-list", tmp_path / "x.lst") == 0
-    result = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
-    assert result["meanIU"] is None
+    flags = ["--data-list", tmp_path / "x.lst", "--label-encoding", "ids"]
+    (tmp_path / "x.lst").write_text(f"{first.image} {tmp_path / 'void.png'}\n")
+    assert evaluation("/", checkpoint, tmp_path / "alone", *flags) == 2
+    assert "void.png: expected label ids 0..33 and -1 (255), found no pixel of a trained" in capsys.readouterr().err
+    results = []
+    for line in (f"{first.image} {tmp_path / 'void.png'}\n", ""):
+        (tmp_path / "x.lst").write_text(f"{line}{second.image} {second.label}\n")
+        assert evaluation("/", checkpoint, tmp_path / "out", *flags) == 0
+        results.append(json.loads((tmp_path / "out" / "result.json").read_text(), parse_constant=pytest.fail))
+    assert [result["images"] for result in results] == [2, 1]
+    assert results[0]["IU_array"] == results[1]["IU_array"]
 
 
 def test_an_imagenet_backbone_is_no_network_to_evaluate(scenes, checkpoint, tmp_path, capsys):
