@@ -5,7 +5,7 @@ from .images import Box, ImageFile
 from .items import SPLITS, DatasetError, Item, read_list, scan
 from .labels import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
 from .loading import load_batches
-from .sampler import EpochSampler, share
+from .sampler import EpochSampler, shard
 from .samples import EvaluationSet, TrainingSet
 
 __all__ = [
@@ -24,5 +24,5 @@ __all__ = [
     "load_batches",
     "read_list",
     "scan",
-    "share",
+    "shard",
 ]

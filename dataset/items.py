@@ -7,6 +7,7 @@ from pathlib import Path
 
 SPLITS = {"train": ("train",), "val": ("val",), "test": ("test",), "trainval": ("train", "val")}
 _IMAGE_SUFFIX = "_leftImg8bit.png"
+_OTHER_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # in any case; .PNG is not .png
 _LABEL_SUFFIXES = {"ids": "_gtFine_labelIds.png", "trainids": "_gtFine_labelTrainIds.png"}
 # Which label files to look for, by the given encoding. Training ids may be in files that bear the layout's usual name.
 _PREFERRED: dict[str | None, tuple[str, ...]] = {
@@ -66,13 +67,14 @@ def scan(root: str | Path, split: str, encoding: str | None = None) -> list[Item
             a file, or else _labelTrainIds.
 
     Raises:
-        DatasetError: there is no such folder, no image in it, or an image without label.
+        DatasetError: there is no such folder, no image in it, an image of another format, or one without label.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     root = Path(root)
     items: list[Item] = []
     for part in SPLITS[split]:
+        _check_suffixes(root / "leftImg8bit" / part)
         images = sorted((root / "leftImg8bit" / part).glob(f"[!.]*/[!.]*{_IMAGE_SUFFIX}"))
         if not images:
             raise DatasetError(f"{root}: no images of the split {part!r}; {_LAYOUT}\nfound: {_found(root, part)}")
@@ -81,6 +83,16 @@ def scan(root: str | Path, split: str, encoding: str | None = None) -> list[Item
             items.append(Item(image, label, encoding))
     _check_files(items, f"{root}, split {split!r}")
     return items
+
+
+def _check_suffixes(folder: Path) -> None:
+    """No image is left out because its name ends otherwise than in the layout."""
+    names = folder.glob(f"[!.]*/[!.]*{Path(_IMAGE_SUFFIX).stem}.*")
+    others = sorted(path for path in names if path.suffix.lower() in _OTHER_IMAGES and path.suffix != ".png")
+    if others:
+        raise DatasetError(
+            f"{folder}: expected all images as *{_IMAGE_SUFFIX}, found {len(others)} others: {others[0]}"
+        )
 
 
 def _label_of(image: Path, folder: Path, encoding: str | None) -> Path:

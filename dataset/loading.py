@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .items import DatasetError, Item
 
-# Batches that each process makes ahead: while one is waited for, the next is there, and memory stays small.
+# Batches that each worker prefetches: enough that the next one is ready, and few enough to keep memory small.
 _PREFETCHED = 2
 
 
@@ -30,7 +30,7 @@ class Samples(Protocol):
 
 @contextmanager
 def _errors_that_name(items: list[Item]) -> Iterator[None]:
-    """Turn whatever else is raised into a DatasetError that names the items' files."""
+    """Turn every exception that is no DatasetError into one that names the items' files."""
     try:
         yield
     except DatasetError:
@@ -45,7 +45,7 @@ def _errors_that_name(items: list[Item]) -> Iterator[None]:
 class _Batches(Dataset):
     """Whole batches, indexed by the list of their samples' keys.
 
-    A DatasetError is handed over as the batch: raised in a worker it would arrive wrapped in that worker's traceback.
+    A DatasetError is returned in place of the batch: raised in a worker, it would arrive wrapped in a traceback.
     """
 
     def __init__(self, dataset: Samples, collate: Callable[[list], Any]):
@@ -73,19 +73,19 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _set_up_worker(worker_id: int) -> None:
-    """One thread each, as torch has; and a signal to the whole process group is for the main process to act on."""
+    """Use one thread, and leave SIGINT and SIGTERM, which the whole process group may get, to the main process."""
     cv2.setNumThreads(0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def _deaths_held_back() -> Iterator[Callable[[], None]]:
-    """Keep PyTorch's handler of SIGCHLD from acting; yields a function that lets it, if there was such a signal.
+def _deferred_sigchld() -> Iterator[Callable[[], None]]:
+    """Defer PyTorch's handler of SIGCHLD; yields a function that calls it if such a signal has arrived since.
 
-    The handler raises a RuntimeError if a worker has died, wherever this process is just then: in the middle of writing
-    a snapshot, or in a queue's lock, which then stays locked. A batch that is waited for is not lost sight of: PyTorch
-    looks every few seconds whether its worker lives.
+    The handler raises a RuntimeError if a worker has died, wherever this process is at that moment: while it writes a
+    snapshot, or inside a queue's lock, which then stays locked. Waiting for a batch remains safe, since PyTorch then
+    checks every few seconds whether the worker is alive.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
@@ -106,8 +106,8 @@ def _deaths_held_back() -> Iterator[Callable[[], None]]:
 
 
 def _death_message(workers: list[BaseProcess], found: str) -> str:
-    """What has probably happened, and what helps."""
-    wait([worker.sentinel for worker in workers], timeout=1)  # for the one that is just dying
+    """The probable cause of a worker's death, and a remedy."""
+    wait([worker.sentinel for worker in workers], timeout=1)  # one may still be dying
     causes = {-worker.exitcode for worker in workers if worker.exitcode is not None and worker.exitcode < 0}
     if signal.SIGBUS in causes:
         advice = "the shared memory (/dev/shm) has probably run out: give more of it, or fewer --num-workers"
@@ -122,8 +122,8 @@ def _death_message(workers: list[BaseProcess], found: str) -> str:
 def _end_workers(iterator: Iterator[Any]) -> None:
     """End the worker processes of a DataLoader's iterator.
 
-    PyTorch does so when the iterator is garbage. The traceback of an error may keep it until this process ends, which
-    would wait for ever: it ends its children by SIGTERM, which they ignore.
+    PyTorch does this when the iterator is garbage-collected. A kept traceback may hold it until this process exits, and
+    the exit would then hang: it sends SIGTERM to its children and joins them, and the workers ignore SIGTERM.
     """
     getattr(iterator, "_shutdown_workers", lambda: None)()
 
@@ -138,11 +138,12 @@ def load_batches(
     """Iterate over the dataset's batches, made by `num_workers` processes, or in this one if 0.
 
     Args:
+        batches: for each batch the list of its samples' keys.
         collate: makes a batch of a list of samples; torch's default_collate if None.
 
     Raises:
-        DatasetError: a sample or batch cannot be made, whichever process it came from and whatever went wrong: the
-            message names its files. Or one of the processes has died.
+        DatasetError: a sample or a batch cannot be made, for any reason; the message names its files. Or a worker has
+            died.
     """
     loader = DataLoader(
         _Batches(dataset, collate or torch.utils.data.default_collate),
@@ -153,18 +154,18 @@ def load_batches(
         pin_memory=pin_memory,
         worker_init_fn=_set_up_worker,
         prefetch_factor=_PREFETCHED if num_workers > 0 else None,
-        # There is one pass, on which the workers live as long as the run: keeping them for another has no use.
+        # There is only one pass, which lasts as long as the run.
         persistent_workers=False,
-        # Its own generator: otherwise the loader draws from the one that dropout uses.
+        # A generator of its own: by default the loader draws from the global one, which dropout uses.
         generator=torch.Generator(),
     )
     others = multiprocessing.active_children()
     workers: list[BaseProcess] = []
     try:
-        with _deaths_held_back():
-            iterator = iter(loader)  # starts the workers, and the first time sets PyTorch's handler of SIGCHLD
+        with _deferred_sigchld():
+            iterator = iter(loader)  # starts the workers, and the first time installs PyTorch's handler of SIGCHLD
         workers += [child for child in multiprocessing.active_children() if child not in others]
-        with _deaths_held_back() as check:
+        with _deferred_sigchld() as check:
             try:
                 while (batch := next(iterator, None)) is not None:
                     if isinstance(batch, DatasetError):
@@ -173,8 +174,8 @@ def load_batches(
                     check()
             finally:
                 _end_workers(iterator)
-    # What a batch meets is a value and not raised: an error of the system is then one of receiving what a dying worker
-    # had sent, which may come before PyTorch sees it dead.
+    # Errors of samples come back as values, so an OSError or EOFError here means that a worker died while it sent a
+    # batch. It may come before PyTorch notices the death.
     except (RuntimeError, OSError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise

@@ -1,4 +1,4 @@
-"""Which images each step of training has, and which of them each process."""
+"""The order of the training images, and how each step's batch is divided among processes."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -6,12 +6,12 @@ from functools import lru_cache
 import numpy as np
 from torch.utils.data import Sampler
 
-# Streams of random numbers, kept apart by a number in their seeds.
+# A number in the seeds keeps the streams of random numbers apart.
 ORDER_STREAM, AUGMENTATION_STREAM = 0, 1
 
 
-def share(total: int, process: int, num_processes: int) -> range:
-    """The part of range(total) that is this process's: the parts are contiguous, in order, and differ by at most one.
+def shard(total: int, process: int, num_processes: int) -> range:
+    """The contiguous part of range(total) that a process works on; sizes of the parts differ by at most one.
 
     Raises:
         ValueError: there is no such process.
@@ -24,9 +24,9 @@ def share(total: int, process: int, num_processes: int) -> range:
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) keys from step `first` to step `last`, exclusive.
 
-    Each epoch is a permutation of all images; epochs follow each other without a gap, so none is dropped or repeated
-    within one. The batch of a step depends on (seed, step) alone, which is what lets training go on anywhere. How it
-    is cut, into parts and among processes, changes nothing in it.
+    Each epoch is a permutation of all images. Epochs follow each other without a gap, so that an epoch neither drops
+    nor repeats an image. The batch of a step depends on (seed, step) alone, so training can resume at any step.
+    Dividing a batch into parts and among processes does not change which images it has.
 
     Args:
         num_images: images of an epoch.
@@ -34,13 +34,13 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         first: step to begin at.
         last: step to end before.
         seed: of the permutations.
-        parts: micro-batches of equal size that a step's batch is cut into, one after the other.
-        process: the one whose share of each micro-batch is yielded; see `share`.
-        num_processes: how many there are.
+        parts: micro-batches of equal size that make up a step's batch.
+        process: whose shard of each micro-batch is yielded; see `shard`.
+        num_processes: number of processes.
 
     Raises:
-        ValueError: the batch cannot be cut into equal parts, a part has fewer images than there are processes, or there
-            is no such process.
+        ValueError: the batch cannot be divided into equal parts, a part has fewer images than there are processes, or
+            there is no such process.
     """
 
     def __init__(
@@ -62,17 +62,17 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
                 f"batch_size: expected an image for each of {num_processes} processes in each of {parts} parts, "
                 f"{num_processes * parts} or more, got {batch_size}"
             )
-        mine = share(part_size, process, num_processes)
+        mine = shard(part_size, process, num_processes)
         self.num_images = num_images
         self.batch_size = batch_size
         self.first = first
         self.last = last
         self.seed = seed
-        # Where this process's share of each part lies in a step's batch.
+        # The places within a step's batch of this process's shard of each part.
         self._offsets = [range(begin + mine.start, begin + mine.stop) for begin in range(0, batch_size, part_size)]
 
     def __len__(self) -> int:
-        """Lists that are yielded: one a step and part."""
+        """Number of lists that are yielded: one for each part of each step."""
         return max(self.last - self.first, 0) * len(self._offsets)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

@@ -1,4 +1,4 @@
-"""The samples that networks are trained on and evaluated on, as torch datasets."""
+"""Training and evaluation samples, as torch datasets."""
 
 from typing import Any
 
@@ -34,14 +34,14 @@ def _train_id_tables(ignore_label: int) -> dict[str, np.ndarray]:
 class TrainingSet(Dataset):
     """Augmented training samples, indexed by (epoch, index).
 
-    A sample is a pure function of (seed, epoch, index): its generator is seeded by them and by nothing else.
+    A sample is a pure function of (seed, epoch, index), which seed its random generator.
 
     Args:
         items: the images with their labels.
         crop_size: (height, width) of the samples.
         ignore_label: training label of void and padded pixels, 0..255.
-        random_scale: scale by 0.7, 0.8, ... 2.1, each as likely.
-        random_mirror: mirror every other sample.
+        random_scale: scale by one of 0.7, 0.8, ... 2.1, drawn uniformly.
+        random_mirror: mirror with probability 1/2.
         seed: of all augmentation.
     """
 

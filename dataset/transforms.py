@@ -1,8 +1,8 @@
 """Augmentation and normalisation.
 
-The recipe scales an image by 0.7, 0.8, ... 2.1, pads it to the crop's size, and crops. Here the crop is drawn first,
-on the scaled image that is never made, and only what it covers is read and resized. The pixels are the same, up to
-OpenCV's rounding.
+The recipe scales an image by 0.7, 0.8, ... 2.1, pads it to the crop's size, and crops it. Here the crop is drawn first,
+in the coordinates of the scaled image, and only the source pixels under it are read and resized. The result is the
+same up to OpenCV's rounding.
 """
 
 import math
@@ -20,7 +20,7 @@ SCALE_TENTHS = range(7, 22)
 
 
 class Span(NamedTuple):
-    """Along one axis of the scaled image: the part that the crop covers, [start, stop)."""
+    """The pixels [start, stop) that a crop covers, along one axis of the scaled image."""
 
     start: int
     stop: int
@@ -28,7 +28,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Crop:
-    """One draw of the augmentation: the scale in tenths, the covered part, and whether it is mirrored."""
+    """One draw of the augmentation: the scale in tenths, the rows and columns of the scaled image, and mirroring."""
 
     tenths: int
     rows: Span
@@ -59,7 +59,7 @@ def draw_crop(
 
 
 class _Window(NamedTuple):
-    """Along one axis: source pixels [start, stop) and what part of their resized form is wanted."""
+    """The source pixels [start, stop) along one axis, their length when resized, and where the span begins in that."""
 
     start: int
     stop: int
@@ -70,9 +70,9 @@ class _Window(NamedTuple):
 def _window(span: Span, tenths: int) -> _Window:
     """The source pixels that determine a span of the scaled axis.
 
-    With the scale p/q in lowest terms, pixel i+p of the scaled axis samples the source where pixel i does, q further
-    on. So a window that begins at a multiple of q is sampled exactly as the whole axis is. One more block on each
-    side keeps the window's own borders out of the span.
+    Let p/q be the scale in lowest terms. Pixel i + p of the scaled axis samples the source q pixels after the place
+    that pixel i samples. A window that begins at a multiple of q is therefore sampled exactly as the whole axis is.
+    It has one more block of q pixels on each side, so that its borders do not influence the span.
     """
     divisor = math.gcd(tenths, 10)
     p, q = tenths // divisor, 10 // divisor
@@ -82,20 +82,21 @@ def _window(span: Span, tenths: int) -> _Window:
 
 
 def source_box(crop: Crop) -> Box:
-    """The part of the source image that the crop depends on; it may reach beyond the bottom and right."""
+    """The part of the source image that the crop depends on; it may reach beyond the image's bottom and right."""
     rows, columns = _window(crop.rows, crop.tenths), _window(crop.columns, crop.tenths)
     return Box(rows.start, rows.stop, columns.start, columns.stop)
 
 
 def resize_image(part: np.ndarray, crop: Crop) -> np.ndarray:
-    """The crop of the bilinearly scaled image.
+    """The crop of the bilinearly scaled image, uint8 [rows, columns, 3].
 
-    part: uint8 [height, width, 3], the image within `source_box(crop)`. Returns uint8 of the covered size.
+    Args:
+        part: uint8 [height, width, 3], the image within `source_box(crop)`.
     """
     rows, columns = _window(crop.rows, crop.tenths), _window(crop.columns, crop.tenths)
     bottom = rows.stop - rows.start - part.shape[0]
     right = columns.stop - columns.start - part.shape[1]
-    if bottom or right:  # beyond the image's border resizing repeats the last pixel
+    if bottom or right:  # resizing repeats the last pixel at the image's border
         part = cv2.copyMakeBorder(part, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
     resized = cv2.resize(part, (columns.resized, rows.resized), interpolation=cv2.INTER_LINEAR)
     height, width = crop.rows.stop - crop.rows.start, crop.columns.stop - crop.columns.start
@@ -103,9 +104,10 @@ def resize_image(part: np.ndarray, crop: Crop) -> np.ndarray:
 
 
 def resize_label(part: np.ndarray, crop: Crop) -> np.ndarray:
-    """The crop of the label image scaled to the nearest pixel.
+    """The crop of the label image scaled by nearest neighbour, [rows, columns].
 
-    part: [height, width], the label image within `source_box(crop)`. Returns the covered size.
+    Args:
+        part: [height, width], the label image within `source_box(crop)`.
     """
     box = source_box(crop)
     rows, columns = (
@@ -116,9 +118,9 @@ def resize_label(part: np.ndarray, crop: Crop) -> np.ndarray:
 
 
 def normalise(image: np.ndarray, size: tuple[int, int] | None = None, mirror: bool = False) -> np.ndarray:
-    """uint8 RGB [height, width, 3] to float32 BGR [3, *size] with the mean subtracted, in 0..255 units.
+    """Subtract the mean, pad with zeros at the bottom and right, then mirror if asked to.
 
-    What `size` has more than the image, at the bottom and right, is 0. Mirroring is of the padded image.
+    uint8 RGB [height, width, 3] becomes float32 BGR [3, *size], in units of grey levels (0..255).
     """
     height, width = image.shape[:2]
     out = np.zeros((3, *(size or (height, width))), dtype=np.float32)
@@ -129,7 +131,7 @@ def normalise(image: np.ndarray, size: tuple[int, int] | None = None, mirror: bo
 
 
 def pad_label(label: np.ndarray, size: tuple[int, int], fill: int, mirror: bool = False) -> np.ndarray:
-    """[height, width] to `size`, with `fill` at the bottom and right; then mirrored, if so."""
+    """Pad [height, width] to `size` with `fill` at the bottom and right, then mirror if asked to."""
     out = np.full(size, fill, dtype=label.dtype)
     target = out[:, ::-1] if mirror else out
     target[: label.shape[0], : label.shape[1]] = label

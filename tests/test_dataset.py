@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import evaluate
 import train
@@ -30,7 +31,7 @@ from dataset import (
     load_batches,
     read_list,
     scan,
-    share,
+    shard,
 )
 from dataset.images import Box, ImageFile
 from dataset.items import Item
@@ -88,6 +89,15 @@ def test_hidden_files_and_folders_are_no_data(scenes, tmp_path):
     image.parent.rename(image.parent.parent / ".moved")
     with pytest.raises(DatasetError, match=r"no images of the split 'val'(.|\n)*leftImg8bit/val holds nothing"):
         scan(root, "val")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".PNG"])
+def test_images_of_other_formats_are_not_left_out_silently(scenes, tmp_path, suffix):
+    shutil.copytree(scenes, tmp_path, dirs_exist_ok=True)
+    image = scan(tmp_path, "val")[1].image
+    image.rename(image.with_suffix(suffix))
+    with pytest.raises(DatasetError, match=rf"expected all images as \*_leftImg8bit.png, found 1 others: .*{suffix}"):
+        scan(tmp_path, "val")
 
 
 def test_list_files_of_the_original(scenes, tmp_path):
@@ -559,10 +569,10 @@ def test_epochs_neither_drop_nor_repeat_an_image(num_images, batch_size, seed):
 
 
 @given(st.integers(0, 50), st.integers(1, 9))
-def test_shares_are_contiguous_and_even(total, num_processes):
-    shares = [share(total, process, num_processes) for process in range(num_processes)]
-    assert [i for part in shares for i in part] == list(range(total))
-    assert {len(part) for part in shares} <= {total // num_processes, -(-total // num_processes)}
+def test_shards_are_contiguous_and_even(total, num_processes):
+    shards = [shard(total, process, num_processes) for process in range(num_processes)]
+    assert [i for part in shards for i in part] == list(range(total))
+    assert {len(part) for part in shards} <= {total // num_processes, -(-total // num_processes)}
 
 
 @st.composite
@@ -689,8 +699,9 @@ DEATH = r"a process that loads data has died.*\(.*\); .*memory .*: give fewer --
 KILLED = r"a process that loads data has died, killed by SIGKILL \(.*\); the kernel .*: give fewer --num-workers"
 
 
-@pytest.mark.slow
-def test_a_worker_that_was_killed_is_one_message(scenes):
+def test_a_worker_that_was_killed_is_one_message(scenes, monkeypatch):
+    # PyTorch checks every 5 seconds whether the workers are alive; here, 50 times as often.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
     handler = signal.getsignal(signal.SIGCHLD)
     samples = Failing(scan(scenes, "train"), kill_worker)
     with pytest.raises(DatasetError, match=DEATH):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dataset import share
+from dataset import shard
 from libs import ABN
 from networks import BatchDropout2d, CCNet
 
@@ -23,7 +23,7 @@ LOSSES = ("total", "main", "auxiliary")
 
 def batch_share(world: World, part_size: int) -> BatchShare | None:
     """The images of a batch (or part of one) that this process has; None if it has them all."""
-    return None if world.size == 1 else BatchShare(share(part_size, world.rank, world.size), part_size)
+    return None if world.size == 1 else BatchShare(shard(part_size, world.rank, world.size), part_size)
 
 
 def freeze_statistics(model: nn.Module) -> None:
