@@ -90,9 +90,8 @@ def _check_suffixes(folder: Path) -> None:
     names = folder.glob(f"[!.]*/[!.]*{Path(_IMAGE_SUFFIX).stem}.*")
     others = sorted(path for path in names if path.suffix.lower() in _OTHER_IMAGES and path.suffix != ".png")
     if others:
-        raise DatasetError(
-            f"{folder}: expected all images as *{_IMAGE_SUFFIX}, found {len(others)} others: {others[0]}"
-        )
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise DatasetError(f"{folder}: expected every image as *{_IMAGE_SUFFIX}, found {others[0]}{more}")
 
 
 def _label_of(image: Path, folder: Path, encoding: str | None) -> Path:
