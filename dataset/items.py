@@ -137,7 +137,7 @@ def read_list(
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        image, *label = _paths(line, f"{list_path}, line {number}")
+        image, *label = _paths(line.rstrip().lstrip(" "), f"{list_path}, line {number}")
         items.append(Item(root / image, root / label[0] if label else None, encoding))
         if not label:
             unlabelled.append(number)
@@ -156,7 +156,7 @@ def _paths(line: str, where: str) -> list[str]:
     """The one or two paths of a line."""
     is_quoted = re.search(r"""(^|\s)["']""", line)
     try:
-        paths = shlex.split(line) if is_quoted or "\t" not in line else re.split(r" *\t\s*", line.rstrip())
+        paths = shlex.split(line) if is_quoted or "\t" not in line else re.split(r" *\t\s*", line)
     except ValueError as error:
         raise DatasetError(f"{where}: {_LIST_LINE}, found {line!r}: {error}") from error
     if len(paths) not in (1, 2) or not all(paths):

@@ -132,7 +132,7 @@ def test_image_without_label_is_named(scenes, tmp_path):
     "line",
     [
         "an image.png\tits label.png",
-        "an image.png \t its label.png ",
+        "  an image.png \t\t its label.png \t",
         "'an image.png' \"its label.png\"",
         "'an image.png'\t'its label.png'",
         "an\\ image.png its\\ label.png",
