@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from dataset import EpochSampler, Item, TrainingSet, load_batches, read_list, scan
+from libs import freeze_statistics
 from networks import CCNet, build_model
 from utils.checkpoint import (
     save_snapshot,
@@ -48,7 +49,6 @@ from utils.training import (
     TrainingStep,
     batch_share,
     distribute,
-    freeze_statistics,
     make_optimizer,
 )
 from utils.training_log import TrainingLog
