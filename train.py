@@ -22,7 +22,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+<<<<<<< HEAD
 from dataset import EpochSampler, Item, TrainingSet, check_labels, load_batches, read_list, scan
+=======
+from dataset import EpochSampler, Item, TrainingSet, load_batches, read_list, scan
+from libs import freeze_statistics
+>>>>>>> norm
 from networks import CCNet, build_model
 from utils.checkpoint import (
     save_snapshot,
@@ -48,7 +53,6 @@ from utils.training import (
     TrainingStep,
     batch_share,
     distribute,
-    freeze_statistics,
     make_optimizer,
 )
 from utils.training_log import TrainingLog

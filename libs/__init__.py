@@ -3,8 +3,9 @@
 from cc_attention import native
 
 from .abn import ABN, InPlaceABN, InPlaceABNSync
-from .conversion import fold, fold_norms, from_batchnorm, to_batchnorm
+from .conversion import absorb_negative_weights, fold, fold_norms, from_batchnorm, to_batchnorm
 from .functional import activated_batch_norm
+from .statistics import freeze_statistics, update_statistics
 
 if native.LOADED:
     from . import operators  # noqa: F401  tells PyTorch of the operators' shapes
@@ -13,9 +14,12 @@ __all__ = [
     "ABN",
     "InPlaceABN",
     "InPlaceABNSync",
+    "absorb_negative_weights",
     "activated_batch_norm",
     "fold",
     "fold_norms",
+    "freeze_statistics",
     "from_batchnorm",
     "to_batchnorm",
+    "update_statistics",
 ]

@@ -1,36 +1,44 @@
 """Activated batch norm modules, with the constructor arguments and state-dict names of the original."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import reference
-from .functional import activated_batch_norm
+from .functional import activated_batch_norm, check_invertible
 
 
-class ABN(nn.Module):
+class ABN(_BatchNorm):
     """Batch norm followed by an activation: z = activation(xhat * (|weight| + eps) + bias).
+
+    It is one of torch's `_BatchNorm`, so that code which looks for batch norms finds it (docs/inplace_abn.md).
 
     Args:
         num_features: channels C.
         eps: added to the variance, and to |weight|; more than 0.
-        momentum: weight of the new batch in the running statistics; None for the mean over all batches, which are
-            counted from when the module was made.
+        momentum: weight of the new batch in the running statistics; None for the mean over all batches since the
+            module was made or its statistics were reset. The number of batches is in no state dict.
         affine: whether there are a weight (1 at the start) and a bias (0).
-        activation: leaky_relu, elu, identity, or none (the same as identity).
+        activation: leaky_relu, relu, elu, identity, or none (the same as identity).
         slope: leaky_relu's slope on the negative side.
+        device, dtype: of parameters and statistics.
+        activation_param: the name that inplace_abn has for slope. Its alpha of elu is 1 here.
 
     Shape: [N, C, ...] to the same. In training the statistics are the batch's, and the running ones are updated
     (running_var by the unbiased n/(n-1)); in evaluation they are the running ones.
 
-    State dict: weight, bias, running_mean, running_var. There is no num_batches_tracked.
+    State dict: weight, bias, running_mean, running_var. One of torch's batch norm, which has num_batches_tracked too,
+    is loaded so that the module computes what that norm does; its weights must not be negative then.
+
+    Raises:
+        ValueError: the activation or its parameter is not one of these.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
-    num_batches_tracked: Tensor
     _in_place = False
 
     def __init__(
@@ -41,22 +49,46 @@ class ABN(nn.Module):
         affine: bool = True,
         activation: str = "leaky_relu",
         slope: float = 0.01,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        activation_param: float | None = None,
     ):
-        super().__init__()
+        nn.Module.__init__(self)  # not _BatchNorm's, which registers num_batches_tracked
         if activation not in reference.ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+        if activation_param is not None:
+            if activation == "elu" and activation_param != 1:
+                raise ValueError(f"activation_param: expected 1, the alpha of elu, got {activation_param}")
+            slope = activation_param if activation == "leaky_relu" else slope
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
         self.affine = affine
+        self.track_running_stats = True
         self.activation = activation
         self.slope = slope
-        self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-        # In no state dict: the original's have none.
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long), persistent=False)
+        self.batches_seen = 0
+        for name in ("weight", "bias"):
+            empty = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+            self.register_parameter(name, empty)
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @property
+    def num_batches_tracked(self) -> None:  # type: ignore[override]
+        """Torch's counter, which is not here. `convert_sync_batchnorm` reads it, and would drop the activation."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no num_batches_tracked and is not converted to nn.SyncBatchNorm, which would "
+            "drop its activation; use InPlaceABNSync, or libs.to_batchnorm first"
+        )
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0 and variance 1, of no batch yet."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.batches_seen = 0
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """With a residual: activation(xhat * (|weight| + eps) + bias + residual)."""
@@ -80,14 +112,48 @@ class ABN(nn.Module):
 
     def _weight_of_batch(self) -> float:
         """The batch's part in the running statistics."""
-        if self.momentum is not None or not self.training:
-            return self.momentum or 0.0
-        self.num_batches_tracked.add_(1)
-        return 1 / float(self.num_batches_tracked)
+        if not (self.training and self.track_running_stats):
+            return 0.0
+        if self.momentum is not None:
+            return self.momentum
+        self.batches_seen += 1
+        return 1 / self.batches_seen
 
     def _synchronised_over(self) -> dist.ProcessGroup | None:
         """The process group that shares its statistics; None for this process alone."""
         return None
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Only torch's norm, whose factor is the weight itself, keeps this counter.
+        if state_dict.pop(f"{prefix}num_batches_tracked", None) is not None:
+            self._load_from_batchnorm(state_dict, prefix, error_msgs)
+        # not _BatchNorm's, which adds the counter
+        nn.Module._load_from_state_dict(
+            self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _load_from_batchnorm(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        """Bring the weight of torch's batch norm, and the running variance, to this module's form."""
+        weight, var = (state_dict.get(prefix + name) for name in ("weight", "running_var"))
+        if weight is None or var is None or weight.is_meta or weight.shape != var.shape:
+            return
+        if (weight < 0).any():
+            error_msgs.append(
+                f"{prefix}weight: expected none below 0 in the state dict of torch's batch norm (it has "
+                f"num_batches_tracked), found {int((weight < 0).sum())}; activated batch norm has |weight|: use "
+                "libs.absorb_negative_weights with the convolution before it"
+            )
+            return
+        state_dict[f"{prefix}weight"], state_dict[f"{prefix}running_var"] = numbers_of_abn(weight, var, self.eps)
 
     def extra_repr(self) -> str:
         slope = f", slope={self.slope}" if self.activation == "leaky_relu" else ""
@@ -97,20 +163,30 @@ class ABN(nn.Module):
         )
 
 
+def numbers_of_abn(weight: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Weight and running variance with which activated batch norm computes, in evaluation, what torch's does.
+
+    |weight| + eps cannot be less than eps: where `weight`, 0 or more, is, a larger running_var gives the same output.
+    """
+    exact = weight.detach().double()
+    var = (running_var.double() + eps) * (eps / exact).square() - eps
+    var = var.clamp(max=torch.finfo(running_var.dtype).max).to(running_var.dtype)
+    return (exact - eps).clamp(min=0).to(weight.dtype), torch.where(exact < eps, var, running_var)
+
+
 class InPlaceABN(ABN):
     """ABN that overwrites its input with its output, which must not be used afterwards.
 
-    The activation is inverted in the backward pass: slope has to be more than 0. What the input has to be, and the
-    errors, are told at `activated_batch_norm`. (The plain PyTorch form, which runs where there is no native one, does
-    not overwrite.)
+    The activation is inverted in the backward pass: it cannot be relu, and slope has to be more than 0. What the input
+    has to be, and the errors, are told at `activated_batch_norm`. (The plain PyTorch form, which runs where there is
+    no native one, does not overwrite.)
     """
 
     _in_place = True
 
     def __init__(self, num_features: int, *args, **kwargs):
         super().__init__(num_features, *args, **kwargs)
-        if self.activation == "leaky_relu" and not self.slope > 0:
-            raise ValueError(f"slope: expected more than 0 for an activation that can be inverted, got {self.slope}")
+        check_invertible(self.activation, self.slope)
 
 
 class InPlaceABNSync(InPlaceABN):

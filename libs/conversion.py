@@ -1,6 +1,7 @@
 """Activated batch norm to and from torch's batch norm and activation, and into the convolution before it."""
 
 import copy
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,9 @@ def from_batchnorm(
 ) -> ABN:
     """Activated batch norm that gives in evaluation what `norm` and then the activation give.
 
-    Its factor |weight| + eps is eps at least. A negative weight of `norm` is therefore taken over by the convolution
-    before it, whose channel is negated, in place. A weight nearer to 0 than eps is made up for by a larger running_var,
-    as which it counts until training has forgotten it.
+    Its factor |weight| + eps is never negative. Where a weight of `norm` is, the output channel of the convolution
+    before it is negated instead, in place. A weight below eps cannot be represented, so running_var is enlarged to
+    give the same output.
 
     Args:
         norm: with running statistics.
@@ -38,36 +39,71 @@ def from_batchnorm(
         raise ValueError("norm: expected running statistics, got track_running_stats=False")
     abn = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, activation, slope)
     abn.to(device=norm.running_mean.device, dtype=norm.running_mean.dtype).train(norm.training)
-    abn.running_mean.copy_(norm.running_mean)
-    abn.running_var.copy_(norm.running_var)
-    if abn.weight is None or abn.bias is None:
-        return abn
-    gamma = norm.weight.double()
-    negative = gamma < 0
-    if negative.any():
-        _negate(convolution, negative)
-        abn.running_mean[negative] *= -1
-    gain = gamma.abs()
-    abn.weight.copy_((gain - norm.eps).clamp(min=0))
-    abn.bias.copy_(norm.bias)
-    too_small = gain < norm.eps
-    var = (norm.running_var.double() + norm.eps) * (norm.eps / gain).square() - norm.eps
-    largest = torch.finfo(abn.running_var.dtype).max
-    abn.running_var[too_small] = var.clamp(max=largest).to(abn.running_var.dtype)[too_small]
+    state = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    negative = int((state["weight"] < 0).sum()) if norm.affine else 0
+    if negative:
+        if convolution is None:
+            raise ValueError(
+                f"norm: {negative} weights are negative, and activated batch norm has |weight|: expected the "
+                "convolution before it, to negate these channels"
+            )
+        _check_fits(convolution, norm.num_features)
+        _absorb_signs(state, "", convolution.weight, convolution.bias)
+    abn.load_state_dict(state)
     return abn
 
 
-def _negate(convolution: _Convolution | None, channels: Tensor) -> None:
-    """Change the sign of these output channels."""
-    if convolution is None:
-        raise ValueError(
-            f"norm: {int(channels.sum())} weights are negative, and activated batch norm has |weight|: expected the "
-            "convolution before it, to negate these channels"
-        )
-    _check_fits(convolution, len(channels))
-    convolution.weight[channels] *= -1
-    if convolution.bias is not None:
-        convolution.bias[channels] *= -1
+def _absorb_signs(state: dict[str, Tensor], prefix: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Negate, in place, what leads to a negative weight of the norm: the convolution's channel and the mean."""
+    sign = torch.where(state[f"{prefix}weight"] < 0, -1, 1)
+    weight.mul_(sign.view(-1, *[1] * (weight.dim() - 1)))
+    for numbers in (bias, state[f"{prefix}running_mean"], state[f"{prefix}weight"]):
+        if numbers is not None:
+            numbers.mul_(sign)
+
+
+def norms_behind_convolutions(module: nn.Module) -> dict[str, str]:
+    """Names of the activated batch norms that come directly after a convolution, with that convolution's names.
+
+    After: among the children of one module, which must call them in that order, and nothing else may use what the
+    convolution gives.
+    """
+    pairs = {}
+    for parent, container in module.named_modules():
+        names = [f"{parent}.{name}" if parent else name for name, _ in container.named_children()]
+        children = [*container.children()]
+        for before, name, convolution, norm in zip(names, names[1:], children, children[1:], strict=False):
+            if isinstance(convolution, _Convolution) and isinstance(norm, ABN):
+                pairs[name] = before
+    return pairs
+
+
+@torch.no_grad()
+def absorb_negative_weights(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with no negative weight of torch's batch norm where a convolution is before that norm.
+
+    Activated batch norm has |weight| + eps. A norm that was trained as torch's, which is one whose state dict has its
+    num_batches_tracked, may have negative weights that mean what they say: those channels of the convolution, of the
+    running mean and of the weight change their sign, which leaves the norm's output as it is.
+
+    Args:
+        module: that is to load it, where each norm comes directly after its convolution among its parent's children.
+        state: of that module, as torch's norms left it. It is left as it is.
+
+    Returns:
+        A state dict for `module.load_state_dict`, which refuses by key what negative weights are left.
+    """
+    state = dict(state)
+    for norm, convolution in norms_behind_convolutions(module).items():
+        weight = state.get(f"{norm}.weight")
+        needed = [f"{norm}.weight", f"{norm}.running_mean", f"{convolution}.weight"]
+        if weight is None or f"{norm}.num_batches_tracked" not in state or not (weight < 0).any():
+            continue
+        changed = {name: state[name].clone() for name in [*needed, f"{convolution}.bias"] if name in state}
+        if all(name in changed and changed[name].shape[0] == len(weight) for name in needed):
+            _absorb_signs(changed, f"{norm}.", changed[f"{convolution}.weight"], changed.get(f"{convolution}.bias"))
+            state |= changed
+    return state
 
 
 def _check_fits(convolution: nn.Module, channels: int) -> None:
@@ -77,52 +113,68 @@ def _check_fits(convolution: nn.Module, channels: int) -> None:
         raise ValueError(f"convolution: expected {channels} output channels, got {convolution.out_channels}")
 
 
-class BatchNormActivation(nn.BatchNorm2d):
-    """torch's batch norm, then an activation, by torch's own functions: activation(norm(x) + residual)."""
+class NormActivation(nn.Module):
+    """activation(norm(x) + residual), of two modules; its state dict has the names of the norm's alone.
 
-    def __init__(self, num_features: int, eps: float, momentum: float | None, affine: bool, activation: nn.Module):
-        super().__init__(num_features, eps, momentum, affine)
+    The activation is a module of its own, so that what replaces or folds batch norms leaves it where it is.
+    """
+
+    def __init__(self, norm: nn.Module, activation: nn.Module):
+        super().__init__()
+        self.norm = norm
         self.activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = super().forward(x)
+        y = self.norm(x)
         return self.activation(y if residual is None else y + residual)
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions, as activated batch norm."""
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        return self.norm.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # PyTorch goes on to the children with what is in the dictionary then.
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}norm.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _activation_module(abn: ABN) -> nn.Module:
     if abn.activation == "leaky_relu":
         return nn.LeakyReLU(abn.slope)
+    if abn.activation == "relu":
+        return nn.ReLU()
     return nn.ELU() if abn.activation == "elu" else nn.Identity()
 
 
+_BY_DIMENSIONS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
 @torch.no_grad()
-def to_batchnorm(module: nn.Module) -> nn.Module:
+def to_batchnorm(module: nn.Module, dimensions: int = 2) -> nn.Module:
     """A copy of the module, a whole network or one activated batch norm, made of torch's own batch norm only.
 
-    Each activated batch norm becomes a `BatchNormActivation`, whose weight is |weight| + eps. Results are the same in
-    training and in evaluation, and so are the names in the state dict, to which num_batches_tracked comes; statistics
-    are no longer synchronised.
+    Each activated batch norm becomes a `NormActivation`, of torch's norm, whose weight is |weight| + eps, and the
+    activation. Results are the same in training and in evaluation, and so are the names in the state dict, to which
+    num_batches_tracked comes; statistics are no longer synchronised.
+
+    Args:
+        module: it is left as it is.
+        dimensions: of the images, 1, 2 or 3: whether BatchNorm1d (for [N, C] too), BatchNorm2d or BatchNorm3d.
     """
     if not isinstance(module, ABN):
         module = copy.copy(module)
         module._parameters, module._buffers = copy.deepcopy((module._parameters, module._buffers))
-        module._modules = {name: child and to_batchnorm(child) for name, child in module._modules.items()}
+        module._modules = {
+            name: child if child is None else to_batchnorm(child, dimensions) for name, child in module._modules.items()
+        }
         return module
-    norm = BatchNormActivation(
-        module.num_features, module.eps, module.momentum, module.affine, _activation_module(module)
-    )
-    norm.to(device=module.running_mean.device, dtype=module.running_mean.dtype).train(module.training)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    norm.running_mean.copy_(module.running_mean)
-    norm.running_var.copy_(module.running_var)
-    if module.weight is not None and module.bias is not None:
-        norm.weight.copy_(module.weight.double().abs() + module.eps)
-        norm.bias.copy_(module.bias)
-    return norm
+    norm = _BY_DIMENSIONS[dimensions](module.num_features, module.eps, module.momentum, module.affine)
+    norm.to(device=module.running_mean.device, dtype=module.running_mean.dtype)
+    state = module.state_dict()
+    if module.affine:
+        state["weight"] = state["weight"].double().abs() + module.eps
+    norm.load_state_dict(state | {"num_batches_tracked": torch.tensor(0)})
+    return NormActivation(norm, _activation_module(module)).train(module.training)
 
 
 @torch.no_grad()
@@ -168,19 +220,25 @@ class FoldedNorm(nn.Module):
 def fold_norms(module: nn.Module) -> nn.Module:
     """A copy of the network in evaluation, where convolutions have taken in the activated batch norms behind them.
 
-    A norm is taken to be behind a convolution if it comes directly after it among its module's children: the network
-    must call them in that order, and nothing else may use the convolution's output. Other norms stay.
+    Those are the norms of `norms_behind_convolutions`; others stay.
     """
+    return _fold_norms(module, {module.get_submodule(name) for name in norms_behind_convolutions(module)}).eval()
+
+
+def _fold_norms(module: nn.Module, foldable: set[nn.Module]) -> nn.Module:
     module = copy.copy(module)
     module._parameters, module._buffers = copy.deepcopy((module._parameters, module._buffers))
     children: dict[str, nn.Module | None] = {}
+    before = ""
     for name, child in module._modules.items():
-        before = next(reversed(children), None)
-        convolution = children[before] if before is not None else None
-        if before is not None and isinstance(convolution, _Convolution) and isinstance(child, ABN):
-            children[before], activation = fold(convolution, child)
+        if child is None:
+            children[name] = None
+            continue
+        if isinstance(child, ABN) and child in foldable:
+            children[before], activation = fold(cast(_Convolution, children[before]), child)
             children[name] = FoldedNorm(activation)
         else:
-            children[name] = child and fold_norms(child)
+            children[name] = _fold_norms(child, foldable)
+        before = name
     module._modules = children
-    return module.eval()
+    return module

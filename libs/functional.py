@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from cc_attention import native
 
 from . import reference
 
+_NOT_IN_NATIVE_CODE = (
+    "activated_batch_norm has no {} in native code; libs.reference.activated_batch_norm has, in plain PyTorch"
+)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -42,7 +45,7 @@ def activated_batch_norm(
         running_mean, running_var: [C]. In training, `momentum` of the batch's is mixed into them, the variance as its
             unbiased estimate; otherwise they are used as constants.
         eps: more than 0.
-        activation, slope: leaky_relu (with that slope), elu, identity, or none.
+        activation, slope: leaky_relu (with that slope), elu, identity, none, or relu, which only the reference has.
         group: processes whose batches make one batch, in training. One collective each way.
         in_place: whether z is written over x, which must not be used afterwards. x must then not be a leaf that
             requires a gradient, nor hold elements that share memory; and PyTorch raises an error in the backward pass
@@ -51,11 +54,12 @@ def activated_batch_norm(
             recovered as the difference of the two: to the accuracy of their dtype, not of y.
 
     Returns:
-        z, of the shape and dtype of x. Second derivatives are not implemented in native code.
+        z, of the shape and dtype of x.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, there is one element a channel to train on, or in-place
             computation is not possible; the message names the argument.
+        NotImplementedError: a second derivative, one in forward mode, or vmap is asked for, of native code.
     """
     _check(x, weight, bias, running_mean, running_var)
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
@@ -67,10 +71,13 @@ def activated_batch_norm(
         raise ValueError(f"eps: expected more than 0, since a weight of 0 could not be inverted without, got {eps}")
     if training and group is None and x.numel() == x.shape[1]:
         raise ValueError(f"x: expected more than one element a channel in training, got {list(x.shape)}")
+    invertible = activation != "relu" and (activation != "leaky_relu" or slope > 0)
+    in_native_code = native.runs_on(x.device) and invertible
+    if in_native_code:
+        _check_transforms(x, weight, bias, running_mean, running_var, residual)
     if in_place:
         _check_in_place(x, activation, slope)
-    invertible = activation != "leaky_relu" or slope > 0
-    if not (native.runs_on(x.device) and invertible):
+    if not in_native_code:
         return reference.activated_batch_norm(
             x, weight, bias, running_mean, running_var, training, momentum, eps, activation, slope, group, residual
         )
@@ -88,9 +95,8 @@ def activated_batch_norm(
     in_place = in_place and not torch.compiler.is_compiling()
     accumulated_in = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = (p if p is None else p.to(accumulated_in) for p in (weight, bias))
-    return _ActivatedBatchNorm.apply(
-        x, statistics, weight, bias, residual, eps, activation, float(slope), training, group, in_place
-    )
+    constants = (eps, activation, float(slope))
+    return _ActivatedBatchNorm.apply(x, statistics, weight, bias, residual, constants, training, group, in_place)
 
 
 class _ActivatedBatchNorm(torch.autograd.Function):
@@ -98,57 +104,89 @@ class _ActivatedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         statistics: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        eps: float,
-        activation: str,
-        slope: float,
+        constants: tuple[float, str, float],
         of_batch: bool,
         group: dist.ProcessGroup | None,
         in_place: bool,
     ) -> Tensor:
-        if in_place:
-            torch.ops.ccnet.abn_forward_(x, statistics, weight, bias, residual, eps, activation, slope)
-            ctx.mark_dirty(x)
-            z = x
-        else:
-            z = torch.ops.ccnet.abn_forward(x, statistics, weight, bias, residual, eps, activation, slope)
-        ctx.save_for_backward(z, statistics, weight, bias, residual)
-        ctx.constants = (eps, activation, slope)
-        ctx.of_batch, ctx.group = of_batch, group
-        return z
+        if not in_place:
+            return torch.ops.ccnet.abn_forward(x, statistics, weight, bias, residual, *constants)
+        torch.ops.ccnet.abn_forward_(x, statistics, weight, bias, residual, *constants)
+        return x
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, statistics, weight, bias, residual, ctx.constants, ctx.of_batch, ctx.group, in_place = inputs
+        if in_place:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(output, statistics, weight, bias, residual)
+
+    @staticmethod
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        z, statistics, *tensors = ctx.saved_tensors
-        weight, bias, residual = tensors
-        needs_x, _, needs_weight, needs_bias, needs_residual, *others = ctx.needs_input_grad
-        grad_x = grad_residual = None
-        sums: Any = None
-        if ctx.of_batch or needs_weight or needs_bias:
-            sums = torch.ops.ccnet.abn_backward_sums(z, grad_z, *tensors, *ctx.constants)
-        grad_weight = (sums[1] * weight.sign()).to(weight.dtype) if needs_weight else None
-        grad_bias = sums[0].to(bias.dtype) if needs_bias else None
-        if needs_x or needs_residual:
-            if not ctx.of_batch:
-                sums = None
-            elif ctx.group is not None:
-                sums = sums.clone()  # those of weight and bias stay this process's own
-                dist.all_reduce(sums, group=ctx.group)
-            grad_x, grad_residual = torch.ops.ccnet.abn_backward(z, grad_z, statistics, sums, *tensors, *ctx.constants)
-        return (
-            grad_x,
-            None,
-            grad_weight,
-            grad_bias,
-            None if residual is None else grad_residual,
-            *(None for _ in others),
+        z, *others = ctx.saved_tensors
+        needs_x, _, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        needs = (needs_x or needs_residual, needs_weight, needs_bias)
+        grad_x, grad_weight, grad_bias, grad_residual = _Gradients.apply(
+            z, grad_z, *others, ctx.constants, ctx.of_batch, ctx.group, needs
         )
+        return grad_x, None, grad_weight, grad_bias, grad_residual, None, None, None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of `_ActivatedBatchNorm`, as a function of their own, whose derivative is an error.
+
+    They depend on z, the result, as much as on its gradient. `once_differentiable` looks at the latter only, so that a
+    second derivative of a loss that is linear in z would silently be 0.
+    """
+
+    @staticmethod
+    def forward(
+        z: Tensor,
+        grad_z: Tensor,
+        statistics: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        constants: tuple[float, str, float],
+        of_batch: bool,
+        group: dist.ProcessGroup | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        needs_x, needs_weight, needs_bias = needs
+        tensors = (weight, bias, residual)
+        grad_x = grad_residual = grad_weight = grad_bias = None
+        sums: Any = None
+        if of_batch or needs_weight or needs_bias:
+            sums = torch.ops.ccnet.abn_backward_sums(z, grad_z, *tensors, *constants)
+        if needs_weight and weight is not None:
+            grad_weight = (sums[1] * weight.sign()).to(weight.dtype)
+        if needs_bias and bias is not None:
+            grad_bias = sums[0].to(bias.dtype)
+        if needs_x:
+            if not of_batch:
+                sums = None
+            elif group is not None:
+                sums = sums.clone()  # those of weight and bias stay this process's own
+                dist.all_reduce(sums, group=group)
+            grad_x, grad_residual = torch.ops.ccnet.abn_backward(z, grad_z, statistics, sums, *tensors, *constants)
+        return grad_x, grad_weight, grad_bias, None if residual is None else grad_residual
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> None:
+        raise NotImplementedError(_NOT_IN_NATIVE_CODE.format("second derivatives"))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> None:
+        raise NotImplementedError(_NOT_IN_NATIVE_CODE.format("batching rule for vmap"))
 
 
 def _of_all(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -196,6 +234,22 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: 
             raise ValueError(f"{name}: expected {wanted} for x of {x.dtype}, got {numbers.dtype}")
 
 
+def _check_transforms(*tensors: Tensor | None) -> None:
+    """Native operators know no forward-mode derivatives: PyTorch would take their results for constants.
+
+    Compiled code need not look: PyTorch itself refuses forward mode and vmap there.
+    """
+    if torch.compiler.is_compiling():
+        return
+    transforms = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
+    if torch._C._functorch.TransformType.Vmap in transforms:
+        raise NotImplementedError(_NOT_IN_NATIVE_CODE.format("batching rule for vmap"))
+    if torch._C._functorch.TransformType.Jvp in transforms or any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise NotImplementedError(_NOT_IN_NATIVE_CODE.format("forward-mode derivatives"))
+
+
 def _check_in_place(x: Tensor, activation: str, slope: float) -> None:
     if torch.is_grad_enabled() and x.is_leaf and x.requires_grad:
         raise ValueError("x: a leaf that requires a gradient cannot be overwritten; use ABN, or pass a copy of it")
@@ -204,6 +258,13 @@ def _check_in_place(x: Tensor, activation: str, slope: float) -> None:
             f"x: expected elements that do not share memory, got shape {list(x.shape)} with strides "
             f"{list(x.stride())}; use ABN, or pass x.contiguous()"
         )
+    check_invertible(activation, slope)
+
+
+def check_invertible(activation: str, slope: float) -> None:
+    """The activation can be computed in place: its input is recovered from its output."""
+    if activation == "relu":
+        raise ValueError("activation: relu cannot be inverted in place; use leaky_relu, or ABN")
     if activation == "leaky_relu" and not slope > 0:
         raise ValueError(f"slope: expected more than 0 for an activation that can be inverted, got {slope}")
 

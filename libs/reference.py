@@ -11,13 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = ("leaky_relu", "elu", "identity", "none")
+ACTIVATIONS = ("leaky_relu", "relu", "elu", "identity", "none")
 
 
 def activate(y: Tensor, activation: str, slope: float) -> Tensor:
     """Apply the activation called `activation`; `slope` is leaky_relu's."""
     if activation == "leaky_relu":
         return F.leaky_relu(y, slope)
+    if activation == "relu":
+        return F.relu(y)
     if activation == "elu":
         return F.elu(y)
     if activation in ("identity", "none"):

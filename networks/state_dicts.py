@@ -1,10 +1,17 @@
 """State dicts of the original's generations, brought to this network's names and loaded without silent gaps."""
 
+import torch
 from torch import Tensor, nn
+
+from libs import absorb_negative_weights
 
 _HEADS = ("head.", "dsn.")
 _CLASSIFIERS = ("head.bottleneck.3.", "dsn.3.")
 _RENAMED = {"head.conv1a.": "head.conva.", "head.conv1b.": "head.convb."}
+# Names under which DataParallel, AveragedModel, torch.compile, FSDP and checkpointing hold the module that they wrap
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_COUNTER = "num_batches_tracked"
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SHOWN = 12
 
 
@@ -13,17 +20,35 @@ class StateDictError(ValueError):
 
 
 def _rename(key: str) -> str:
-    """This network's name for a key of any generation: the models of December 2018 say conv1a/conv1b."""
-    key = key.removeprefix("module.")
+    """This network's name for a key: the models of December 2018 say conv1a/conv1b."""
     for old, new in _RENAMED.items():
         if key.startswith(old):
             return new + key.removeprefix(old)
     return key
 
 
-def _is_backbone_only(state: dict[str, Tensor]) -> bool:
-    """Whether the state dict is an ImageNet classifier's: the backbone, and no segmentation head."""
-    return not any(_rename(key).startswith(_HEADS) for key in state)
+def _in_names_of(model: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The state dict under the model's names: a prefix that all keys have, `model.` say, is taken off as well.
+
+    AveragedModel's counter, n_averaged, is left out.
+    """
+    keys = {
+        key: ".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in state if key != "n_averaged"
+    }
+    own = {name for name, _ in model.named_children()}
+    while len(tops := {name.partition(".")[0] for name in keys.values()}) == 1 and not tops & own:
+        prefix = f"{tops.pop()}."
+        if not all(name.startswith(prefix) for name in keys.values()):
+            break
+        keys = {key: name.removeprefix(prefix) for key, name in keys.items()}
+    found: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for key, name in keys.items():
+        name = _rename(name)
+        if name in found:
+            raise StateDictError(f"{source}: {origin[name]} and {key} are both {name} of this network; expected one")
+        found[name], origin[name] = state[key], key
+    return found
 
 
 def load_state(
@@ -35,9 +60,9 @@ def load_state(
 ) -> None:
     """Load a state dict of any of the original's generations, in place.
 
-    `module.` prefixes are removed and old names renamed. Nothing may be missing or left over, except what that kind
-    of file is known to lack or to have besides: num_batches_tracked (nn.BatchNorm2d's counter, which activated batch
-    norm does not use) in any file; fc.* too many and head.*, dsn.* missing in an ImageNet backbone.
+    Prefixes of wrappers are removed and old names renamed. Nothing may be missing or left over, except fc.* too many
+    and head.*, dsn.* missing in an ImageNet backbone. Norms with num_batches_tracked are torch's: they are converted
+    to activated batch norm, with the convolutions before them where weights are negative.
 
     Args:
         state: names to tensors.
@@ -46,37 +71,74 @@ def load_state(
         allow_backbone: whether an ImageNet backbone will do, which leaves the heads as they are.
 
     Raises:
-        StateDictError: keys are missing or unexpected, or shapes differ. The model is unchanged then.
+        StateDictError: keys are missing or unexpected, shapes differ, numbers are not finite, a tensor is no plain
+            floating-point one, or a negative weight has no convolution before it. The model is unchanged then.
     """
-    backbone_only = allow_backbone and _is_backbone_only(state)
-    found = {_rename(key): tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
-    expected = model.state_dict()
+    state = _in_names_of(model, state, source)
+    backbone_only = allow_backbone and not any(key.startswith(_HEADS) for key in state)
     if backbone_only:
-        found = {key: tensor for key, tensor in found.items() if not key.startswith("fc.")}
-        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(_HEADS)}
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
     if not restore_last:
-        found = {key: tensor for key, tensor in found.items() if not key.startswith(_CLASSIFIERS)}
-        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(_CLASSIFIERS)}
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(_CLASSIFIERS)}
+    left_alone = (*(_HEADS if backbone_only else ()), *(() if restore_last else _CLASSIFIERS))
+    expected = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(left_alone)}
+    found = {key: tensor for key, tensor in state.items() if not key.endswith(f".{_COUNTER}")}
 
+    shared = [(key, found[key], expected[key]) for key in expected if key in found]
+    unusable = {key: reason for key, tensor, _ in shared if (reason := _why_unusable(tensor))}
+    other_shapes = [key for key, file, own in shared if key not in unusable and file.shape != own.shape]
     problems = [
         *_listed("missing", sorted(expected.keys() - found.keys())),
         *_listed("unexpected", sorted(found.keys() - expected.keys())),
+        *_listed("unusable", [f"{key}: {reason}" for key, reason in unusable.items()]),
         *_listed(
             "of another shape",
             [
-                f"{key}: the file has {list(found[key].shape)}, the network {list(tensor.shape)}"
-                for key, tensor in expected.items()
-                if key in found and found[key].shape != tensor.shape
+                f"{key}: the file has {list(found[key].shape)}, the network {list(expected[key].shape)}"
+                for key in other_shapes
             ],
         ),
     ]
+    if not problems:
+        state = absorb_negative_weights(model, state)
+        problems = _listed(
+            "with negative numbers, as torch's batch norm may have and activated batch norm may not, and no "
+            "convolution directly before it",
+            [
+                f"{key}: {int((state[key] < 0).sum())} of {state[key].numel()}"
+                for key in found
+                if key.removesuffix("weight") + _COUNTER in state and (state[key] < 0).any()
+            ],
+        )
     if problems:
         kind = "an ImageNet backbone" if backbone_only else "a whole network"
+        hint = ""
+        if other_shapes and all(key.startswith(_CLASSIFIERS) for key in other_shapes):
+            classes, own = (tensors[other_shapes[0]].shape[:1] for tensors in (found, expected))
+            hint = (
+                f"\nThe file has {', '.join(map(str, classes))} classes, the network {own[0]}: set --num-classes, or "
+                "train new classifying layers with --not-restore-last"
+            )
         raise StateDictError(
             f"{source}: read as {kind}, it does not fit this network (--backbone, --num-classes):\n"
             + "\n".join(problems)
+            + hint
         )
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(state, strict=False)
+
+
+def _why_unusable(tensor: Tensor) -> str | None:
+    """What keeps the tensor from being a weight or statistic, if anything does."""
+    if tensor.is_quantized:
+        return f"expected a plain tensor, found a quantised one, {tensor.dtype}"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return f"expected a dense tensor, found a {'nested' if tensor.is_nested else tensor.layout} one"
+    if tensor.is_meta:
+        return "expected numbers, found a tensor on the meta device, which has none"
+    if tensor.dtype not in _DTYPES:
+        return f"expected floating-point numbers, found {tensor.dtype}"
+    bad = int((~tensor.isfinite()).sum())
+    return f"expected finite numbers, found {bad} of {tensor.numel()} that are NaN or infinite" if bad else None
 
 
 def _listed(what: str, lines: list[str]) -> list[str]:

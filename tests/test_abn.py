@@ -148,11 +148,39 @@ def test_state_dict_names():
     assert list(InPlaceABN(4, affine=False).state_dict()) == ["running_mean", "running_var"]
 
 
+def test_made_elsewhere_and_loaded_or_reset():
+    """On the meta device, then assigned to, or made empty and reset; no buffer is left out by either."""
+    module = module_with_values(ABN, 3)
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    with torch.device("meta"):
+        assigned = ABN(3)
+    assigned.load_state_dict(module.state_dict(), assign=True)
+    torch.testing.assert_close(assigned(x), module(x))
+    empty = ABN(3, momentum=None, device="meta", dtype=torch.float64).to_empty(device="cpu")
+    empty.reset_parameters()
+    torch.testing.assert_close(empty(x), ABN(3).double()(x))
+    torch.testing.assert_close(empty.running_mean, x.mean((0, 2)))
+    empty.reset_running_stats()
+    assert torch.equal(empty.running_mean, torch.zeros(3))
+    assert torch.equal(empty.running_var, torch.ones(3))
+
+
+def test_names_that_inplace_abn_has():
+    x = torch.randn(4, 3, 5)
+    torch.testing.assert_close(ABN(3, activation_param=0.2)(x), ABN(3, slope=0.2)(x))
+    torch.testing.assert_close(ABN(3, activation="elu", activation_param=1.0)(x), ABN(3, activation="elu")(x))
+    torch.testing.assert_close(ABN(3, activation="relu")(x), ABN(3, activation="identity")(x).relu())
+    with pytest.raises(ValueError, match=r"activation_param: expected 1, the alpha of elu, got 0\.5"):
+        ABN(3, activation="elu", activation_param=0.5)
+
+
 # ---- errors ----
 
 
 def test_errors_name_the_argument():
-    with pytest.raises(ValueError, match="activation: expected one of leaky_relu, elu, identity, none, got 'gelu'"):
+    with pytest.raises(
+        ValueError, match="activation: expected one of leaky_relu, relu, elu, identity, none, got 'gelu'"
+    ):
         ABN(3, activation="gelu")
     with pytest.raises(ValueError, match=r"x: expected shape \[N, 3, ...\], got \[2, 4, 1, 1\]"):
         ABN(3)(torch.zeros(2, 4, 1, 1))
@@ -178,6 +206,8 @@ def test_errors_name_the_argument():
 def test_what_cannot_be_computed_in_place_is_an_error(kind):
     with pytest.raises(ValueError, match="slope: expected more than 0"):
         kind(3, slope=0)
+    with pytest.raises(ValueError, match="activation: relu cannot be inverted in place; use leaky_relu, or ABN"):
+        kind(3, activation="relu")
     module = kind(3)
     with pytest.raises(ValueError, match="x: a leaf that requires a gradient cannot be overwritten; use ABN"):
         module(torch.randn(2, 3, 4, 4, requires_grad=True))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from layouts import laid_out
 from targets import TARGETS, running_on
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from libs import ABN, InPlaceABN, native, reference
@@ -292,11 +293,77 @@ def test_nan_and_infinity_stay_in_their_channel(each_target, layout, bad):
             assert x.select(dim, 7).isnan().any(), name
 
 
-def test_second_derivatives_are_an_error():
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(ABN(3).double()(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+@pytest.mark.parametrize("kind", [ABN, InPlaceABN])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_what_native_code_cannot_differentiate_is_an_error(kind, training, layout, residual):
+    """And never 0; also of a loss that is linear in z, and for weight, bias and residual."""
+    x, other, factor = (laid_out(torch.randn(2, 3, 4, 5, dtype=torch.float64), layout) for _ in range(3))
+    module = kind(3).double().train(training)
+    error = pytest.raises(NotImplementedError, match=r"has no .* in native code; libs\.reference\.activated_batch_norm")
+
+    def loss(x, other=other):
+        return (module(x * 1, other if residual else None) * factor).sum()
+
+    with error:
+        torch.autograd.functional.hessian(loss, x)
+    with error:
+        torch.func.hessian(loss)(x)
+    with error:
+        torch.func.jacrev(lambda x: module(x * 1))(x)
+    with error:
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum())(x)
+    inputs = {"x": x.requires_grad_(), **dict(module.named_parameters())}
+    if residual:
+        inputs["residual"] = other.requires_grad_()
+    for name, tensor in inputs.items():
+        (gradient,) = torch.autograd.grad(loss(x), tensor, create_graph=True)
+        with error:  # as in a gradient penalty
+            gradient.square().sum().backward()
+            pytest.fail(name)
+    before = module.running_mean.clone()
+    with error:
+        torch.func.jvp(loss, (x.detach(),), (factor,))
+    if residual:
+        with error:
+            torch.func.jvp(lambda other: loss(x.detach(), other), (other.detach(),), (factor,))
+    with error:
+        torch.func.jvp(
+            lambda weight: torch.func.functional_call(module, {"weight": weight}, (x.detach() * 1,)),
+            (module.weight.detach(),),
+            (torch.ones(3, dtype=torch.float64),),
+        )
+    with error, forward_ad.dual_level():
+        module(forward_ad.make_dual(x.detach() * 1, factor))
+    with error:
+        torch.func.vmap(module)(x.detach()[None] * 1)
+    assert torch.equal(module.running_mean, before)
+
+
+@pytest.mark.parametrize("kind", [ABN, InPlaceABN])
+@pytest.mark.parametrize("training", [True, False])
+def test_first_derivatives_by_torch_func(kind, training):
+    module = kind(3).double().train(training)
+    x, factor = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad((module(leaf * 1) * factor).sum(), [leaf, *module.parameters()])
+    mean = module.running_mean.clone()
+
+    def loss(x, parameters):
+        return (torch.func.functional_call(module, parameters, (x * 1,)) * factor).sum()
+
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    of_x, of_parameters = torch.func.grad(loss, argnums=(0, 1))(x, parameters)
+    torch.testing.assert_close([of_x, *of_parameters.values()], list(expected))
+    assert torch.equal(module.running_mean, mean) != training
+
+
+def test_second_derivatives_of_compiled_code_are_an_error():
+    module = torch.compile(ABN(3), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 4, 5)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.functional.hessian(lambda x: module(x).square().sum(), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -226,10 +226,16 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, monkeypatch):
 
 def test_other_contents_are_named(tmp_path):
     path = tmp_path / "x.pth"
+    state = trained()[0].state_dict()
     for content, found in (
         (torch.zeros(3), "found Tensor"),
         ({}, "found nothing in it"),
         ({"state_dict": {}, "epoch": 3}, "found other entries: state_dict, epoch"),
+        ({"model": state, "ema": {"module": state}}, "expected one state dict, found 2: model, ema.module; save one"),
+        (
+            trained()[0],
+            r"cannot read it as one: it holds a pickled torch.nn.modules.linear.Linear, which would run code",
+        ),
     ):
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=found):
@@ -237,6 +243,17 @@ def test_other_contents_are_named(tmp_path):
     torch.save({"weight": torch.zeros(3)}, training_path(tmp_path, 3))
     with pytest.raises(CheckpointError, match="expected a training state of version 1 or 2, found none"):
         read_training(tmp_path, 3)
+
+
+@pytest.mark.parametrize("name", ["state_dict", "model", "checkpoint.model"])
+def test_the_only_state_dict_of_a_file_is_found(tmp_path, name):
+    model, optimizer = trained()
+    content = model.state_dict()
+    for part in reversed(name.split(".")):
+        content = {part: content}
+    torch.save({**content, "epoch": 3, "optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()},
+               tmp_path / "x.pth")  # fmt: skip
+    assert equal(dict(read_state_dict(tmp_path / "x.pth")), dict(model.state_dict()))
 
 
 def test_files_of_old_pytorch_are_read(tmp_path):

@@ -4,10 +4,23 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from libs import ABN
-from networks import BACKBONE_ACTIVATIONS, BACKBONES, PredictionNetwork, StateDictError, build_model, load_state
+from libs import ABN, to_batchnorm
+from networks import BACKBONES, PredictionNetwork, StateDictError, build_model, load_state
+
+
+def randomise(model):
+    """Give a network of activated batch norm weights of either sign, and statistics that keep its numbers small."""
+    with torch.no_grad():
+        model.head.cca.gamma.fill_(0.5)
+        for module in model.modules():
+            if isinstance(module, ABN):
+                module.weight.uniform_(-0.8, 0.8)
+                module.bias.normal_()
+                module.running_mean.normal_()
+                module.running_var.uniform_(1, 3)
 
 
 @pytest.fixture(scope="module")
@@ -128,21 +141,12 @@ def test_recurrence_applies_the_one_attention_again():
         assert not torch.allclose(model.head(x), expected)
 
 
-@pytest.mark.parametrize("activation", BACKBONE_ACTIVATIONS)
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(("backbone", "activation"), [("resnet18", "identity"), ("resnet50", "leaky_relu")])
 def test_the_copy_for_prediction_gives_the_main_logits(backbone, activation):
     """And has no batch norm and no auxiliary head; the network itself is left as it is."""
     model = build_model(backbone, backbone_activation=activation).double()
-    with torch.no_grad():
-        model.head.cca.gamma.fill_(0.5)
-        for module in model.modules():
-            if isinstance(module, ABN):
-                module.weight.uniform_(-0.8, 0.8)
-                module.bias.normal_()
-    images = torch.randn(2, 3, 65, 97, dtype=torch.float64)
-    with torch.no_grad():
-        for _ in range(3):
-            model(images)
+    randomise(model)
+    images = torch.randn(1, 3, 17, 25, dtype=torch.float64)
     before = copy.deepcopy(model.state_dict())
     network = PredictionNetwork(model)
     assert model.training
@@ -150,8 +154,12 @@ def test_the_copy_for_prediction_gives_the_main_logits(backbone, activation):
     assert not any(name.startswith("network.dsn") for name in network.state_dict())
     model.eval()
     (logits,) = network(images)
-    torch.testing.assert_close(logits, model(images)[0], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(model.main_logits(images), logits, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        expected = model.main_logits(images)
+        # It is the first of the results, which depend on the images.
+        torch.testing.assert_close(model(images)[0], expected, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(model.main_logits(images.flip(3)), expected)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     assert not logits.requires_grad
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -170,14 +178,14 @@ def test_wrong_arguments_are_named(arguments, message):
         build_model(**arguments)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model():
     return build_model("resnet18")
 
 
 def state_of(model):
     """A copy of the model's state dict with other values, so that what is loaded can be told."""
-    return {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    return {name: torch.rand_like(tensor) for name, tensor in model.state_dict().items()}
 
 
 def assert_loaded(model, expected):
@@ -201,21 +209,109 @@ def test_loads_december_2018_and_data_parallel(model):
     assert "module.head.conv1a.0.weight" in old
     load_state(model, old, "old.pth")
     assert_loaded(model, state)
+    both = {**old, "head.conva.0.weight": old["module.head.conv1a.0.weight"]}
+    with pytest.raises(StateDictError, match=r"old.pth: module.head.conv1a.0.weight and head.conva.0.weight are both"):
+        load_state(model, both, "old.pth")
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda key: f"module.{key}",
+        lambda key: f"_orig_mod.module.{key}",
+        lambda key: f"module._orig_mod.module.{key}",
+        lambda key: key.replace("layer1.0.", "layer1.0._orig_mod."),
+        lambda key: f"model.{key}",
+        lambda key: f"ema.module.net.{key}",
+    ],
+)
+def test_prefixes_of_wrappers_are_removed(model, wrapped):
+    state = state_of(model)
+    averaged = {"n_averaged": torch.tensor(3)}
+    load_state(model, averaged | {wrapped(name): tensor for name, tensor in state.items()}, "file.pth")
+    assert_loaded(model, state)
+
+
+def test_a_prefix_that_some_keys_have_is_unexpected(model):
+    state = {f"model.{name}": tensor for name, tensor in state_of(model).items()} | {"loss.weight": torch.zeros(1)}
+    with pytest.raises(StateDictError, match=r"(?s)missing:.*unexpected:.*loss.weight.*model.bn1.bias"):
+        load_state(model, state, "file.pth")
 
 
 def test_loads_an_imagenet_backbone(model):
     backbone = {name: tensor for name, tensor in state_of(model).items() if not name.startswith(("head.", "dsn."))}
-    extra = {
-        "fc.weight": torch.zeros(1000, 512),
-        "fc.bias": torch.zeros(1000),
-        "bn1.num_batches_tracked": torch.tensor(7),
-    }
+    extra = {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
     head_before = model.head.conva[0].weight.detach().clone()
     with pytest.raises(StateDictError, match=r"(?s)missing:.*dsn.0.bias.*unexpected:.*fc.bias"):
         load_state(model, {**backbone, **extra}, "imagenet.pth")
     load_state(model, {**backbone, **extra}, "imagenet.pth", allow_backbone=True)
     assert_loaded(model, backbone)
     assert torch.equal(model.head.conva[0].weight, head_before)
+
+
+@pytest.mark.parametrize("backbone_only", [True, False])
+def test_weights_trained_with_torchs_batch_norm_give_the_same_logits(backbone_only):
+    """Also the negative ones, and those nearer to 0 than eps."""
+    plain = build_model("resnet18").double()
+    randomise(plain)
+    plain = to_batchnorm(plain).eval()
+    with torch.no_grad():
+        for norm in (module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.weight.mul_(torch.where(torch.rand(len(norm.weight)) < 0.08, -1, 1))
+            norm.weight[:2] = torch.tensor([0, -1e-6])
+    state = plain.state_dict()
+    model = build_model("resnet18").double().eval()
+    if backbone_only:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "dsn."))}
+        state |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    load_state(model, state, "torch.pth", allow_backbone=backbone_only)
+    images = torch.randn(1, 3, 17, 25, dtype=torch.float64)
+    with torch.no_grad():
+        actual, expected = (net.features(images) if backbone_only else net(images) for net in (model, plain))
+    for a, b in zip(actual, expected, strict=True):
+        assert b.std() > 0.01
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_negative_weight_of_torchs_without_a_convolution_before_it_is_refused():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu, self.norm = nn.ReLU(), ABN(4)
+
+    model = Network()
+    state = {f"norm.{name}": tensor for name, tensor in nn.BatchNorm2d(4).state_dict().items()}
+    state["norm.weight"] = torch.tensor([1.0, -1, -2, 3])
+    with pytest.raises(StateDictError, match=r"no convolution directly before it:\n    norm.weight: 2 of 4"):
+        load_state(model, state, "torch.pth")
+    del state["norm.num_batches_tracked"]
+    load_state(model, state, "abn.pth")
+    assert_loaded(model, state)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        (lambda x: x.index_fill(0, torch.tensor([1]), float("nan")), "expected finite numbers, found 1 of 64 that are"),
+        (lambda x: x / 0, "expected finite numbers, found 64 of 64 that are NaN or infinite"),
+        (lambda x: x.to_sparse(), r"expected a dense tensor, found a torch.sparse_coo one"),
+        (lambda x: x.to(torch.complex64), r"expected floating-point numbers, found torch.complex64"),
+        (lambda x: x.int(), r"expected floating-point numbers, found torch.int32"),
+        (
+            lambda x: torch.ops.aten.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+            "expected a plain tensor, found a quantised",
+        ),
+        (lambda x: x.to("meta"), "expected numbers, found a tensor on the meta device"),
+    ],
+    ids=["nan", "infinite", "sparse", "complex", "integers", "quantised", "meta"],
+)
+def test_tensors_that_are_no_weights_are_named_and_nothing_is_loaded(model, spoilt, message):
+    state = state_of(model)
+    state["bn1.bias"] = spoilt(state["bn1.bias"] + 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(StateDictError, match=rf"(?s)file.pth.*1 unusable:\n    bn1.bias: {message}"):
+        load_state(model, state, "file.pth")
+    assert_loaded(model, before)
 
 
 @pytest.mark.parametrize("kind", ["whole", "backbone"])
@@ -244,6 +340,10 @@ def test_another_number_of_classes_names_the_keys_and_restore_last_skips_them(mo
         load_state(model, state, "21.pth")
     assert "head.bottleneck.3.weight: the file has [21, 128, 1, 1], the network [19, 128, 1, 1]" in str(error.value)
     assert "dsn.3.bias: the file has [21], the network [19]" in str(error.value)
+    assert str(error.value).endswith(
+        "The file has 21 classes, the network 19: set --num-classes, or train new classifying layers with "
+        "--not-restore-last"
+    )
     classifier = model.dsn[3].weight.detach().clone()
     load_state(model, state, "21.pth", restore_last=False)
     assert torch.equal(model.conv1.weight, state["conv1.weight"])

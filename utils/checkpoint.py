@@ -142,8 +142,10 @@ def _load(path: Path) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: expected a checkpoint, there is no such file") from error
     except Exception as error:  # the unpickler meets arbitrary bytes with arbitrary errors
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: expected a checkpoint, cannot read it as one: {first_line}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if pickled := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            reason = f"it holds a pickled {pickled[1]}, which would run code; save model.state_dict(), not the model"
+        raise CheckpointError(f"{path}: expected a checkpoint, cannot read it as one: {reason}") from error
 
 
 def save_snapshot(
@@ -293,16 +295,36 @@ def restore_generators(training: dict[str, Any], device: torch.device) -> None:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict: a mapping of names to tensors, and nothing else, without running any code in it.
+    """Read a state dict: a mapping of names to tensors, without running any code in the file.
+
+    It may lie among other things, as in {"state_dict": ..., "epoch": ...}, if it is the only one there.
 
     Raises:
-        CheckpointError: the file is missing, no checkpoint, or holds something else.
+        CheckpointError: the file is missing, no checkpoint, or holds none or several state dicts.
     """
-    state = _load(path)
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: expected a state dict (names to tensors), found {type(state).__name__}")
-    others = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if others or not state:
-        found = f"other entries: {', '.join(others[:8])}" if others else "nothing in it"
-        raise CheckpointError(f"{path}: expected a state dict (names to tensors), found {found}")
-    return state
+    content = _load(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a state dict (names to tensors), found {type(content).__name__}")
+    found = _state_dicts(content)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path}: expected one state dict, found {len(found)}: {', '.join(found)}; save one alone"
+        )
+    if not found:
+        entries = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+        what = f"other entries: {', '.join(entries[:8])}" if entries else "nothing in it"
+        raise CheckpointError(f"{path}: expected a state dict (names to tensors), found {what}")
+    return next(iter(found.values()))
+
+
+def _state_dicts(content: dict, name: str = "") -> dict[str, dict[str, Tensor]]:
+    """The state dicts in a dictionary, itself or in entries of entries, by where they are."""
+    if not content or not all(isinstance(key, str) for key in content):  # an optimiser counts its parameters
+        return {}
+    if all(isinstance(value, Tensor) for value in content.values()):
+        return {name: content}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            found |= _state_dicts(value, f"{name}.{key}" if name else key)
+    return found

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset import shard
-from libs import ABN
 from networks import BatchDropout2d, CCNet
 
 from .criterion import BatchShare, CriterionDSN
@@ -24,13 +23,6 @@ LOSSES = ("total", "main", "auxiliary")
 def batch_share(world: World, part_size: int) -> BatchShare | None:
     """The images of a batch (or part of one) that this process has; None if it has them all."""
     return None if world.size == 1 else BatchShare(shard(part_size, world.rank, world.size), part_size)
-
-
-def freeze_statistics(model: nn.Module) -> None:
-    """Let every batch norm use its running statistics and leave them as they are."""
-    for module in model.modules():
-        if isinstance(module, ABN):
-            module.eval()
 
 
 def distribute(model: CCNet, world: World, images: BatchShare | None) -> nn.Module:
