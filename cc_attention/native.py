@@ -1,5 +1,10 @@
-"""Loads the native operators, `torch.ops.ccnet`, that installing the package builds (setup.py)."""
+"""Loads the native operators, `torch.ops.ccnet`, that installing the package builds (setup.py).
 
+The environment variable CCNET_NATIVE says where they are used: 0 nowhere, cpu or cuda only there, 1 or unset
+everywhere. Elsewhere the operators run in plain PyTorch.
+"""
+
+import os
 import warnings
 from pathlib import Path
 
@@ -8,51 +13,99 @@ import torch
 _FOLDER = Path(__file__).parent
 
 
+def _wanted_devices() -> frozenset[str]:
+    """Types of devices that the operators are to run on, as CCNET_NATIVE says."""
+    value = os.environ.get("CCNET_NATIVE", "")
+    wanted = {"": {"cpu", "cuda"}, "1": {"cpu", "cuda"}, "0": set(), "cpu": {"cpu"}, "cuda": {"cuda"}}
+    if value not in wanted:
+        raise ValueError(f"CCNET_NATIVE: expected 0, 1, cpu or cuda, got {value!r}")
+    return frozenset(wanted[value])
+
+
+def library(name: str) -> Path:
+    return _FOLDER / f"{name}.abi3.so"
+
+
 def _load(name: str) -> str | None:
     """None if the library is loaded, otherwise why not."""
-    library = _FOLDER / f"{name}.abi3.so"
-    if not library.exists():
+    if not library(name).exists():
         return "their native code has not been built"
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library(name))
     except OSError as error:
-        return f"{library} cannot be loaded ({error})"
+        return f"{library(name)} cannot be loaded ({error})"
     return None
 
 
-def _warn(where: str, reason: str, needs: str) -> None:
+def _warn(where: str, reason: str, needs: str, setting: str = "") -> None:
     checkout = _FOLDER.parent
     source = f"-e {checkout}" if (checkout / "setup.py").exists() else "--force-reinstall PATH_OF_CCNET'S_SOURCE"
     warnings.warn(
         f"the operators run in plain PyTorch{where}, slower and with more memory: {reason}. "
-        f"This builds it, with {needs}: pip install --no-deps {source}",
+        f"This builds it, with {needs}: {setting}pip install --no-deps {source}",
         stacklevel=3,
     )
 
 
-def _devices() -> frozenset[str]:
-    """Types of devices that the operators run on, with a warning where they could run on one and do not."""
-    missing = _load("_C")
-    if missing is not None:
-        _warn("", missing, "a C++ compiler")
-        return frozenset()
-    devices = {"cpu", "meta"}  # on "meta" are shapes only, as torch.compile and torch.export use them
-    if torch.version.cuda is not None:
-        missing = _load("_C_cuda")
-        if missing is None:
-            devices.add("cuda")
-        elif torch.cuda.is_available():
-            _warn(" on the GPU", missing, "a C++ compiler and nvcc (README.md)")
-    return frozenset(devices)
+def _warn_on_gpu(where: str, reason: str) -> None:
+    _warn(where, reason, "a C++ compiler and nvcc (README.md)", "FORCE_CUDA=1 ")
 
 
-_DEVICES = _devices()
-LOADED = "cpu" in _DEVICES
+def _load_all(wanted: frozenset[str]) -> dict[str, str | None]:
+    """Why the library of each type of device is not loaded, None for one that is.
+
+    A warning is given where the operators could run on a device and do not, unless that was asked for.
+    """
+    off = "CCNET_NATIVE turns it off"
+    if not wanted:
+        return {"cpu": off, "cuda": off}
+    cpu = _load("_C")  # the operators' declarations too, which are the same for all devices
+    if cpu is not None:
+        _warn("", cpu, "a C++ compiler")
+        return {"cpu": cpu, "cuda": cpu}
+    if torch.version.cuda is None:
+        cuda: str | None = "this PyTorch is built without CUDA"
+    elif "cuda" not in wanted:
+        cuda = off
+    else:
+        cuda = _load("_C_cuda")
+        if cuda is not None and torch.cuda.is_available():
+            _warn_on_gpu(" on the GPU", cuda)
+    return {"cpu": None if "cpu" in wanted else off, "cuda": cuda}
+
+
+_WANTED = _wanted_devices()
+WHY_NOT = _load_all(_WANTED)  # by type of device
+LOADED = hasattr(torch.ops.ccnet, "cpu_capability")  # the operators are declared
+
+_architectures: dict[int, int] = {}  # of the native code that each GPU runs, found once
+
+
+def gpu_architecture(index: int) -> int:
+    """Of the native code that runs on that GPU, 80 for sm_80; 0 where the library has none for it, with a warning."""
+    if index not in _architectures:
+        _architectures[index] = torch.ops.ccnet.cuda_architecture(index)
+        if _architectures[index] == 0:
+            name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+            built = f"{library('_C_cuda')} has no code for its architecture {capability[0]}.{capability[1]}"
+            _warn_on_gpu(f" on cuda:{index}, {name}", built)
+    return _architectures[index]
+
+
+@torch.compiler.assume_constant_result
+def _gpu_has_code(index: int | None) -> bool:
+    if not torch.cuda.is_available():  # shapes only, as compiling for another machine has them
+        return True
+    return gpu_architecture(torch.cuda.current_device() if index is None else index) > 0
 
 
 def runs_on(device: torch.device) -> bool:
     """Whether the native operators take tensors of that device; if not, the references compute."""
-    return device.type in _DEVICES
+    if device.type == "meta":  # shapes only, as torch.compile and torch.export use them
+        return LOADED
+    if WHY_NOT.get(device.type, "no kernels for it") is not None:
+        return False
+    return device.type == "cpu" or _gpu_has_code(device.index)
 
 
 def cpu_capability() -> str:

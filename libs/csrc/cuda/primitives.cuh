@@ -164,21 +164,34 @@ __device__ __forceinline__ void mma_m16n8k16(float& d0, float& d1, float& d2, fl
 #endif
 }
 
+// CUDA also keeps an error until somebody asks for it, who would take it for his own: here it is forgotten.
+inline cudaError_t forget(cudaError_t error) {
+  if (error != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+  }
+  return error;
+}
+
+// The architecture whose instructions the code has that runs on the current device, 75 for sm_75. It may be older than
+// the device: code for another device of the same family, or PTX that the driver has compiled. An error if the library
+// has no code for the device.
+cudaError_t architecture_of_code(int& architecture);  // image.cu
+
 struct Device {
   int shared_bytes;  // that a block can have
   bool has_bfloat16;
 };
 inline cudaError_t device_of_this_thread(Device& device) {
-  int index = 0, major = 0;
+  int index = 0, architecture = 0;
   cudaError_t error = cudaGetDevice(&index);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   }
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    error = architecture_of_code(architecture);
   }
-  device.has_bfloat16 = major >= 8;
-  return error;
+  device.has_bfloat16 = architecture >= 80;
+  return forget(error);
 }
 
 inline const char* text_of(cudaError_t error) { return cudaGetErrorString(error); }
@@ -192,7 +205,7 @@ cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, int shared
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) {
-      return error;
+      return forget(error);
     }
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
