@@ -22,12 +22,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-<<<<<<< HEAD
 from dataset import EpochSampler, Item, TrainingSet, check_labels, load_batches, read_list, scan
-=======
-from dataset import EpochSampler, Item, TrainingSet, load_batches, read_list, scan
 from libs import freeze_statistics
->>>>>>> norm
 from networks import CCNet, build_model
 from utils.checkpoint import (
     save_snapshot,
