@@ -177,7 +177,7 @@ def random_network(args: argparse.Namespace, kind: str) -> nn.Module:
         for block in ours.modules():
             if isinstance(block, BasicBlock | Bottleneck):
                 last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-                last.weight.mul_(0.1)  # type: ignore[union-attr]
+                last.weight.mul_(0.1)
     if kind == "ours":
         return ours.to(args.device)
     plain = plain_network(args.backbone, args.recurrence)
