@@ -183,9 +183,9 @@ def nvcc_wheels(torch) -> list[str]:
     return [f"nvidia-{name}=={major}.{minor}.*" for name in names] if major >= 13 else []
 
 
-def missing_nvcc_wheels(torch=None) -> list[str]:
+def missing_nvcc_wheels() -> list[str]:
     """What a build of the CUDA kernels, if they are of use here, needs in addition."""
-    torch = torch or import_torch()
+    torch = import_torch()
     wanted = os.environ.get("FORCE_CUDA", "1" if torch.cuda.is_available() else "0") == "1"
     return nvcc_wheels(torch) if wanted and find_nvcc() is None else []
 
@@ -295,6 +295,9 @@ def cuda_extension(torch, **common):
     from torch.utils import cpp_extension
 
     toolkit = cuda_toolkit(torch)
+    for folder in (str(ROOT), *cpp_extension.include_paths()):
+        if "," in folder:
+            raise NoCuda(f"nvcc splits the names of folders at commas: {folder}")
     flags = common["extra_compile_args"]
     flags = {**flags, "nvcc": flags["nvcc"] + architecture_flags(torch, toolkit)}
     cpp_extension.CUDA_HOME = str(toolkit)  # torch's own guess knows neither wrappers nor wheels
@@ -376,8 +379,7 @@ def main() -> None:
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
     """setuptools' own would run main() to find out, which needs them."""
-    torch = find_torch()
-    return ["torch>=2.10"] if torch is None else missing_nvcc_wheels(torch)
+    return ["torch>=2.10"] if find_torch() is None else missing_nvcc_wheels()
 
 
 def get_requires_for_build_sdist(config_settings=None) -> list[str]:

@@ -177,9 +177,9 @@ def numbers_of_abn(weight: Tensor, running_var: Tensor, eps: float) -> tuple[Ten
 class InPlaceABN(ABN):
     """ABN that overwrites its input with its output, which must not be used afterwards.
 
-    The activation is inverted in the backward pass: it cannot be relu, and slope has to be more than 0. What the input
-    has to be, and the errors, are told at `activated_batch_norm`. (The plain PyTorch form, which runs where there is
-    no native one, does not overwrite.)
+    The backward pass inverts the activation: it cannot be relu, and slope has to be more than 0. `activated_batch_norm`
+    says what the input has to be, and lists the errors. (The plain PyTorch form, which runs where there is no native
+    one, does not overwrite.)
     """
 
     _in_place = True

@@ -1,12 +1,14 @@
 """The native activated batch norm: every instruction set, dtype, layout and activation against the reference in
 float64, and what PyTorch does with operators: compiling, autocast, checks of its own."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out
-from targets import TARGETS, running_on
+from targets import ALL_CAPABILITIES, TARGETS, running_on
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
@@ -67,12 +69,13 @@ def exactly(arguments):
     return {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
 
 
-def assert_close(actual, expected, tolerance):
+def assert_close(actual, expected, tolerance, context=""):
     for name, wanted in expected.items():
         assert actual[name].shape == wanted.shape, name
         if wanted.numel():
             error = (actual[name].double() - wanted).abs().max() / max(wanted.abs().max(), 1)
-            assert error <= tolerance, f"{name}: error {error:.1e} of the largest number, expected {tolerance:.0e}"
+            message = f"{name}: error {error:.1e} of the largest number, expected {tolerance:.0e}; {context}"
+            assert error <= tolerance, message
 
 
 def assert_as_reference(shape, dtype, activation, layout="contiguous", training=True, in_place=False, residual=False):
@@ -82,21 +85,29 @@ def assert_as_reference(shape, dtype, activation, layout="contiguous", training=
     expected = run(reference.activated_batch_norm, exactly(arguments), activation)
     arguments["x"], arguments["upstream"] = (laid_out(arguments[name], layout) for name in ("x", "upstream"))
     actual = run(activated_batch_norm, arguments, activation, in_place=in_place)
-    assert_close(actual, expected, TOLERANCE[dtype])
+    context = f"{list(shape)} {dtype} {activation} {layout}, training {training}, residual {residual}"
+    assert_close(actual, expected, TOLERANCE[dtype], context)
 
 
+# Every path with every activation: whole packs of 16 bytes in planes and in rows, and neither
+SMALL_SHAPES = [(2, 16, 2, 8), (2, 3, 5, 7)]
 # Channels on, below and above the vectors' lanes (4, 8, 16) and the strips of 512; planes of less and more than a part
-SHAPES = [(2, 3, 5, 7), (1, 64, 33, 5), (3, 19, 1, 1), (2, 530, 3, 3), (1, 2, 97, 131), (5, 33), (2, 17, 40)]
+SHAPES = [(1, 64, 33, 5), (3, 19, 1, 1), (2, 530, 3, 3), (1, 2, 97, 131), (5, 33), (2, 17, 40)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
+def test_every_activation_with_and_without_residual(each_target, dtype, shape):
+    for activation, layout, residual in product(ACTIVATIONS, ("contiguous", "channels_last"), (False, True)):
+        assert_as_reference(shape, dtype, activation, layout, in_place=residual, residual=residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_activated_batch_norm(each_target, dtype, activation, shape):
-    for layout in ("contiguous", "channels_last"):
-        for residual in (False, True):
-            in_place = layout == "channels_last"
-            assert_as_reference(shape, dtype, activation, layout, in_place=in_place, residual=residual)
+def test_every_size(each_target, dtype, shape):
+    for number, layout in enumerate(("contiguous", "channels_last"), start=DTYPES.index(dtype)):
+        activation = ACTIVATIONS[number % len(ACTIVATIONS)]
+        assert_as_reference(shape, dtype, activation, layout, in_place=True, residual=number % 2 == 1)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -179,7 +190,13 @@ def test_merging_statistics_of_parts_far_apart():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_same_bits_for_any_number_of_threads_and_in_every_run(each_target, dtype, layout):
+@pytest.mark.parametrize("target", [*ALL_CAPABILITIES, "cuda"])  # the emulator's order: tests/test_cuda_kernels.py
+def test_same_bits_for_any_number_of_threads_and_in_every_run(target, dtype, layout):
+    with running_on(target):
+        assert_same_bits_for_any_number_of_threads(dtype, layout)
+
+
+def assert_same_bits_for_any_number_of_threads(dtype, layout):
     arguments = case((3, 37, 70, 81), dtype)
     arguments["x"], arguments["upstream"] = (laid_out(arguments[name], layout) for name in ("x", "upstream"))
     before = torch.get_num_threads()
@@ -195,12 +212,13 @@ def test_same_bits_for_any_number_of_threads_and_in_every_run(each_target, dtype
             assert torch.equal(x, other[name]), name
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(
+    ("activation", "layout", "in_place"),
+    [("leaky_relu", "contiguous", True), ("elu", "channels_last", False), ("identity", "sliced", True)],
+)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("in_place", [True, False])
 def test_gradcheck(activation, layout, training, in_place):
-    arguments = case((2, 3, 3, 4), torch.float64, training, residual=True)
+    arguments = case((2, 2, 3, 2), torch.float64, training, residual=True)
     del arguments["upstream"]
     names = ("x", "weight", "bias", "residual")
     inputs = [laid_out(arguments[name], layout if name == "x" else "contiguous").requires_grad_() for name in names]
@@ -366,9 +384,15 @@ def test_second_derivatives_of_compiled_code_are_an_error():
         torch.autograd.functional.hessian(lambda x: module(x).square().sum(), x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 2, 3, 4), (1, 1, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "layout", "shape"),
+    [
+        *((torch.float32, layout, (2, 3, 4, 5)) for layout in LAYOUTS),
+        *((dtype, "channels_last", (2, 3, 2, 3, 4)) for dtype in DTYPES if dtype != torch.float32),
+        (torch.float32, "contiguous", (1, 1, 3, 3)),
+    ],
+    ids=str,
+)
 def test_opcheck(dtype, layout, shape):
     """PyTorch's own checks of an operator: schema (what is written to), fake kernels (shapes, strides), tracing."""
     ops = torch.ops.ccnet
@@ -449,8 +473,6 @@ def test_the_whole_network_compiled():
         torch.manual_seed(0)
         return build_model("resnet18", num_classes=4).eval()  # eval: dropout draws other numbers when compiled
 
-    assert torch._dynamo.explain(make())(torch.randn(2, 3, 33, 33)).graph_break_count == 0
-    torch._dynamo.reset()
     assert_trains_alike(make, {"fullgraph": True, "backend": "aot_eager"}, steps=2, size=(2, 3, 33, 33))
 
 
