@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from .criterion import upsample
 
@@ -31,7 +30,7 @@ def tile_starts(length: int, tile: int) -> list[int]:
 def sliding_predictor(model: Network, tile_size: tuple[int, int]) -> Predictor:
     """Images [N, 3, H, W] to main logits [N, K, H, W], by tiles of (height, width) that overlap by a third.
 
-    Logits are averaged where tiles overlap. Along an axis where the image is smaller than the tile, the tile is as small.
+    Logits are averaged where tiles overlap. The tile is cut to the image where the image is smaller.
     """
     whole = whole_predictor(model)
 
