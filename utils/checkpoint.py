@@ -232,7 +232,7 @@ def _remove_interrupted(folder: Path, current: Path) -> None:
     Not before there is a new temporary file: `lone_weights` knows an interrupted run by them.
     """
     for path in folder.glob(f"{_WRITING}*"):
-        if path != current:
+        if path.name != current.name:
             path.unlink(missing_ok=True)
 
 
