@@ -12,6 +12,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -25,47 +26,58 @@ from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, check_labels, load
 from dataset.images import ImageFile
 from dataset.labels import TRAIN_ID_TO_ID
 from networks import CCNet, PredictionNetwork, build_model, load_state
+from utils.arguments import MOST_IMAGES, ArgumentParser, number, pixel
 from utils.checkpoint import read_state_dict
 from utils.commandline import (
     CommandError,
     add_shared_flags,
     check_ignore_label,
-    number,
+    check_memory,
+    network_config,
     plain_flags,
+    with_network,
 )
 from utils.distributed import World
 from utils.inference import Predictor, multi_scale, sliding_predictor, whole_predictor
 from utils.launch import launch
 from utils.metrics import ConfusionMatrix
+from utils.network_file import network_path, read_network
 from utils.precision import in_mixed_precision
 from utils.visualisation import attention_figure, palette_image
 
 _WHOLE_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+# Folders of pictures that an evaluation writes.
+_FOLDERS = ("predictions", "submit", "attention")
 
 
-def pixel(text: str) -> tuple[int, int]:
-    """Parse "y,x"."""
-    try:
-        y, x = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected Y,X in pixels, got {text!r}") from None
-    return y, x
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Evaluate CCNet.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def get_parser() -> ArgumentParser:
+    parser = ArgumentParser("Evaluate CCNet.")
     add_shared_flags(parser)
-    add = parser.add_argument
+    add = parser.add_argument_group("evaluation").add_argument
     add("--restore-from", type=Path, required=True, help="state dict to evaluate")
-    add("--split", choices=SPLITS, default="val", help="images to evaluate")
-    add("--batch-size", type=number(int, 1), default=1, help="images predicted at a time")
-    add("--whole", action="store_true", help="whole images, not tiles of --input-size; six scales and mirrored")
-    add("--scales", type=number(float, 0.1, 8), nargs="+", help="1, or with --whole 0.75 1 1.25 1.5 1.75 2")
-    add("--flip", action=argparse.BooleanOptionalAction, help="also the mirror image; no, or with --whole yes")
-    add("--output-dir", type=Path, help="folder of all results; outputs beside the state dict if not given")
-    add("--submit", action="store_true", help="also write label ids as the benchmark's server wants them")
+    add("--split", choices=SPLITS, default="val", help="images to evaluate; those of test are predicted, not measured")
+    add("--batch-size", type=number(int, 1, MOST_IMAGES), default=1, help="images predicted at a time")
+    add("--whole", action="store_true", help="whole images instead of tiles of --input-size; six scales, mirrored")
+    add(
+        "--scales", type=number(float, 0.1, 8), nargs="+",
+        help="average over these scales; 1, or with --whole 0.75 1 1.25 1.5 1.75 2",
+    )  # fmt: skip
+    add(
+        "--flip", action=argparse.BooleanOptionalAction,
+        help="also the mirror image, averaged; off, or with --whole on",
+    )  # fmt: skip
+    add(
+        "--compare-recurrence", type=number(int, 0, 64), nargs="+", default=[], metavar="R",
+        help="also measure the same weights with these numbers of passes of attention",
+    )  # fmt: skip
+
+    add = parser.add_argument_group("results").add_argument
+    add(
+        "--output-dir", type=Path,
+        help="folder of the results, of this evaluation alone: report.md, result.json, predictions/, submit/, "
+        "attention/; outputs/<name of the state dict>/<split or list>/ beside the state dict if not given",
+    )  # fmt: skip
+    add("--submit", action="store_true", help="also write label ids under the names the benchmark's server expects")
     add("--attention", type=pixel, action="append", metavar="Y,X", help="show where this pixel looks; may be repeated")
     add("--attention-image", metavar="NAME", help="image of --attention by its file name; the first one if not given")
     return parser
@@ -116,6 +128,34 @@ def same_size_groups(samples: list[dict]) -> Iterator[list[dict]]:
         yield list(group)
 
 
+def prepare_output(args: argparse.Namespace) -> Path:
+    """An empty folder of results: those of one evaluation never mix with another's, whose files are removed.
+
+    Raises:
+        CommandError: it holds things of the same names that no evaluation has written.
+    """
+    name = args.split if args.data_list is None else args.data_list.stem
+    output_dir = args.output_dir or args.restore_from.parent / "outputs" / args.restore_from.stem / name
+    marker = output_dir / "evaluation.json"
+    earlier = [path for folder in _FOLDERS for path in (output_dir / folder).glob("*")]
+    earlier += [path for path in (output_dir / "result.json", output_dir / "report.md") if path.exists()]
+    if earlier and not marker.exists():
+        raise CommandError(
+            f"--output-dir {output_dir}: expected a new folder or one of an earlier evaluation, found {earlier[0]} and "
+            f"no {marker.name}; give another folder"
+        )
+    for path in earlier:
+        path.unlink()
+    wanted = {"predictions": True, "submit": args.submit, "attention": args.attention}
+    for folder in _FOLDERS:
+        if wanted[folder]:
+            (output_dir / folder).mkdir(parents=True, exist_ok=True)
+        elif (output_dir / folder).exists():
+            (output_dir / folder).rmdir()
+    marker.write_text(json.dumps(plain_flags(args), indent=2) + "\n")
+    return output_dir
+
+
 def save_prediction(prediction: np.ndarray, item: Item, output_dir: Path, submit: bool) -> None:
     """Write uint8 [H, W] training ids: coloured, and for --submit as label ids under the server's naming."""
     palette_image(prediction).save(output_dir / "predictions" / f"{item.name}.png")
@@ -124,11 +164,11 @@ def save_prediction(prediction: np.ndarray, item: Item, output_dir: Path, submit
 
 
 def predict_all(
-    args: argparse.Namespace, world: World, predict: Predictor, items: list[Item], output_dir: Path
+    args: argparse.Namespace, world: World, predict: Predictor, items: list[Item], output_dir: Path | None
 ) -> ConfusionMatrix:
-    """Predict and save every image, and count the classes where there is a label.
+    """Predict every image, save it unless there is no folder to, and count the classes where there is a label.
 
-    The batches, which are those of one process, go round the processes: none is predicted twice or padded.
+    Batches are cut as for one process and dealt out round-robin: no image is predicted twice or padded.
     """
     device = world.device
     confusion = ConfusionMatrix(args.num_classes, device)
@@ -143,7 +183,8 @@ def predict_all(
                 for sample, prediction in zip(group, predictions, strict=True):
                     if sample["label"] is not None:
                         confusion.update(sample["label"].to(device), prediction)
-                    save_prediction(prediction.byte().cpu().numpy(), sample["item"], output_dir, args.submit)
+                    if output_dir is not None:
+                        save_prediction(prediction.byte().cpu().numpy(), sample["item"], output_dir, args.submit)
                 bar.update(len(group))
     confusion.counts = world.sum(confusion.counts)
     return confusion
@@ -157,17 +198,18 @@ def attention_picture(model: CCNet, item: Item, pixels: list[tuple[int, int]], f
     return path
 
 
-def iou_table(confusion: ConfusionMatrix, names: list[str]) -> str:
-    """A Markdown table of every class's IoU and their mean, in percent."""
-    rows = [
-        (name, "absent" if math.isnan(iou) else f"{100 * iou:.2f}")
-        for name, iou in zip(names, confusion.iou().tolist(), strict=True)
-    ]
-    rows += [
-        ("**mean IoU**", f"{100 * confusion.mean_iou():.2f}"),
-        ("pixel accuracy", f"{100 * confusion.pixel_accuracy():.2f}"),
-    ]
-    return "\n".join(["| class | IoU, % |", "|:--|--:|", *(f"| {name} | {value} |" for name, value in rows)])
+def percent(value: float) -> str:
+    return "absent" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def iou_table(results: dict[str, ConfusionMatrix], names: list[str]) -> str:
+    """A Markdown table of every class's IoU, their mean, and the pixel accuracy, in percent; a column a result."""
+    rows = list(zip(names, *(confusion.iou().tolist() for confusion in results.values()), strict=True))
+    rows.append(("**mean IoU**", *(confusion.mean_iou() for confusion in results.values())))
+    rows.append(("pixel accuracy", *(confusion.pixel_accuracy() for confusion in results.values())))
+    lines = [f"| class | {' | '.join(results)} |", "|:--" + "|--:" * len(results) + "|"]
+    lines += [f"| {name} | {' | '.join(map(percent, values))} |" for name, *values in rows]
+    return "\n".join(lines)
 
 
 def null_if_nan(value: float) -> float | None:
@@ -175,47 +217,88 @@ def null_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def save_report(args: argparse.Namespace, confusion: ConfusionMatrix, num_images: int, output_dir: Path) -> str:
-    """Write result.json and report.md; returns the table."""
-    names = [*CLASS_NAMES, *(f"class {k}" for k in range(len(CLASS_NAMES), args.num_classes))]
+def measures(confusion: ConfusionMatrix, names: list[str]) -> dict:
+    """What result.json says of a confusion matrix."""
     ious = [null_if_nan(iou) for iou in confusion.iou().tolist()]
-    flags = plain_flags(args)
-    result = {
+    return {
         "meanIU": null_if_nan(confusion.mean_iou()),
         "IU_array": ious,
         "classes": dict(zip(names, ious, strict=True)),
         "pixel_accuracy": null_if_nan(confusion.pixel_accuracy()),
+    }
+
+
+def save_report(
+    args: argparse.Namespace,
+    confusion: ConfusionMatrix,
+    compared: dict[int, ConfusionMatrix],
+    gamma: float,
+    num_images: int,
+    output_dir: Path,
+) -> str:
+    """Write result.json and report.md; returns the table.
+
+    Args:
+        compared: the same weights' with other numbers of passes.
+        gamma: of the attention.
+    """
+    names = [*CLASS_NAMES, *(f"class {k}" for k in range(len(CLASS_NAMES), args.num_classes))]
+    flags = plain_flags(args)
+    result = measures(confusion, names) | {
+        "recurrence": {str(r): measures(other, names) for r, other in compared.items()},
+        "gamma": gamma,
         "images": num_images,
         "flags": flags,
     }
     (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = iou_table(confusion, names)
+    table = iou_table({"IoU, %": confusion, **{f"R={r}": other for r, other in compared.items()}}, names)
     settings = "\n".join(f"- {name}: {value}" for name, value in flags.items())
-    (output_dir / "report.md").write_text(f"# {args.restore_from}\n\n{num_images} images\n\n{table}\n\n{settings}\n")
+    (output_dir / "report.md").write_text(
+        f"# {args.restore_from}\n\n{num_images} images, gamma {gamma:.4g}\n\n{table}\n\n{settings}\n"
+    )
     return table
+
+
+def network_line(args: argparse.Namespace) -> str:
+    """Which network is evaluated, and who says so."""
+    folder = args.restore_from.parent
+    trained = read_network(folder)
+    source = f"as {network_path(folder)} says" if trained else f"no network.json in {folder}: as the flags say"
+    if trained and trained.recurrence != args.recurrence:
+        source += f", but R, with which it was trained, was {trained.recurrence}"
+    settings = asdict(network_config(args)).items()
+    return f"{', '.join(f'{name} {value}' for name, value in settings)} ({source})"
 
 
 @torch.no_grad()
 def evaluate(args: argparse.Namespace, world: World) -> int:
     """Evaluate, and return the exit status."""
+    args = with_network(args, args.restore_from.parent)
     check_ignore_label(args.ignore_label, args.num_classes)
     items = find_items(args)
     check_labels(items)
+    check_memory(f"--batch-size {args.batch_size}", min(args.batch_size, len(items)), ImageFile(items[0].image).size)
     attention_item = find_attention_item(args, items) if args.attention else None
-    model = build_model(args.backbone, args.num_classes, args.recurrence, args.backbone_activation)
+    model = build_model(network_config(args))
     load_state(model, read_state_dict(args.restore_from), str(args.restore_from))
     model.to(world.device).eval()
+    if world.is_main:
+        print(f"network: {network_line(args)}")
 
-    output_dir = args.output_dir or args.restore_from.parent / "outputs"
-    for folder, wanted in (("predictions", True), ("submit", args.submit), ("attention", args.attention)):
-        if wanted:
-            (output_dir / folder).mkdir(parents=True, exist_ok=True)
+    output_dir = world.broadcast(prepare_output(args) if world.is_main else None)
     confusion = predict_all(args, world, make_predictor(args, world, model), items, output_dir)
+    compared = {}
+    for recurrence in args.compare_recurrence:
+        model.head.recurrence = recurrence
+        compared[recurrence] = predict_all(args, world, make_predictor(args, world, model), items, None)
+    model.head.recurrence = args.recurrence
     if not world.is_main:
         return 0
     labelled = sum(item.label is not None for item in items)
+    gamma = model.head.cca.gamma.item()
     if labelled:
-        print(save_report(args, confusion, labelled, output_dir), end="\n\n")
+        print(save_report(args, confusion, compared, gamma, labelled, output_dir))
+        print(f"gamma of the attention: {gamma:.4g} (with 0 it adds nothing)\n")
         print(f"report:       {output_dir / 'report.md'}, {output_dir / 'result.json'}")
     print(f"checkpoint:   {args.restore_from}")
     print(f"predictions:  {output_dir / 'predictions'}")

@@ -4,9 +4,9 @@
 #   ./run_local.sh [flags]                 a complete small run on generated street scenes, on any machine
 #   ./run_local.sh YOUR_CS_PATH [flags]    the paper's recipe on Cityscapes at YOUR_CS_PATH
 #
-# It uses all GPUs of the machine. Flags are those of train.py; what says which network and which devices goes to
-# evaluate.py as well. Each value below can also be set by the environment variable of its name, e.g.
-# BS=4 ./run_local.sh YOUR_CS_PATH. Run again after an interruption, it goes on where it was.
+# It uses all GPUs of the machine. Flags are those of train.py; evaluate.py gets those that it has too. Each value below
+# can also be set by the environment variable of its name, e.g. BS=4 ./run_local.sh YOUR_CS_PATH. Run again after an
+# interruption, it goes on where it was; with more STEPS after its end, it goes on to those.
 set -euo pipefail
 
 fail() {
@@ -55,11 +55,7 @@ else
     SNAPSHOT_DIR=${SNAPSHOT_DIR:-snapshots/scenes}
     RESTORE_FROM=${RESTORE_FROM-}
 fi
-if [[ " $* " == *" --ft "* ]]; then
-    LR=${LR:-1e-3} # the default of train.py's fine-tuning stage
-else
-    LR=${LR:-1e-2}
-fi
+LR=${LR:-} # train.py's: the recipe's 1e-2, or the fine-tuning stage's
 WD=${WD:-1e-4}
 RECURRENCE=${RECURRENCE:-2}
 OHEM=${OHEM:-0}
@@ -79,7 +75,7 @@ last_value() { # flag, default, arguments...: the last value given for the flag
     echo "$value"
 }
 
-# A flag wins over the variable; train.py and evaluate.py have to agree on these.
+# A flag wins over the variable.
 BACKBONE=$(last_value --backbone "$BACKBONE" "$@")
 RESTORE_FROM=$(last_value --restore-from "$RESTORE_FROM" "$@")
 STEPS=$(last_value --num-steps "$STEPS" "$@")
@@ -91,26 +87,19 @@ if [[ $RESTORE_FROM == dataset/resnet101-imagenet.pth ]]; then
         fail "$RESTORE_FROM: expected the ImageNet weights; README.md says where they are, RESTORE_FROM= trains from scratch"
     fi
 fi
-BOTH=(--data-dir "$CS_PATH" --backbone "$BACKBONE")
-# Every GPU there is, unless told otherwise; on a machine without it means nothing.
-GPU=$([[ -n $(last_value --device "" "$@")$(last_value --procs "" "$@") ]] || echo all)
-for pair in --input-size="$INPUT_SIZE" --recurrence="$RECURRENCE" --num-classes= --ignore-label= --device= --gpu="$GPU" \
-    --procs= --num-workers=; do
-    value=$(last_value "${pair%%=*}" "${pair#*=}" "$@")
-    [[ -z $value ]] || BOTH+=("${pair%%=*}" "$value")
-done
 TRAIN=(
-    "${BOTH[@]}" --random-mirror --batch-size "$BS" --learning-rate "$LR" --weight-decay "$WD" --ohem "$OHEM"
-    --ohem-thres "$OHEM_THRES" --ohem-keep "$OHEM_KEEP" --save-pred-every "$SAVE_EVERY" --resume
+    --data-dir "$CS_PATH" --backbone "$BACKBONE" --input-size "$INPUT_SIZE" --recurrence "$RECURRENCE" --gpu all
+    --random-mirror --batch-size "$BS" --weight-decay "$WD" --ohem "$OHEM" --ohem-thres "$OHEM_THRES"
+    --ohem-keep "$OHEM_KEEP" --save-pred-every "$SAVE_EVERY" --resume
 )
-EVALUATE=("${BOTH[@]}")
+[[ -z $LR ]] || TRAIN+=(--learning-rate "$LR")
 [[ -z $RESTORE_FROM ]] || TRAIN+=(--restore-from "$RESTORE_FROM")
-if [[ -n $SCENES ]]; then
-    # On the first image: its vehicle, and a building.
-    EVALUATE+=(--attention 78,160 --attention 35,150)
-else
-    TRAIN+=(--random-scale) # not for scenes, of which a crop could lose the sign that tells the vehicle's class
-fi
+[[ -n $SCENES ]] || TRAIN+=(--random-scale) # not for scenes, of which a crop could lose the sign that tells the class
+TRAIN+=("$@") # the last value of a flag counts
+BOTH=$(python -m utils.commandline "${TRAIN[@]}")
+mapfile -t EVALUATE <<<"$BOTH"
+# On the first image: its vehicle, and a building.
+[[ -z $SCENES ]] || EVALUATE+=(--attention 78,160 --attention 35,150)
 
 # SIGTERM to this script alone is passed on, so that training saves before it ends; Ctrl-C reaches it anyway.
 train() {
@@ -130,9 +119,10 @@ train() {
 if [[ -n $SCENES ]]; then
     python -m dataset.scenes --output "$CS_PATH"
     echo "== the network before training"
-    train "$@" --num-steps 0 --snapshot-dir "$SNAPSHOT_DIR/untrained"
+    train --num-steps 0 --snapshot-dir "$SNAPSHOT_DIR/untrained"
     python evaluate.py "${EVALUATE[@]}" --restore-from "$SNAPSHOT_DIR/untrained/CS_scenes_0.pth"
     echo "== training"
+    EVALUATE+=(--compare-recurrence 0 1 2 3)
 fi
-train "$@" --num-steps "$STEPS" --snapshot-dir "$SNAPSHOT_DIR"
+train --num-steps "$STEPS" --snapshot-dir "$SNAPSHOT_DIR"
 python evaluate.py "${EVALUATE[@]}" --restore-from "$SNAPSHOT_DIR/CS_scenes_$STEPS.pth"

@@ -7,8 +7,8 @@ The paper's recipe, with the ImageNet backbone at dataset/resnet101-imagenet.pth
         --learning-rate 1e-2 --weight-decay 1e-4 --recurrence 2
 
 Add --gpu 0,1,2,3 for four GPUs, or run it with torchrun --nproc_per_node=4; --ohem --ohem-thres 0.7 --ohem-keep 100000
-for online hard example mining; --amp bf16 for mixed precision. A run that was interrupted goes on with the same command
-and --resume, on as many GPUs as there are then.
+for online hard example mining; --amp bf16 for mixed precision. The same command with --resume goes on with an
+interrupted run, on as many GPUs as there are then.
 """
 
 import argparse
@@ -25,26 +25,25 @@ from torch import nn
 from dataset import EpochSampler, Item, TrainingSet, check_labels, load_batches, read_list, scan
 from libs import freeze_statistics
 from networks import CCNet, build_model
-from utils.checkpoint import (
-    save_snapshot,
-    snapshot_path,
-    training_steps,
-)
+from utils.arguments import MOST_IMAGES, MOST_STEPS, ArgumentParser, boolean, number
+from utils.checkpoint import save_snapshot, snapshot_path, training_steps
 from utils.commandline import (
     CommandError,
     add_shared_flags,
-    boolean,
     check_ignore_label,
-    number,
+    check_memory,
+    network_config,
+    with_network,
 )
 from utils.criterion import BatchShare, CriterionDSN, CriterionOhemDSN
 from utils.distributed import World, stop_requests
 from utils.launch import launch
-from utils.resuming import run_flags, start_or_resume
+from utils.network_file import save_network
+from utils.resuming import run_flags, run_network, start_or_resume
 from utils.schedule import poly_learning_rate
 from utils.training import (
-    LossRecord,
     Part,
+    PendingLosses,
     StepRecord,
     TrainingStep,
     batch_share,
@@ -54,54 +53,82 @@ from utils.training import (
 from utils.training_log import TrainingLog
 from utils.visualisation import training_panel
 
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Train CCNet.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_shared_flags(parser)
-    add = parser.add_argument
-    add("--split", choices=("train", "val", "trainval"), help="images to train on; train, or trainval with --ft")
-    add("--batch-size", type=number(int, 1), default=8, help="images a step, of all processes together")
-    add("--accumulate", type=number(int, 1), default=1, help="parts that a batch is put through the network in")
-    add("--num-steps", type=number(int, 0), default=40000, help="training steps")
-    add("--start-iters", type=number(int, 0), default=0, help="step of the schedule and of the data to begin at")
-    add("--learning-rate", type=number(float, 0), default=1e-2, help="at step 0, of the polynomial decay")
-    add("--power", type=number(float, 0), default=0.9, help="of the polynomial decay")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
-    add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 penalty")
-    add("--clip-grad-norm", type=number(float, 0), help="longest gradient, of all parameters together")
-    add("--random-mirror", action="store_true", help="mirror every other image")
-    add("--random-scale", action="store_true", help="scale images by 0.7 to 2.1")
-    add("--random-seed", type=number(int, 0, 2**63 - 1), default=12345, help="of initialisation, data and dropout")
-    add(
-        "--ohem", type=boolean, nargs="?", const=True, default=False, help="online hard example mining on the main loss"
-    )
-    add(
-        "--ohem-thres", type=number(float, 0, 1), default=0.6, help="true-class probability up to which a pixel is hard"
-    )
-    add("--ohem-keep", type=number(int, 0), default=200000, help="pixels of a batch kept at least")
-    add(
-        "--is-training",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="update the running means and variances; without, they are used as they are",
-    )
-    add("--ft", action="store_true", help="fine-tuning stage: trainval, --no-is-training, a learning rate of 1e-3")
-    add("--restore-from", type=Path, help="weights to begin with: an ImageNet backbone or a whole network")
-    add("--not-restore-last", action="store_true", help="do not restore the last, classifying layers")
-    add("--snapshot-dir", type=Path, default=Path("snapshots"), help="folder of the snapshots and the log")
-    add("--save-pred-every", type=number(int, 1), default=10000, help="steps between snapshots and between pictures")
-    add("--keep", type=number(int, 1), help="how many of the newest snapshots are kept; all if not given")
-    add("--skip-nonfinite", action="store_true", help="leave out steps whose loss or gradient is infinite or NaN")
-    add("--save-num-images", type=number(int, 0), default=2, help="images of the batch to log as pictures")
-    add("--print-frequency", type=number(int, 1), default=10, help="steps between logged losses")
-    add("--resume", action="store_true", help="go on from the newest snapshot in --snapshot-dir, if there is one")
-    return parser
-
-
-# Of the fine-tuning stage: a tenth of the recipe's. The authors say that theirs is low, not how low.
+# Learning rate of the fine-tuning stage, a tenth of the recipe's. The authors say that theirs is low, not how low.
 _FINE_TUNING_RATE = 1e-3
+
+
+def get_parser() -> ArgumentParser:
+    parser = ArgumentParser("Train CCNet.")
+    add_shared_flags(parser)
+    add = parser.add_argument_group("images").add_argument
+    add("--split", choices=("train", "val", "trainval"), help="images to train on; train, or trainval with --ft")
+    add("--random-mirror", action="store_true", help="mirror every other image")
+    add("--random-scale", action="store_true", help="scale images by 0.7, 0.8, ... 2.1")
+    add("--random-seed", type=number(int, 0, 2**63 - 1), default=12345, help="of initialisation, data and dropout")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=number(int, 1, MOST_IMAGES), default=8, help="images a step, of all processes together")
+    add(
+        "--accumulate", type=number(int, 1, MOST_IMAGES), default=1,
+        help="parts that a batch is put through the network in, one after the other, to save memory",
+    )  # fmt: skip
+    add(
+        "--num-steps", type=number(int, 0, MOST_STEPS), default=40000,
+        help="training steps; a larger number with --resume extends a run, and stretches its schedule",
+    )  # fmt: skip
+    add("--start-iters", type=number(int, 0, MOST_STEPS), default=0, help="step of schedule and data to begin at")
+    add(
+        "--learning-rate", type=number(float, 0, 1e6), default=1e-2,
+        help=f"base of the schedule base * (1 - step / steps) ^ power; with --ft {_FINE_TUNING_RATE}",
+    )  # fmt: skip
+    add("--power", type=number(float, 0, 100), default=0.9, help="of the schedule")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
+    add("--weight-decay", type=number(float, 0, 1e6), default=5e-4, help="of SGD; the recipe's is 0.0001")
+    add("--clip-grad-norm", type=number(float, 0, 1e12), help="clip the norm of all gradients together to this")
+    add(
+        "--skip-nonfinite", action="store_true",
+        help="leave out steps whose loss or gradient is infinite or NaN, and count them in the log; without, training "
+        "stops and names the step and its images",
+    )  # fmt: skip
+
+    add = parser.add_argument_group("loss").add_argument
+    add(
+        "--ohem", type=boolean, nargs="?", const=True, default=False,
+        help="online hard example mining on the main loss; alone, or with 1 or 0",
+    )  # fmt: skip
+    add(
+        "--ohem-thres", type=number(float, 0, 1), default=0.6,
+        help="true-class probability up to which a pixel is hard; recommended 0.7",
+    )  # fmt: skip
+    add(
+        "--ohem-keep", type=number(int, 0, MOST_STEPS), default=200000,
+        help="pixels of a batch kept at least; recommended 100000",
+    )  # fmt: skip
+
+    add = parser.add_argument_group("weights").add_argument
+    add(
+        "--restore-from", type=Path,
+        help="weights to begin with: ImageNet backbone or whole network; from scratch if not given",
+    )  # fmt: skip
+    add("--not-restore-last", action="store_true", help="leave out the classifying layers, for other classes")
+    add(
+        "--is-training", action=argparse.BooleanOptionalAction, default=True,
+        help="update batch norm's running statistics; --no-is-training uses them as they are",
+    )  # fmt: skip
+    add(
+        "--ft", action="store_true",
+        help=f"fine-tuning stage of a trained network: train and val images, statistics frozen, learning rate "
+        f"{_FINE_TUNING_RATE}",
+    )  # fmt: skip
+
+    add = parser.add_argument_group("snapshots and log").add_argument
+    add("--snapshot-dir", type=Path, default=Path("snapshots"), help="folder of snapshots and TensorBoard log")
+    add("--resume", action="store_true", help="go on from the newest snapshot in --snapshot-dir, if there is one")
+    add("--save-pred-every", type=number(int, 1, MOST_STEPS), default=10000, help="steps between snapshots, pictures")
+    add("--keep", type=number(int, 1, MOST_STEPS), help="how many of the newest snapshots are kept; else all")
+    add("--save-num-images", type=number(int, 0, MOST_IMAGES), default=2, help="images of the batch logged as pictures")
+    add("--print-frequency", type=number(int, 1, MOST_STEPS), default=10, help="steps between logged losses")
+    return parser
 
 
 def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -151,6 +178,7 @@ def check_batch(args: argparse.Namespace, world: World) -> None:
             f"--batch-size {args.batch_size}: expected {world.size * args.accumulate} or more, an image for each of "
             f"{world.size} processes in each of --accumulate {args.accumulate} parts"
         )
+    check_memory(f"--batch-size {args.batch_size}", args.batch_size // args.accumulate // world.size, args.input_size)
 
 
 def make_criterion(args: argparse.Namespace, share: BatchShare | None) -> CriterionDSN:
@@ -162,15 +190,17 @@ def make_criterion(args: argparse.Namespace, share: BatchShare | None) -> Criter
 
 def train(args: argparse.Namespace, world: World) -> int:
     """Train, and return the exit status: 0, or 128 + the signal that ended training early."""
-    check_ignore_label(args.ignore_label, args.num_classes)
     check_batch(args, world)
+    args = run_network(args, world)
+    check_ignore_label(args.ignore_label, args.num_classes)
     items = find_items(args)
     check_labels(items)
     torch.manual_seed(args.random_seed)
-    model = build_model(args.backbone, args.num_classes, args.recurrence, args.backbone_activation).to(world.device)
+    model = build_model(network_config(args)).to(world.device)
     optimizer = make_optimizer(model, args.learning_rate, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
-    first, resumed = start_or_resume(args, get_parser().parse_args([]), world, model, optimizer, scaler)
+    defaults = with_network(get_parser().parse_args([]), None)
+    first, resumed = start_or_resume(args, defaults, world, model, optimizer, scaler)
     if first > args.num_steps:
         raise CommandError(f"--start-iters {first}: expected at most --num-steps {args.num_steps}")
     model.train()
@@ -183,6 +213,7 @@ def train(args: argparse.Namespace, world: World) -> int:
         return save_snapshot(model, optimizer, args.snapshot_dir, step, run_flags(args), args.keep, scaler)
 
     if world.is_main:
+        save_network(network_config(args), args.snapshot_dir)
         where = f"on {world.device}" if world.size == 1 else f"on {world.size} processes"
         print(f"{args.backbone}, R={args.recurrence}, {where}: {len(items)} images, steps {first} to {args.num_steps}")
         if first == args.num_steps and not resumed:  # no step to do: the network as it is
@@ -238,7 +269,7 @@ def run_steps(
     Returns the step reached, and that signal if it is not the last.
     """
     step, stopped_by = first, None
-    losses = LossRecord(world)
+    losses = PendingLosses(world)
     for parts in load_steps(args, world, items, first):
         learning_rate = poly_learning_rate(args.learning_rate, step, args.num_steps, args.power)
         training_step.optimizer.param_groups[0]["lr"] = learning_rate
@@ -253,7 +284,7 @@ def run_steps(
         stopped_by = world.stop_signal() if step < args.num_steps else None
         saving = step % args.save_pred_every == 0 or step == args.num_steps or stopped_by is not None
         if saving or step % args.print_frequency == 0:  # in other steps nothing waits for the device
-            records = losses.read()
+            records = losses.drain()
             check_losses(args, world, records)
             log.scalars(step, learning_rate, records[-1].losses if records else {})
         if saving and world.is_main:
@@ -271,4 +302,4 @@ def run_steps(
 
 if __name__ == "__main__":
     arguments = parse_flags()
-    sys.exit(launch(train, arguments, most=arguments.batch_size // arguments.accumulate))
+    sys.exit(launch(train, arguments, max_processes=arguments.batch_size // arguments.accumulate))

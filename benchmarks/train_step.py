@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from cc_attention import CrissCrossAttention
 from libs import to_batchnorm
-from networks import BACKBONES, BatchDropout2d, CCNet, PredictionNetwork, build_model
+from networks import BACKBONES, BatchDropout2d, CCNet, NetworkConfig, PredictionNetwork, build_model
 from networks.resnet import BasicBlock, Bottleneck
 from utils.criterion import AUXILIARY_WEIGHT, CriterionDSN, CriterionOhemDSN
 from utils.inference import sliding_predictor
@@ -86,7 +86,7 @@ class PlainAttention(nn.Module):
 
 def plain_network(backbone: str, recurrence: int) -> nn.Module:
     """The network of torch's own modules, NCHW; the names in its state dict are those of `to_batchnorm`."""
-    network = to_batchnorm(CCNet(backbone, CLASSES, recurrence, "identity"))
+    network = to_batchnorm(CCNet(NetworkConfig(backbone, recurrence=recurrence, num_classes=CLASSES)))
     network.head.cca = PlainAttention(network.head.cca)  # type: ignore[union-attr, arg-type]
     for module in list(network.modules()):
         for name, child in module.named_children():

@@ -1,6 +1,7 @@
 """The networks: one builder, and loading of the original's state dicts."""
 
 from .ccnet import CCNet, build_model
+from .config import NetworkConfig
 from .layers import BatchDropout2d
 from .prediction import PredictionNetwork
 from .resnet import BACKBONE_ACTIVATIONS, BACKBONES
@@ -11,6 +12,7 @@ __all__ = [
     "BACKBONE_ACTIVATIONS",
     "BatchDropout2d",
     "CCNet",
+    "NetworkConfig",
     "PredictionNetwork",
     "StateDictError",
     "build_model",

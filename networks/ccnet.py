@@ -1,10 +1,13 @@
 """CCNet: the dilated ResNet with the RCCA head and an auxiliary head."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from libs import InPlaceABNSync
 
+from .config import NetworkConfig
 from .layers import BatchDropout2d, conv3x3
 from .rcca import RCCAModule
 from .resnet import DilatedResNet
@@ -17,15 +20,15 @@ class CCNet(DilatedResNet):
     [N, num_classes, h, w] with h and w about an eighth of H and W (97 for 769).
     """
 
-    def __init__(self, backbone: str, num_classes: int, recurrence: int, backbone_activation: str):
-        super().__init__(backbone, backbone_activation)
+    def __init__(self, config: NetworkConfig):
+        super().__init__(config.backbone, config.backbone_activation)
         layer3_channels, layer4_channels = self.out_channels
-        self.head = RCCAModule(layer4_channels, num_classes, recurrence)
+        self.head = RCCAModule(layer4_channels, config.num_classes, config.recurrence)
         self.dsn = nn.Sequential(
             conv3x3(layer3_channels, layer3_channels // 2, bias=True),
             InPlaceABNSync(layer3_channels // 2),
             BatchDropout2d(0.1),
-            nn.Conv2d(layer3_channels // 2, num_classes, 1),
+            nn.Conv2d(layer3_channels // 2, config.num_classes, 1),
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -38,22 +41,26 @@ class CCNet(DilatedResNet):
 
 
 def build_model(
-    backbone: str = "resnet101", num_classes: int = 19, recurrence: int = 2, backbone_activation: str = "identity"
+    backbone: str | NetworkConfig = NetworkConfig.backbone,
+    num_classes: int = NetworkConfig.num_classes,
+    recurrence: int = NetworkConfig.recurrence,
+    backbone_activation: str = NetworkConfig.backbone_activation,
 ) -> CCNet:
     """Build CCNet, in channels_last memory format.
 
     Args:
-        backbone: resnet18, resnet34, resnet50 or resnet101 (the paper's).
-        num_classes: channels of the logits.
-        recurrence: how many times criss-cross attention is applied, 0 or more; 2 in the paper.
-        backbone_activation: of the backbone's batch norms: identity, each followed by ReLU (the original's), or
-            leaky_relu, which saves memory. State dicts have the same names, and fit the activation that they were
-            trained with.
+        backbone: its name; or a NetworkConfig, which says everything, in place of all arguments.
+
+    The arguments are the attributes of NetworkConfig.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes: expected 1 or more, got {num_classes}")
-    model = CCNet(backbone, num_classes, recurrence, backbone_activation)
-    return model.to(memory_format=torch.channels_last)
+    config = NetworkConfig(NetworkConfig.backbone, backbone_activation, recurrence, num_classes)
+    if isinstance(backbone, str):
+        config = replace(config, backbone=backbone)
+    elif config == NetworkConfig():
+        config = backbone
+    else:
+        raise ValueError(f"expected a NetworkConfig alone, got other arguments beside {backbone}")
+    return CCNet(config).to(memory_format=torch.channels_last)

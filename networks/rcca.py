@@ -23,8 +23,6 @@ class RCCAModule(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, recurrence: int):
         super().__init__()
-        if recurrence < 0:
-            raise ValueError(f"recurrence: expected 0 or more, got {recurrence}")
         self.recurrence = recurrence
         channels = in_channels // 4
         self.conva = nn.Sequential(

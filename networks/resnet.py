@@ -10,8 +10,8 @@ from libs import InPlaceABNSync
 
 from .layers import conv3x3
 
-# What batch norm of the backbone ends with. identity: nothing, and a ReLU follows, which keeps a second tensor for the
-# backward pass. leaky_relu: its activation, and one tensor is kept (docs/inplace_abn.md).
+# The activation within the backbone's batch norms. identity: none, and a ReLU follows, which keeps a second tensor for
+# the backward pass. leaky_relu: one tensor is kept (docs/inplace_abn.md).
 BACKBONE_ACTIVATIONS = ("identity", "leaky_relu")
 
 
@@ -20,7 +20,10 @@ def _norm(channels: int, activation: str = "identity") -> InPlaceABNSync:
 
 
 def _relu_unless(activation: str, inplace: bool = False) -> nn.Module:
-    """What follows batch norm with that activation. Directly behind it not in place: its backward pass reads z."""
+    """What follows a batch norm with that activation.
+
+    It must not run in place right after InPlaceABN, whose backward pass reads its own output.
+    """
     return nn.ReLU(inplace) if activation == "identity" else nn.Identity()
 
 
@@ -110,12 +113,6 @@ class DilatedResNet(nn.Module):
 
     def __init__(self, name: str, activation: str = "identity"):
         super().__init__()
-        if name not in BACKBONES:
-            raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
-        if activation not in BACKBONE_ACTIVATIONS:
-            raise ValueError(
-                f"backbone_activation: expected one of {', '.join(BACKBONE_ACTIVATIONS)}, got {activation!r}"
-            )
         block, (n1, n2, n3, n4) = BACKBONES[name]
         self.conv1 = conv3x3(3, 64, stride=2)
         self.bn1, self.relu1 = _norm(64, activation), _relu_unless(activation)

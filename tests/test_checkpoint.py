@@ -5,7 +5,6 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -144,10 +143,11 @@ def test_the_state_of_a_gradient_scaler_is_kept(tmp_path):
     assert read_training(tmp_path, 2)["scaler"] is None
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / ".writing-abc").write_text("half")
     model, optimizer = trained()
-    save_snapshot(model, optimizer, tmp_path, 1, {})
+    save_snapshot(model, optimizer, Path("."), 1, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["CS_scenes_1.pth", "CS_scenes_1.training.pth"]
 
 
@@ -168,30 +168,27 @@ def test_a_full_disk_leaves_the_previous_snapshot(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["torch.save", "os.fsync", "pathlib.Path.replace"])
 def test_a_kill_while_writing_leaves_the_previous_snapshot(tmp_path, moment):
-    """The process kills itself when it comes to `moment` the second time round."""
-    program = f"""
-import os, pathlib, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch
-from utils.checkpoint import save_snapshot
-from pathlib import Path
-model = torch.nn.Linear(50, 50)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-save_snapshot(model, optimizer, Path({str(tmp_path)!r}), 1, {{}})
-model.weight.data.zero_()
-real = {moment}
-def dying(*arguments, **keywords):
-    if {moment!r} == "torch.save":
-        arguments[1].write(b"half a file")
-    os.kill(os.getpid(), signal.SIGKILL)
-{moment} = dying
-save_snapshot(model, optimizer, Path({str(tmp_path)!r}), 1, {{}})
-"""
-    done = subprocess.run([sys.executable, "-c", program], check=False)
-    assert done.returncode == -signal.SIGKILL
+    """A process kills itself when it comes to `moment`."""
+    model, optimizer = trained()
+    save_snapshot(model, optimizer, tmp_path, 1, {})
+    model.weight.data.zero_()
+
+    def dying(*arguments, **keywords):
+        if moment == "torch.save":
+            arguments[1].write(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            module, name = moment.rsplit(".", 1)
+            setattr(Path if name == "replace" else sys.modules[module], name, dying)
+            save_snapshot(model, optimizer, tmp_path, 1, {})
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert training_steps(tmp_path) == [1]
     assert read_state_dict(snapshot_path(tmp_path, 1))["weight"].abs().sum() > 0
     read_training(tmp_path, 1)

@@ -288,8 +288,10 @@ def test_evaluation_counts_every_image_once_and_gives_the_same_bits(scenes, tmp_
 
 
 def test_the_devices_of_the_processes(monkeypatch):
-    def indices(device, gpu="None", procs=None, most=None):
-        return [found.index if found.type == "cuda" else "cpu" for found in find_devices(device, gpu, procs, most)]
+    def indices(device, gpu="None", procs=None, max_processes=None):
+        return [
+            found.index if found.type == "cuda" else "cpu" for found in find_devices(device, gpu, procs, max_processes)
+        ]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -297,7 +299,7 @@ def test_the_devices_of_the_processes(monkeypatch):
     assert indices("auto", "2") == [2]
     assert indices("cuda", "0,1,3") == [0, 1, 3]
     assert indices("auto", "all") == [0, 1, 2, 3]
-    assert indices("auto", "all", most=3) == [0, 1, 2]
+    assert indices("auto", "all", max_processes=3) == [0, 1, 2]
     assert indices("auto", procs=2) == [0, 1]
     assert indices("cpu", procs=3) == ["cpu"] * 3
     for arguments, message in (

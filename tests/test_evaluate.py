@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,10 @@ import evaluate
 import train
 from dataset import CLASS_NAMES, scan
 from dataset.labels import LABEL_IDS, TRAIN_ID_TO_ID
-from networks import build_model
+from networks import NetworkConfig, build_model
+from utils.checkpoint import CheckpointError
 from utils.launch import launch
+from utils.network_file import read_network, save_network
 
 ROOT = Path(evaluate.__file__).parent
 
@@ -216,6 +220,113 @@ def test_every_flag_is_read():
     for action in evaluate.get_parser()._actions:
         if action.dest != "help":
             assert re.search(rf"args\.{action.dest}\b", source), action.dest
+
+
+# ---- the network, as network.json says
+
+
+@pytest.fixture
+def leaky(tmp_path):
+    """A snapshot of a network with leaky_relu and R=1, and its network.json."""
+    config = NetworkConfig("resnet18", "leaky_relu", 1)
+    folder = tmp_path / "leaky"
+    save_network(config, folder)
+    torch.save(build_model(config).state_dict(), folder / "CS_scenes_1.pth")
+    return folder / "CS_scenes_1.pth"
+
+
+def plain_evaluation(data, checkpoint, *flags):
+    """Without --backbone and --output-dir."""
+    arguments = ["--data-dir", data, "--restore-from", checkpoint, "--num-workers", 0, "--device", "cpu", *flags]
+    return launch(evaluate.evaluate, evaluate.get_parser().parse_args([str(argument) for argument in arguments]))
+
+
+def test_the_network_is_the_one_of_network_json(scenes, leaky, monkeypatch, capsys):
+    built = []
+    monkeypatch.setattr(evaluate, "build_model", lambda config: built.append(config) or build_model(config))
+    assert plain_evaluation(scenes, leaky) == 0
+    assert built == [NetworkConfig("resnet18", "leaky_relu", 1)]
+    line = "network: backbone resnet18, backbone_activation leaky_relu, recurrence 1, num_classes 19 "
+    assert f"{line}(as {leaky.parent / 'network.json'} says)" in capsys.readouterr().out
+    result = json.loads((leaky.parent / "outputs" / "CS_scenes_1" / "val" / "result.json").read_text())
+    assert (result["flags"]["backbone_activation"], result["flags"]["recurrence"]) == ("leaky_relu", 1)
+    assert plain_evaluation(scenes, leaky, "--recurrence", 3) == 0
+    assert built[1] == NetworkConfig("resnet18", "leaky_relu", 3)
+    assert "but R, with which it was trained, was 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags", [["--backbone", "resnet34"], ["--backbone-activation", "identity"], ["--num-classes", 20]]
+)
+def test_a_flag_that_contradicts_network_json_is_refused(scenes, leaky, capsys, flags):
+    assert plain_evaluation(scenes, leaky, *flags) == 2
+    value = {"--backbone": "resnet18", "--backbone-activation": "leaky_relu", "--num-classes": 19}[flags[0]]
+    expected = f"error: {flags[0]} {flags[1]}: {leaky.parent / 'network.json'} says {value}, with which the weights"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot read it"),
+        ("[1]", "expected an object with the keys backbone"),
+        ('{"backbone": "resnet18"}', "missing: backbone_activation, num_classes, recurrence"),
+        ({"stem": "deep"}, "unknown: stem"),
+        ({"recurrence": "2"}, "recurrence: expected a whole number, got '2'"),
+        ({"recurrence": True}, "recurrence: expected a whole number, got True"),
+        ({"num_classes": -1}, "num_classes: expected 1 or more, got -1"),
+        ({"backbone": ["resnet18"]}, "backbone: expected one of resnet18"),
+    ],
+)
+def test_a_damaged_network_json_is_named(tmp_path, content, message):
+    text = content if isinstance(content, str) else json.dumps(asdict(NetworkConfig()) | content)
+    (tmp_path / "network.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"network.json: .*{message}"):
+        read_network(tmp_path)
+
+
+def test_without_network_json_the_flags_say_what_it_is(scenes, checkpoint, tmp_path, capsys):
+    assert evaluation(scenes, checkpoint, tmp_path) == 0
+    assert f"(no network.json in {checkpoint.parent}: as the flags say)" in capsys.readouterr().out
+
+
+def test_other_numbers_of_passes_are_compared(scenes, checkpoint, tmp_path, capsys):
+    """Each as an evaluation with that --recurrence measures it; the predictions stay those of R=2."""
+    for name, flags in (("0", ["--recurrence", 0]), ("2", ["--compare-recurrence", 0, 2])):
+        assert evaluation(scenes, checkpoint, tmp_path / name, *flags) == 0
+    zero, both = (json.loads((tmp_path / name / "result.json").read_text()) for name in "02")
+    assert both["recurrence"]["0"]["classes"] == zero["classes"]
+    assert both["recurrence"]["2"]["classes"] == both["classes"] != zero["classes"]
+    assert both["gamma"] == 0.5
+    output = capsys.readouterr().out
+    assert "gamma of the attention: 0.5" in output
+    two, none = (f"{100 * result['meanIU']:.2f}" for result in (both, zero))
+    assert f"| **mean IoU** | {two} | {none} | {two} |" in output
+
+
+# ---- where results go
+
+
+def test_results_of_different_evaluations_do_not_mix(scenes, checkpoint, capsys):
+    outputs = checkpoint.parent / "outputs" / "CS_scenes_1"
+    flags = ["--backbone", "resnet18"]
+    for split, count in (("val", 3), ("test", 2)):
+        assert plain_evaluation(scenes, checkpoint, *flags, "--split", split, "--submit") == 0
+        assert len(list((outputs / split / "submit").iterdir())) == count
+    assert plain_evaluation(scenes, checkpoint, *flags, "--whole", "--scales", 1) == 0
+    assert not (outputs / "val" / "submit").exists()  # they were of another evaluation
+    shutil.rmtree(outputs.parent)
+
+
+def test_a_folder_of_something_else_is_not_written_to(scenes, checkpoint, tmp_path, capsys):
+    mine = tmp_path / "predictions" / "mine.png"
+    mine.parent.mkdir()
+    mine.write_text("")
+    assert evaluation(scenes, checkpoint, tmp_path) == 2
+    assert f"--output-dir {tmp_path}: expected a new folder or one of an earlier evaluation, found {mine}" in (
+        capsys.readouterr().err
+    )
+    assert mine.exists()
 
 
 # ---- errors: one message, no stack trace

@@ -15,13 +15,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """The tracked and new files of this checkout, and its .venv if the tests run in it."""
+    """The sources of this checkout, with links to what is built and to its .venv if the tests run in it."""
     environment = ROOT / ".venv"
     if Path(sys.prefix).resolve() != environment.resolve():
         pytest.skip(f"needs the environment that run_tests.sh sets up, {environment}; these tests run in {sys.prefix}")
     copy = tmp_path / "checkout"
-    ignored = shutil.ignore_patterns(".venv", ".git", "data", "snapshots", "__pycache__", "*.egg-info")
+    ignored = shutil.ignore_patterns(".*", "build", "data", "snapshots", "tests", "__pycache__", "*.egg-info", "*.so")
     shutil.copytree(ROOT, copy, ignore=ignored)
+    for library in ROOT.glob("*/*.so"):
+        (copy / library.relative_to(ROOT)).symlink_to(library)
     (copy / ".venv").symlink_to(environment)
     return copy
 
@@ -45,13 +47,15 @@ def test_without_arguments_it_trains_and_evaluates_on_generated_scenes(checkout)
     assert len(tables) == 2  # before training, and after
     for path in (
         "CS_scenes_2.pth",
-        "outputs/report.md",
-        "outputs/result.json",
-        "outputs/predictions/hafen_000000_000019_leftImg8bit.png",
-        "outputs/attention/hafen_000000_000019_leftImg8bit.png",
+        "network.json",
+        "outputs/CS_scenes_2/val/report.md",
+        "outputs/CS_scenes_2/val/result.json",
+        "outputs/CS_scenes_2/val/predictions/hafen_000000_000019_leftImg8bit.png",
+        "outputs/CS_scenes_2/val/attention/hafen_000000_000019_leftImg8bit.png",
         "untrained/CS_scenes_0.pth",
     ):
         assert (folder / path).is_file(), path
+    assert "| class | IoU, % | R=0 | R=1 | R=2 | R=3 |" in done.stdout
     ending = done.stdout.splitlines()[-4:]
     assert [line.split(":")[0] for line in ending] == ["report", "checkpoint", "predictions", "attention"]
 
@@ -63,11 +67,13 @@ def test_without_arguments_it_trains_and_evaluates_on_generated_scenes(checkout)
 
 def test_with_a_path_it_runs_the_recipe(checkout, scenes):
     flags = ["--backbone", "resnet18", "--input-size", "33,41", "--num-steps", 1, "--batch-size", 2, "--num-workers", 1]
+    flags += ["--backbone-activation", "leaky_relu", "--amp", "bf16"]
     done = run_local(checkout, scenes, *flags, SNAPSHOT_DIR="elsewhere", RECURRENCE="3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resnet18, R=3" in done.stdout
-    report = (checkout / "elsewhere" / "outputs" / "report.md").read_text()
-    for setting in ("- recurrence: 3", "- backbone: resnet18", "- input_size: (33, 41)", "3 images"):
+    report = (checkout / "elsewhere" / "outputs" / "CS_scenes_1" / "val" / "report.md").read_text()
+    evaluated = ("- backbone_activation: leaky_relu", "- amp: bf16", "- num_workers: 1")
+    for setting in ("- recurrence: 3", "- backbone: resnet18", "- input_size: (33, 41)", "3 images,", *evaluated):
         assert setting in report
 
 

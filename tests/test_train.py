@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,16 @@ import torch
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
+import evaluate
 import train
 from dataset import scan
 from libs import ABN
-from networks import BatchDropout2d, build_model
-from utils.commandline import CommandError
+from networks import BatchDropout2d, NetworkConfig, build_model
+from utils.commandline import CommandError, with_network
 from utils.criterion import CriterionDSN
 from utils.distributed import World
 from utils.launch import launch
+from utils.network_file import network_path, read_network
 from utils.schedule import poly_learning_rate
 from utils.training import Part, TrainingStep, make_optimizer
 
@@ -76,7 +79,7 @@ def test_schedule():
 
 
 def test_defaults_are_the_originals():
-    args = train.get_parser().parse_args([])
+    args = with_network(train.get_parser().parse_args([]), None)
     expected = {
         "batch_size": 8, "ignore_label": 255, "input_size": (769, 769), "learning_rate": 1e-2, "momentum": 0.9,
         "not_restore_last": False, "num_classes": 19, "start_iters": 0, "num_steps": 40000, "power": 0.9,
@@ -216,9 +219,9 @@ def test_a_folder_with_a_run_is_not_written_over_and_other_flags_are_refused(sce
     assert run_training(scenes, tmp_path, "--num-steps", 1) == 0
     assert run_training(scenes, tmp_path, "--num-steps", 1) == 2
     assert f"--snapshot-dir {tmp_path}: holds a run at step 1; add --resume" in capsys.readouterr().err
-    assert run_training(scenes, tmp_path, "--num-steps", 5, "--weight-decay", 0.1, "--resume") == 2
+    assert run_training(scenes, tmp_path, "--num-steps", 0, "--weight-decay", 0.1, "--resume") == 2
     message = capsys.readouterr().err
-    assert "--num-steps: was 1, is 5" in message
+    assert "--num-steps: was 1, is 0" in message
     assert "--weight-decay: was 0.0005, is 0.1" in message
 
 
@@ -229,8 +232,69 @@ def test_a_run_from_before_a_flag_existed_has_its_default(scenes, tmp_path, caps
     del training["flags"]["backbone_activation"]
     torch.save(training, path)
     assert run_training(scenes, tmp_path, "--num-steps", 1, "--resume") == 0
+    network_path(tmp_path).unlink()  # which did not exist yet either
     assert run_training(scenes, tmp_path, "--num-steps", 1, "--resume", "--backbone-activation", "leaky_relu") == 2
     assert "--backbone-activation: was identity, is leaky_relu" in capsys.readouterr().err
+
+
+def test_network_json_is_beside_the_snapshots_and_goes_with_the_run(scenes, tmp_path, capsys):
+    run = [scenes, tmp_path, "--num-steps", 0, "--input-size", "16,16"]
+    assert run_training(*run, "--backbone-activation", "leaky_relu", "--recurrence", 1) == 0
+    assert read_network(tmp_path) == NetworkConfig("resnet18", "leaky_relu", 1)
+    assert run_training(*run, "--resume") == 0  # what is not given is as it says
+    message = failing(*run[:2], capsys, *run[2:], "--resume", "--backbone-activation", "identity")
+    assert f"error: --backbone-activation identity: {network_path(tmp_path)} says leaky_relu" in message
+    assert "--recurrence: was 1, is 2" in failing(*run[:2], capsys, *run[2:], "--resume", "--recurrence", 2)
+    begin = ["--restore-from", tmp_path / "CS_scenes_0.pth"]
+    assert run_training(scenes, tmp_path / "next", *run[2:], *begin, "--recurrence", 2) == 0
+    assert read_network(tmp_path / "next") == NetworkConfig("resnet18", "leaky_relu", 2)
+    network_path(tmp_path).write_text("{}")
+    assert f"{network_path(tmp_path)}: expected the keys" in failing(*run[:2], capsys, *run[2:], "--resume")
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_weights_without_a_training_state_are_not_trained_over(scenes, tmp_path, capsys, resume):
+    weights_file = tmp_path / "CS_scenes_5.pth"
+    weights_file.write_bytes(b"weights")
+    message = failing(scenes, tmp_path, capsys, *resume)
+    assert f"--snapshot-dir {tmp_path}: holds CS_scenes_5.pth but no CS_scenes_5.training.pth" in message
+    assert f"give --restore-from {weights_file} and another --snapshot-dir" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["CS_scenes_5.pth"]
+    (tmp_path / ".writing-x").write_text("")  # as a process leaves it that was killed between its first two files
+    assert run_training(scenes, tmp_path, "--num-steps", 0, *resume) == 0
+    assert not (tmp_path / ".writing-x").exists()
+
+
+def test_a_finished_run_is_extended(scenes, tmp_path, capsys):
+    size = ["--input-size", "16,16"]
+    assert run_training(scenes, tmp_path, *size, "--num-steps", 2) == 0
+    assert run_training(scenes, tmp_path, *size, "--num-steps", 4, "--resume") == 0
+    output = capsys.readouterr().out
+    rate = poly_learning_rate(1e-2, 2, 4, 0.9)
+    assert "--num-steps 4: was 2; the schedule is stretched over all of them" in output
+    assert f"at step 2 is {rate:.3g} and not 0;" in output
+    rates = {event.step: value.simple_value for event in events(tmp_path) for value in event.summary.value
+             if value.tag == "learning_rate"}  # fmt: skip
+    assert rates[4] == pytest.approx(poly_learning_rate(1e-2, 3, 4, 0.9))
+    assert "--num-steps: was 4, is 3" in failing(scenes, tmp_path, capsys, *size, "--num-steps", 3, "--resume")
+
+
+def test_numbers_have_bounds():
+    """Of every flag that takes one, in both scripts."""
+    for parser in (train.get_parser(), evaluate.get_parser()):
+        for action in parser._actions:
+            if getattr(action.type, "__name__", "") == "parse":
+                for text in ("1e40", "9" * 40, "nan", "inf", "-1"):
+                    with pytest.raises(ArgumentTypeError):
+                        action.type(text)
+            assert action.type not in (int, float), action.dest
+
+
+def test_a_batch_that_no_memory_holds_is_refused(scenes, tmp_path, capsys):
+    message = failing(scenes, tmp_path, capsys, "--batch-size", 65536, "--input-size", "32768,32768")
+    assert (
+        "--batch-size 65536: 65536 images of 32768x32768 are 851968 GiB, expected less than this machine's" in message
+    )
 
 
 def test_no_steps_save_the_network_as_it_is(scenes, tmp_path):
@@ -277,7 +341,7 @@ def one_step(scenes, folder, *flags):
 
 
 def test_no_step_waits_for_the_device_unless_it_is_logged(scenes, tmp_path, monkeypatch, no_host_copies):
-    seen, step_done, read_losses = [], train.TrainingStep.__call__, train.LossRecord.read
+    seen, step_done, read_losses = [], train.TrainingStep.__call__, train.PendingLosses.drain
 
     def guarded(self, parts):
         with no_host_copies:
@@ -289,7 +353,7 @@ def test_no_step_waits_for_the_device_unless_it_is_logged(scenes, tmp_path, monk
         return records
 
     monkeypatch.setattr(train.TrainingStep, "__call__", guarded)
-    monkeypatch.setattr(train.LossRecord, "read", reading)
+    monkeypatch.setattr(train.PendingLosses, "drain", reading)
     assert run_training(scenes, tmp_path, "--num-steps", 5, "--print-frequency", 3, "--ohem") == 0
     assert seen == [[1, 2, 3], [4, 5]]
 
@@ -488,7 +552,7 @@ def test_checkpoints_that_do_not_do(scenes, tmp_path, capsys):
         (["--input-size", "769"], "argument --input-size: expected height,width in pixels"),
         (["--input-size", "a,b"], "argument --input-size: expected height,width in pixels"),
         (["--input-size", "0,100"], "argument --input-size: expected at least 8,8"),
-        (["--batch-size", "0"], "argument --batch-size: expected 1 or more, got '0'"),
+        (["--batch-size", "0"], "argument --batch-size: expected 1 to 65536, got '0'"),
         (["--learning-rate", "fast"], "argument --learning-rate: expected float, got 'fast'"),
         (["--ohem", "maybe"], "argument --ohem: expected 1 or 0"),
         (["--num-classes", "7"], "argument --num-classes: expected 19 to 255"),
@@ -501,7 +565,9 @@ def test_wrong_flags(capsys, flags, message):
     with pytest.raises(SystemExit) as error:
         train.get_parser().parse_args(flags)
     assert error.value.code == 2
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {message}")
+    assert shown.endswith(" --help lists all flags)\n")
 
 
 def test_the_label_of_void_is_no_class(scenes, tmp_path, capsys):
@@ -520,7 +586,7 @@ def test_wrong_devices(scenes, tmp_path, capsys):
 
 
 def test_a_network_that_diverges_is_not_saved(scenes, tmp_path, capsys):
-    flags = ["--learning-rate", 1e30, "--num-steps", 5, "--save-pred-every", 1]
+    flags = ["--learning-rate", 1e6, "--num-steps", 5, "--save-pred-every", 1]
     assert "training has diverged" in failing(scenes, tmp_path, capsys, *flags)
     for path in tmp_path.glob("CS_scenes_?.pth"):
         assert all(tensor.isfinite().all() for tensor in torch.load(path, weights_only=True).values())

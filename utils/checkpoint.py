@@ -3,9 +3,10 @@
     CS_scenes_<step>.pth            the network's state dict, what evaluate.py and other people's code read
     CS_scenes_<step>.training.pth   optimiser, step, random generators, flags, and the state dict file's SHA-256
 
-Every file is written to a temporary one, synced to the disk and renamed, the state dict first: a file that is there was
-written whole, and a .training.pth that is there has its state dict. What happened to a file since, on the disk or by
-a copy that was cut short, is found when it is read.
+Both files are written to temporary ones, synced to the disk, and then renamed, the state dict first. So a file that is
+there was written whole, a .training.pth that is there has its state dict, and a state dict whose .training.pth is not
+yet renamed has a temporary file beside it. Damage since then, by the disk or by a copy that was cut short, is found
+when a file is read.
 """
 
 import hashlib
@@ -13,7 +14,9 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import IO, Any, NamedTuple
@@ -38,6 +41,8 @@ _TRAINING_TYPES: dict[str, type | tuple[type, ...]] = {
 }
 # The attribute of a directory in a zip, MS-DOS's.
 _DIRECTORY = 0x10
+# Prefix of the temporary files.
+_WRITING = ".writing-"
 # How many .training.pth files are kept where every state dict is: the newest, and one to fall back on.
 _TRAINING_KEPT = 2
 
@@ -83,32 +88,40 @@ def _sha256(file: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _save(content: dict[str, Any], path: Path) -> str:
-    """Write a file so that at any moment either the old one, or none, or the whole new one is there.
+@contextmanager
+def written_aside(path: Path, write: Callable[[IO[bytes]], object]) -> Iterator[tuple[Path, str]]:
+    """Write a file to a temporary one beside it, synced to the disk; yields it and its SHA-256. `put` renames it.
 
-    Returns its SHA-256.
+    Raises:
+        CheckpointError: it cannot be written, or something within the context cannot. Nothing is left of it then.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_WRITING, delete=False) as file:
             temporary = Path(file.name)
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
             digest = _sha256(file)
         os.chmod(temporary, 0o644)
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        return digest
+        yield temporary, digest
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path}: cannot be written, earlier snapshots are as they were: {error}") from error
+
+
+def put(temporary: Path, path: Path) -> None:
+    """Rename a file that was written aside, so that at any moment the old one, none, or the whole new one is there."""
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _check_zip(file: IO[bytes]) -> None:
@@ -173,10 +186,9 @@ def save_snapshot(
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep: expected 1 or more, got {keep}")
-    remove_interrupted(folder)
     path = snapshot_path(folder, step)
     # On the CPU, so that the file loads where there is no such GPU.
-    digest = _save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)
+    state_dict = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     device = next(model.parameters()).device
     training = {
         "version": _TRAINING_VERSION,
@@ -186,9 +198,13 @@ def save_snapshot(
         "scaler": None if scaler is None else scaler.state_dict(),
         "cpu_generator": torch.get_rng_state(),
         "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "state_dict_sha256": digest,
     }
-    _save(training, training_path(folder, step))
+    with written_aside(path, partial(torch.save, state_dict)) as (weights_file, digest):
+        training["state_dict_sha256"] = digest
+        _remove_interrupted(folder, weights_file)
+        with written_aside(training_path(folder, step), partial(torch.save, training)) as (training_file, _):
+            put(weights_file, path)
+            put(training_file, training_path(folder, step))
     _remove_older(folder, step, keep)
     return path
 
@@ -212,10 +228,25 @@ def _remove_older(folder: Path, step: int, keep: int | None) -> None:
             snapshot_path(folder, old).unlink()
 
 
-def remove_interrupted(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote has left."""
-    for path in folder.glob(".writing-*"):
-        path.unlink(missing_ok=True)
+def _remove_interrupted(folder: Path, current: Path) -> None:
+    """Remove what a process that was killed while it wrote has left.
+
+    Not before there is a new temporary file: `lone_weights` knows an interrupted run by them.
+    """
+    for path in folder.glob(f"{_WRITING}*"):
+        if path.name != current.name:
+            path.unlink(missing_ok=True)
+
+
+def lone_weights(folder: Path) -> Path | None:
+    """The newest state dict of a folder that holds state dicts and no training state, from which no run can resume.
+
+    None where a run was killed while it saved its first snapshot: nothing of it counts yet.
+    """
+    steps = _steps(folder, _SUFFIX)
+    if not steps or training_steps(folder) or any(folder.glob(f"{_WRITING}*")):
+        return None
+    return snapshot_path(folder, steps[-1])
 
 
 def newest_snapshot(folder: Path, report: Callable[[str], None]) -> Snapshot | None:

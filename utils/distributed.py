@@ -102,7 +102,7 @@ class World:
         return None if number == _NO_SIGNAL else number
 
     def wait(self) -> None:
-        """Until all are here: a process that leaves closes connections that another may still use."""
+        """Barrier: a process that exits early closes connections that others still use."""
         self.sum(torch.zeros(1))
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from .criterion import upsample
 
@@ -22,34 +21,33 @@ def whole_predictor(model: Network) -> Predictor:
 
 
 def tile_starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin along an axis: steps of two thirds of a tile, the last one flush with the end."""
+    """Where tiles begin along an axis of tile <= length: steps of two thirds of a tile, the last flush with the end."""
     stride = math.ceil(tile * 2 / 3)
-    count = max(math.ceil((length - tile) / stride), 0) + 1
-    return [max(min(i * stride, length - tile), 0) for i in range(count)]
+    count = math.ceil((length - tile) / stride) + 1
+    return [min(i * stride, length - tile) for i in range(count)]
 
 
 def sliding_predictor(model: Network, tile_size: tuple[int, int]) -> Predictor:
     """Images [N, 3, H, W] to main logits [N, K, H, W], by tiles of (height, width) that overlap by a third.
 
-    Logits are averaged where tiles overlap. An image smaller than the tile is padded with zeros (the mean colour).
+    Logits are averaged where tiles overlap. The tile is cut to the image where the image is smaller.
     """
-    height, width = tile_size
     whole = whole_predictor(model)
 
     def predict(images: Tensor) -> Tensor:
         rows, columns = images.shape[2:]
-        padded = F.pad(images, (0, max(width - columns, 0), 0, max(height - rows, 0)))
-        count = padded.new_zeros(padded.shape[2:])
-        total = padded.new_zeros(())
+        height, width = min(tile_size[0], rows), min(tile_size[1], columns)
+        count = images.new_zeros(rows, columns)
+        total = images.new_zeros(())
         for top in tile_starts(rows, height):
             for left in tile_starts(columns, width):
                 tile = (..., slice(top, top + height), slice(left, left + width))
-                logits = whole(padded[tile])
+                logits = whole(images[tile])
                 if total.dim() == 0:  # now the number of classes is known
-                    total = logits.new_zeros(*logits.shape[:2], *padded.shape[2:])
+                    total = logits.new_zeros(*logits.shape[:2], rows, columns)
                 total[tile] += logits
                 count[tile] += 1
-        return (total / count)[..., :rows, :columns]
+        return total / count
 
     return predict
 

@@ -17,11 +17,11 @@ from .commandline import CommandError
 from .distributed import ProcessError, World, end_process, joined, spawn, wait_for_the_one_that_failed
 
 
-def find_devices(device: str, gpu: str, procs: int | None, most: int | None) -> list[torch.device]:
+def find_devices(device: str, gpu: str, procs: int | None, max_processes: int | None) -> list[torch.device]:
     """The device of each process that --device, --gpu and --procs ask for.
 
     Args:
-        most: processes that --gpu all may start.
+        max_processes: that --gpu all may start.
 
     Raises:
         CommandError: a device is not there, or the flags contradict each other.
@@ -34,7 +34,7 @@ def find_devices(device: str, gpu: str, procs: int | None, most: int | None) -> 
         return [torch.device("cpu")] * (procs or 1)
     count = torch.cuda.device_count()
     if gpu == "all":
-        indices = list(range(min(count, most or count)))[:procs]
+        indices = list(range(min(count, max_processes or count)))[:procs]
     elif gpu == "None":
         indices = list(range(procs or 1))
     elif all(index.isdecimal() for index in gpu.split(",")):
@@ -62,19 +62,19 @@ def torchrun_world(args: argparse.Namespace) -> World:
 Main = Callable[[argparse.Namespace, World], int]
 
 
-def launch(main: Main, args: argparse.Namespace, most: int | None = None) -> int:
+def launch(main: Main, args: argparse.Namespace, max_processes: int | None = None) -> int:
     """Run main(args, world) in this process if it is the only one or torchrun started it, or in several new ones.
 
     What the user can mend becomes one message, and exit status 2, instead of stack traces.
 
     Args:
         main: importable by the new processes.
-        most: processes that --gpu all may start.
+        max_processes: that --gpu all may start.
     """
     try:
         if dist.is_torchelastic_launched():
             end_process(_run(torchrun_world(args), "env://", None, main, args))
-        devices = find_devices(args.device, args.gpu, args.procs, most)
+        devices = find_devices(args.device, args.gpu, args.procs, max_processes)
         if len(devices) == 1:
             return _run(World(devices[0]), "", None, main, args)
         return spawn(_run, devices, main, args)

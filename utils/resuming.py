@@ -1,4 +1,4 @@
-"""What a run of training begins or goes on with: weights, or the newest snapshot of its folder."""
+"""How a run of training starts: with new weights, with those of a file, or from the newest snapshot of its folder."""
 
 import argparse
 import sys
@@ -11,16 +11,18 @@ from networks import load_state
 from .checkpoint import (
     CheckpointError,
     Snapshot,
+    lone_weights,
     newest_snapshot,
     read_state_dict,
     restore_generators,
     snapshot_path,
     training_steps,
 )
-from .commandline import CommandError, plain_flags
+from .commandline import CommandError, plain_flags, with_network
 from .distributed import World
+from .schedule import poly_learning_rate
 
-# Flags that may change when a run goes on: they say where and how fast it runs, and what one sees of it.
+# Flags that may differ on --resume: they affect devices, speed and logging, not what is learnt.
 _FREE_FLAGS = {
     "accumulate", "amp", "compile", "data_dir", "device", "gpu", "keep", "num_workers", "print_frequency", "procs",
     "restore_from", "resume", "save_num_images", "save_pred_every", "skip_nonfinite", "snapshot_dir",
@@ -28,8 +30,27 @@ _FREE_FLAGS = {
 
 
 def run_flags(args: argparse.Namespace) -> dict:
-    """What defines the run, and has to be the same when it goes on."""
+    """What defines the run, and has to be the same on --resume."""
     return {name: value for name, value in plain_flags(args).items() if name not in _FREE_FLAGS}
+
+
+def run_network(args: argparse.Namespace, world: World) -> argparse.Namespace:
+    """The command line with every network flag: those that are not given are as network.json says.
+
+    That is the one of the run to be resumed, or else the one beside --restore-from. The main process reads it.
+
+    Raises:
+        CommandError: a flag contradicts the file.
+    """
+    if not world.is_main:
+        return world.broadcast(None)
+    may_differ = ["recurrence"]
+    folder = args.restore_from and args.restore_from.parent
+    if training_steps(args.snapshot_dir):
+        folder = args.snapshot_dir
+    elif args.not_restore_last:
+        may_differ.append("num_classes")
+    return world.broadcast(with_network(args, folder, may_differ))
 
 
 def start_or_resume(
@@ -43,7 +64,7 @@ def start_or_resume(
     """Load the weights and, on resuming, the rest of the training state; the main process reads, all of them get it.
 
     Args:
-        defaults: the flags of a command line without any: what a flag newer than the run counts as there.
+        defaults: the flags of a command line without any: the value that a flag newer than the run had there.
 
     Returns the step, and whether the run is resumed.
     """
@@ -51,7 +72,7 @@ def start_or_resume(
     step, training = world.broadcast((step, training))
     world.broadcast_(list(model.state_dict().values()))
     if training is not None:
-        share_momentum(world, optimizer)
+        broadcast_momentum(world, optimizer)
         if training["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(training["scaler"])
         restore_generators(training, world.device)
@@ -61,12 +82,20 @@ def start_or_resume(
 def restore(
     args: argparse.Namespace, defaults: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, dict | None]:
-    """Load weights and momentum. Returns the step, and the rest of the training state if the run goes on."""
+    """Load weights and momentum. Returns the step, and the rest of the training state if the run is resumed."""
     steps = training_steps(args.snapshot_dir)
     if steps and not args.resume:
         raise CommandError(
             f"--snapshot-dir {args.snapshot_dir}: holds a run at step {steps[-1]}; add --resume to go on with it, "
             "or give another folder"
+        )
+    weights = lone_weights(args.snapshot_dir)
+    if weights is not None:
+        missing = weights.with_suffix(".training.pth").name
+        raise CommandError(
+            f"--snapshot-dir {args.snapshot_dir}: holds {weights.name} but no {missing} (step, optimiser, random "
+            "generators), without which no run can be resumed, and a new one would overwrite the weights; to begin a "
+            f"new run with them, give --restore-from {weights} and another --snapshot-dir"
         )
     snapshot = newest_snapshot(args.snapshot_dir, lambda reason: print(f"warning: {reason}", file=sys.stderr))
     if snapshot is not None:
@@ -93,6 +122,9 @@ def resume(
     # A flag that did not exist yet when the run began is as if it had not been given.
     before, now = run_flags(defaults) | training["flags"], run_flags(args)
     changed = [name for name in sorted(now) if before.get(name) != now.get(name)]
+    if "num_steps" in changed and before["num_steps"] < now["num_steps"]:
+        changed.remove("num_steps")
+        print(_extension(args, snapshot.step, before["num_steps"]))
     if changed:
         lines = [f"    --{name.replace('_', '-')}: was {before.get(name)}, is {now.get(name)}" for name in changed]
         raise CommandError(
@@ -108,7 +140,19 @@ def resume(
     return training
 
 
-def share_momentum(world: World, optimizer: torch.optim.Optimizer) -> None:
+def _extension(args: argparse.Namespace, step: int, num_steps: int) -> str:
+    """What a larger --num-steps does to the learning rate."""
+    old, new = (
+        poly_learning_rate(args.learning_rate, step, steps, args.power) for steps in (num_steps, args.num_steps)
+    )
+    return (
+        f"--num-steps {args.num_steps}: was {num_steps}; the schedule is stretched over all of them, so that the "
+        f"learning rate at step {step} is {new:.3g} and not {old:.3g}; the run is not the one that had "
+        f"{args.num_steps} steps from its beginning"
+    )
+
+
+def broadcast_momentum(world: World, optimizer: torch.optim.Optimizer) -> None:
     """Give all processes the main one's momentum, each buffer in the layout of its parameter, as SGD expects it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     has_momentum = [optimizer.state[parameter].get("momentum_buffer") is not None for parameter in parameters]

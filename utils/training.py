@@ -69,7 +69,7 @@ class Part(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a step was: this process's part of the losses, LOSSES, [3] on the device; and whether it was skipped."""
+    """Result of one step: this rank's part of the losses, LOSSES, [3] on the device; whether the update was skipped."""
 
     losses: Tensor
     logits: Tensor
@@ -87,7 +87,7 @@ class TrainingStep:
         criterion: its share has to be that of a part.
         scaler: of the gradients, for float16; not enabled otherwise.
         amp: mixed precision, one of AMP_DTYPES.
-        max_norm: length that the gradient, of all parameters together, is clipped to; None for as long as it is.
+        max_norm: global gradient-norm limit; None: no clipping.
         skip_nonfinite: leave the network as it was, statistics included, if the loss is not finite or, without a
             scaler, which does so itself, the gradient. It waits for the device in each step.
     """
@@ -169,8 +169,8 @@ class StepRecord(NamedTuple):
         return all(math.isfinite(loss) for loss in self.losses.values())
 
 
-class LossRecord:
-    """The losses of the steps since they were last read; reading them waits for the device."""
+class PendingLosses:
+    """The losses of the steps since the last `drain`, on the device."""
 
     def __init__(self, world: World):
         self.world = world
@@ -181,8 +181,8 @@ class LossRecord:
         self._losses.append(losses)
         self._steps.append((step, list(names)))
 
-    def read(self) -> list[StepRecord]:
-        """All steps since the last call, the same in all processes but for the names."""
+    def drain(self) -> list[StepRecord]:
+        """All steps since the last call, the same in all processes but for the names. Waits for the device."""
         if not self._steps:
             return []
         rows = (self.world.sum(torch.stack(self._losses)) / self.world.size).tolist()

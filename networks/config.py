@@ -1,0 +1,45 @@
+"""Which network it is: the settings that weights do not tell by themselves."""
+
+from dataclasses import dataclass
+
+from .resnet import BACKBONE_ACTIVATIONS, BACKBONES
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Everything that `build_model` has to know. The defaults are the paper's network.
+
+    Attributes:
+        backbone: resnet18, resnet34, resnet50 or resnet101.
+        backbone_activation: of the backbone's batch norms: identity, each followed by ReLU (the original's), or
+            leaky_relu, which saves memory. State dicts have the same names for both, and fit only the one that they
+            were trained with.
+        recurrence: R, how many times criss-cross attention is applied, 0 or more. State dicts fit every R.
+        num_classes: channels of the logits.
+
+    Raises:
+        ValueError: a setting is out of range or of another type; the message names it.
+    """
+
+    backbone: str = "resnet101"
+    backbone_activation: str = "identity"
+    recurrence: int = 2
+    num_classes: int = 19
+
+    def __post_init__(self) -> None:
+        _check_choice("backbone", self.backbone, tuple(BACKBONES))
+        _check_choice("backbone_activation", self.backbone_activation, BACKBONE_ACTIVATIONS)
+        _check_at_least("recurrence", self.recurrence, 0)
+        _check_at_least("num_classes", self.num_classes, 1)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_at_least(name: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name}: expected {low} or more, got {value}")

@@ -1,0 +1,73 @@
+"""Parsing of command lines: the parser of every script, and the types of its values."""
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+# More than anybody needs, and less than what would fill a machine's memory with counters alone.
+MOST_STEPS = 10**9
+MOST_IMAGES = 2**16
+MOST_PROCESSES = 1024
+_LONGEST_SIDE = 2**15
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with errors of one line that name --help, and no abbreviated flags."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help lists all flags)\n")
+
+
+def size(text: str) -> tuple[int, int]:
+    """Parse "height,width" in pixels."""
+    try:
+        height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected height,width in pixels (e.g. 769,769), got {text!r}") from None
+    if min(height, width) < 8:
+        raise argparse.ArgumentTypeError(f"expected at least 8,8, since the network works at 1/8, got {text!r}")
+    if max(height, width) > _LONGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"expected at most {_LONGEST_SIDE},{_LONGEST_SIDE}, got {text!r}")
+    return height, width
+
+
+def pixel(text: str) -> tuple[int, int]:
+    """Parse "y,x"."""
+    try:
+        y, x = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected Y,X in pixels, got {text!r}") from None
+    return y, x
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """A parser of int or float within [low, high]."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, got {text!r}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text!r}")
+        return value
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """Parse 1/0, true/false, yes/no."""
+    try:
+        return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"expected 1 or 0 (true/false, yes/no), got {text!r}") from None
