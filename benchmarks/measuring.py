@@ -5,6 +5,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,6 +21,9 @@ STEADY_THREADS = {"OMP_PROC_BIND": "true"}
 # The C library keeps what is freed. Otherwise every large tensor is fresh memory, and what that costs depends on the
 # virtual machine's host and on who ran before: up to as long again as the work.
 STEADY_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"}
+# How long a GPU is kept busy before what is measured: some 20 ms, in which Python queues the work. Otherwise the GPU
+# waits for Python between small kernels, and the time is Python's.
+CYCLES_AHEAD = 40_000_000
 
 
 def begin_under_steady_conditions(device: str, fresh_memory: bool) -> None:
@@ -39,12 +43,13 @@ def begin_under_steady_conditions(device: str, fresh_memory: bool) -> None:
 
 
 def milliseconds(work: Work, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """What one call takes by a clock that gives seconds; on a GPU, between CUDA events."""
+    """What one call takes by a clock that gives seconds; on a GPU, between CUDA events around work queued ahead."""
     if device == "cpu":
         begin = clock()
         work()
         return 1e3 * (clock() - begin)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(CYCLES_AHEAD)
     start.record()
     work()
     end.record()
@@ -62,11 +67,14 @@ def take_turns(
 ) -> dict[str, float]:
     """Median milliseconds of each, in turns. What would take longer than `seconds` is run as often as that allows.
 
+    Every turn begins with another: none always finds its inputs in the cache, or never.
     `prepare` is called before each, and not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
+    order = deque(works.items())
     for turn in range(repeats + 1):
-        for name, work in works.items():
+        order.rotate(-1)
+        for name, work in order:
             if turn and sum(times[name]) > 1e3 * seconds:
                 continue
             prepare()

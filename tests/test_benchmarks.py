@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import context, criss_cross, inplace_abn, loading, train_step
+from benchmarks import context, criss_cross, inplace_abn, loading, measuring, train_step
 from dataset.labels import IGNORE_LABEL
 from dataset.scenes import make_scene
 from libs import InPlaceABN
@@ -25,6 +25,13 @@ def test_the_loaders_compared_give_the_same_samples(tmp_path, monkeypatch, capsy
     items = loading.generate(tmp_path, 1)
     with pytest.raises(SystemExit, match="other gives other samples than ours"):
         loading.check_same({"ours": loading.crop_first(items), "other": other}, items)
+
+
+def test_turns_begin_with_each_in_turn():
+    order: list[str] = []
+    works = {name: lambda name=name: order.append(name) for name in "abc"}
+    assert measuring.take_turns(works, repeats=3, seconds=1).keys() == works.keys()
+    assert "".join(order) == "bca" + "cab" + "abc" + "bca"  # the first warms up
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "NCHW"])

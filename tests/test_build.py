@@ -258,6 +258,13 @@ def test_architectures_that_cannot_be_built_for_are_named(setting, message, setu
         setup_py.architecture_flags(torch, tmp_path)
 
 
+def test_native_sources_use_nothing_that_the_oldest_pytorch_has_not():
+    """STABLE_TORCH_ERROR_CODE_CHECK came with 2.13, instead of TORCH_ERROR_CODE_CHECK."""
+    sources = [path for package in ("cc_attention", "libs") for path in (ROOT / package / "csrc").rglob("*.*")]
+    assert len(sources) > 40
+    assert [path.name for path in sources if "STABLE_TORCH_ERROR_CODE_CHECK" in path.read_text()] == []
+
+
 # ---- loading ----
 
 

@@ -14,11 +14,8 @@
 #define CCNET_TEXT(...) CCNET_TEXT_OF(__VA_ARGS__)
 
 namespace ccnet {
-namespace {
 
-__global__ void image_kernel() {}  // never launched
-
-}  // namespace
+static __global__ void image_kernel() {}  // never launched
 
 cudaError_t architecture_of_code(int& architecture) {
   cudaFuncAttributes of_kernel;
