@@ -9,13 +9,14 @@ mostly in other rows: only a network that carries context over the image, from o
 name the vehicle.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from utils.arguments import ArgumentParser, number
 
 from .images import Box
 from .labels import LABEL_IDS, LABELS
@@ -167,10 +168,10 @@ def write_data_set(root: Path, counts: dict[str, int], height: int, width: int, 
     for label in LABELS[:-1]:
         palette[label.id] = label.colour
     for split_number, (split, count) in enumerate(counts.items()):
-        for number in range(count):
-            scene = make_scene(height, width, np.random.default_rng([seed, split_number, number]))
-            city = _CITIES[split][number % len(_CITIES[split])]
-            frame = f"{city}_{number:06d}_000019"
+        for index in range(count):
+            scene = make_scene(height, width, np.random.default_rng([seed, split_number, index]))
+            city = _CITIES[split][index % len(_CITIES[split])]
+            frame = f"{city}_{index:06d}_000019"
             _write_png(root / "leftImg8bit" / split / city / f"{frame}_leftImg8bit.png", scene.image)
             if split != "test":
                 folder = root / "gtFine" / split / city
@@ -192,14 +193,14 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Generate street scenes in the Cityscapes layout.", allow_abbrev=False)
+    parser = ArgumentParser("Generate street scenes in the Cityscapes layout.")
     parser.add_argument("--output", type=Path, default=Path("data/scenes"), help="folder of the data set")
-    parser.add_argument("--train", type=int, default=240, help="number of training images")
-    parser.add_argument("--val", type=int, default=40, help="number of validation images")
-    parser.add_argument("--test", type=int, default=4, help="number of test images, without labels")
-    parser.add_argument("--height", type=int, default=96, help="of the images, in pixels")
-    parser.add_argument("--width", type=int, default=192, help="of the images, in pixels")
-    parser.add_argument("--random-seed", type=int, default=1234, help="seed of all scenes")
+    parser.add_argument("--train", type=number(int, 0, 10**6), default=240, help="number of training images")
+    parser.add_argument("--val", type=number(int, 0, 10**6), default=40, help="number of validation images")
+    parser.add_argument("--test", type=number(int, 0, 10**6), default=4, help="number of test images, without labels")
+    parser.add_argument("--height", type=number(int, 48, 2**13), default=96, help="of the images, in pixels")
+    parser.add_argument("--width", type=number(int, 48, 2**13), default=192, help="of the images, in pixels")
+    parser.add_argument("--random-seed", type=number(int, 0, 2**63 - 1), default=1234, help="seed of all scenes")
     args = parser.parse_args()
     counts = {"train": args.train, "val": args.val, "test": args.test}
     try:
