@@ -84,14 +84,14 @@ def _check(*arguments: tuple[str, Tensor, str]) -> None:
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
-    """Attention weights over the criss-cross path (paper, eq. 1).
+    """Energies over the criss-cross path (paper, eq. 1): `softmax(ca_weight(query, key), dim=1)` are the weights.
 
     Args:
         query, key: [N, C', H, W], the same floating-point dtype and device.
 
     Returns:
-        [N, H+W-1, H, W], summing to 1 over dim 1: entries 0..W-1 are the positions of the pixel's row, itself
-        included; entries W..H+W-2 those of its column from the top, itself left out.
+        [N, H+W-1, H, W], the products query_u . key_v, unscaled and without softmax: entries 0..W-1 are the positions
+        of the pixel's row, itself included; entries W..H+W-2 those of its column from the top, itself left out.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
@@ -124,7 +124,7 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Criss-cross attention: each pixel attends to the H+W-1 pixels of its row and column.
 
-    Equal to `ca_map(ca_weight(query, key), value)`; energies are not scaled. In three dimensions each position attends
+    Equal to `ca_map(softmax(ca_weight(query, key), dim=1), value)`; energies are not scaled. In three dimensions each position attends
     to the D+H+W-2 that share all but one of its coordinates. Native code stores no weights (docs/criss_cross.md).
 
     Args:

@@ -45,7 +45,7 @@ def _(query: Tensor, key: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("ccnet::ca_weight_backward")
-def _(grad_weight: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad_energy: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return _empty(query, query.shape[1]), _empty(key, key.shape[1])
 
 
@@ -77,16 +77,12 @@ def _attention_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor,
     return torch.ops.ccnet.criss_cross_attention_backward(grad_out, *ctx.saved_tensors)
 
 
-def _save_weight(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs, output)
-
-
-def _weight_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.ccnet.ca_weight_backward(grad_weight, *ctx.saved_tensors)
-
-
 def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
+
+
+def _weight_backward(ctx: Any, grad_energy: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.ccnet.ca_weight_backward(grad_energy, *ctx.saved_tensors)
 
 
 def _map_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +92,7 @@ def _map_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
 torch.library.register_autograd(
     "ccnet::criss_cross_attention", _attention_backward, setup_context=_save_attention, lib=_library
 )
-torch.library.register_autograd("ccnet::ca_weight", _weight_backward, setup_context=_save_weight, lib=_library)
+torch.library.register_autograd("ccnet::ca_weight", _weight_backward, setup_context=_save_inputs, lib=_library)
 torch.library.register_autograd("ccnet::ca_map", _map_backward, setup_context=_save_inputs, lib=_library)
 torch.library.register_autograd("ccnet::channels_last", lambda ctx, grad: grad, lib=_library)
 

@@ -64,6 +64,6 @@ inline void check_query_key_and_value(const Tensor& query, const Tensor& key, co
 }
 
 // [N, H+W-1, H, W]
-inline Shape weight_shape(const Tensor& x) { return shape_with(x, x.size(2) + x.size(3) - 1); }
+inline Shape path_shape(const Tensor& x) { return shape_with(x, x.size(2) + x.size(3) - 1); }
 
 }  // namespace ccnet

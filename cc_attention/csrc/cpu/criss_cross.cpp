@@ -151,39 +151,30 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
-  Tensor weight = empty_channels_last(query, weight_shape(query));
-  Tensor largest = empty_per_pixel(query), sum = empty_per_pixel(query);
+  Tensor energy = empty_channels_last(query, path_shape(query));
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto q = read<T>(query), k = read<T>(key);
-    const auto w = write<T>(weight);
-    const PathSum<Accumulate<T>> path{write_numbers<T>(largest), write_numbers<T>(sum)};
+    const auto e = write<T>(energy);
     each_line<T>(query, q.channels, 0, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.attention(line, q.at(u), k.at(u), nullptr, nullptr, path.from(u), scratch);
-    });
-    each_line<T>(query, q.channels, 0, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.weight(line, q.at(u), k.at(u), {path.largest + u, path.sum + u}, w.at(u), scratch);
+      kernels.energy(line, q.at(u), k.at(u), e.at(u), scratch);
     });
   });
-  return weight;
+  return energy;
 }
 
-std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_weight_, const Tensor& query_, const Tensor& key_,
-                                              const Tensor& weight_) {
+std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
-  check("weight", weight_, query_, weight_shape(query_));
-  check("grad_weight", grad_weight_, query_, weight_shape(query_));
+  check("grad_energy", grad_energy_, query_, path_shape(query_));
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
-  const Tensor weight = in_channels_last(weight_), grad_weight = in_channels_last(grad_weight_);
+  const Tensor grad_energy = in_channels_last(grad_energy_);
   Tensor grad_query = empty_channels_last(query, shape_of(query)), grad_key = empty_channels_last(key, shape_of(key));
-  Tensor delta = empty_per_pixel(query);
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto q = read<T>(query), k = read<T>(key), w = read<T>(weight), g = read<T>(grad_weight);
+    const auto q = read<T>(query), k = read<T>(key), g = read<T>(grad_energy);
     const auto dq = write<T>(grad_query), dk = write<T>(grad_key);
-    Accumulate<T>* d = write_numbers<T>(delta);
     each_line<T>(query, q.channels, 0, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.weight_backward(line, q.at(u), k.at(u), w.at(u), g.at(u), d + u, dq.at(u), dk.at(u), scratch);
+      kernels.energy_backward(line, q.at(u), k.at(u), g.at(u), dq.at(u), dk.at(u), scratch);
     });
   });
   return {grad_query, grad_key};
@@ -191,7 +182,7 @@ std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_weight_, const 
 
 Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
-  check("weight", weight_, value_, weight_shape(value_));
+  check("weight", weight_, value_, path_shape(value_));
   const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
   Tensor out = empty_channels_last(value, shape_of(value));
   for_type("value", value, [&](auto* type) {
@@ -207,11 +198,11 @@ Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
 
 std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
-  check("weight", weight_, value_, weight_shape(value_));
+  check("weight", weight_, value_, path_shape(value_));
   check("grad_out", grad_out_, value_, shape_of(value_));
   const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
   const Tensor grad_out = in_channels_last(grad_out_);
-  Tensor grad_weight = empty_channels_last(value, weight_shape(value));
+  Tensor grad_weight = empty_channels_last(value, path_shape(value));
   Tensor grad_value = empty_channels_last(value, shape_of(value));
   for_type("value", value, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -51,10 +51,9 @@ struct LineKernels {
                              PathSum<const Real> path, Real* delta, T* grad_query, T* grad_key, T* grad_value,
                              char* scratch);
 
-  // weight = exp(energy - largest) / sum, with `path` from `attention` without values.
-  void (*weight)(const Line&, const T* query, const T* key, PathSum<const Real> path, T* weight, char* scratch);
-  void (*weight_backward)(const Line&, const T* query, const T* key, const T* weight, const T* grad_weight, Real* delta,
-                          T* grad_query, T* grad_key, char* scratch);
+  void (*energy)(const Line&, const T* query, const T* key, T* energy, char* scratch);
+  void (*energy_backward)(const Line&, const T* query, const T* key, const T* grad_energy, T* grad_query, T* grad_key,
+                          char* scratch);
   // out takes in weight * value.
   void (*map)(const Line&, const T* weight, const T* value, T* out, char* scratch);
   void (*map_backward)(const Line&, const T* weight, const T* value, const T* grad_out, T* grad_weight, T* grad_value,

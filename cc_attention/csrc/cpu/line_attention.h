@@ -130,31 +130,21 @@ class LineAttention {
     });
   }
 
-  static void weight(const Line& line, const T* query, const T* key, PathSum<const Real> path, T* weight,
-                     char* scratch) {
+  static void energy(const Line& line, const T* query, const T* key, T* energy, char* scratch) {
     LineAttention work(line, scratch);
     work.pack_keys(key);
     work.each_block([&](int64_t first) {
       work.energies(query + first * work.query_stride_, key);
-      work.softmax_again(path.from(first * line.step));
-      work.write_path(work.weight_, weight);
+      work.write_path(work.weight_, energy);
     });
   }
 
-  static void weight_backward(const Line& line, const T* query, const T* key, const T* weight, const T* grad_weight,
-                              Real* delta, T* grad_query, T* grad_key, char* scratch) {
+  static void energy_backward(const Line& line, const T* query, const T* key, const T* grad_energy, T* grad_query,
+                              T* grad_key, char* scratch) {
     LineAttention work(line, scratch);
     pack_columns<Product>(key, work.query_stride_, work.length_, line.query_channels, work.keys_, work.query_row_);
-    work.each_block([&](int64_t first) {
-      const int64_t stride = line.step * line.path;
-      work.read_path(weight, work.weight_);
-      work.read_path(grad_weight, work.grad_weight_);
-      if (line.first_axis) {
-        work.clear(work.delta_sums_);
-        dot_products(weight + first * stride, stride, grad_weight + first * stride, stride, work.queries_in_block_,
-                     line.path, work.delta_sums_);
-      }
-      work.energy_gradients(delta + first * line.step);
+    work.each_block([&](int64_t) {
+      work.read_path(grad_energy, work.grad_weight_);
       work.query_key_gradients(query, grad_query, grad_key);
     });
   }
@@ -467,7 +457,7 @@ template <class Product, class T>
 const LineKernels<T>& kernels_of() {
   using Work = LineAttention<Product, T>;
   static constexpr LineKernels<T> kernels = {Work::scratch_bytes, Work::attention, Work::attention_backward,
-                                             Work::weight,        Work::weight_backward,
+                                             Work::energy,        Work::energy_backward,
                                              Work::map,           Work::map_backward,
                                              transpose_matrix<T>};
   return kernels;

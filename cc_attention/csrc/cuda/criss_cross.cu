@@ -120,45 +120,32 @@ Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
   const OnDeviceOf device(query_);
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
-  Tensor weight = empty_channels_last(query, weight_shape(query));
-  Tensor largest = empty_per_pixel(query), sum = empty_per_pixel(query);
+  Tensor energy = empty_channels_last(query, path_shape(query));
   run_for_type("ca_weight", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Axes axes = axes_of(query);
-    const Pixels<T> nothing{nullptr, 0};
-    const cudaError_t error = Launchers<T>::attention(axes, read<T>(query), read<T>(key), {nullptr, 0}, nothing,
-                                                      {numbers<T>(largest), numbers<T>(sum)}, device.stream());
-    if (error != cudaSuccess) {
-      return error;
-    }
-    return Launchers<T>::weight(axes, read<T>(query), read<T>(key), read_path<T>(largest, sum), write<T>(weight),
-                                device.stream());
+    return Launchers<T>::energy(axes_of(query), read<T>(query), read<T>(key), write<T>(energy), device.stream());
   });
-  return weight;
+  return energy;
 }
 
-std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_weight_, const Tensor& query_, const Tensor& key_,
-                                              const Tensor& weight_) {
+std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
-  check("weight", weight_, query_, weight_shape(query_));
-  check("grad_weight", grad_weight_, query_, weight_shape(query_));
+  check("grad_energy", grad_energy_, query_, path_shape(query_));
   const OnDeviceOf device(query_);
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
-  const Tensor weight = in_channels_last(weight_), grad_weight = in_channels_last(grad_weight_);
+  const Tensor grad_energy = in_channels_last(grad_energy_);
   Tensor grad_query = empty_channels_last(query, shape_of(query)), grad_key = empty_channels_last(key, shape_of(key));
-  Tensor delta = empty_per_pixel(query);
   run_for_type("ca_weight_backward", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Launchers<T>::weight_backward(axes_of(query), read<T>(query), read<T>(key), read<T>(weight),
-                                         read<T>(grad_weight), numbers<T>(delta), write<T>(grad_query),
-                                         write<T>(grad_key), device.stream());
+    return Launchers<T>::energy_backward(axes_of(query), read<T>(query), read<T>(key), read<T>(grad_energy),
+                                         write<T>(grad_query), write<T>(grad_key), device.stream());
   });
   return {grad_query, grad_key};
 }
 
 Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
-  check("weight", weight_, value_, weight_shape(value_));
+  check("weight", weight_, value_, path_shape(value_));
   const OnDeviceOf device(value_);
   const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
   Tensor out = empty_channels_last(value, shape_of(value));
@@ -171,12 +158,12 @@ Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
 
 std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
-  check("weight", weight_, value_, weight_shape(value_));
+  check("weight", weight_, value_, path_shape(value_));
   check("grad_out", grad_out_, value_, shape_of(value_));
   const OnDeviceOf device(value_);
   const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
   const Tensor grad_out = in_channels_last(grad_out_);
-  Tensor grad_weight = empty_channels_last(value, weight_shape(value));
+  Tensor grad_weight = empty_channels_last(value, path_shape(value));
   Tensor grad_value = empty_channels_last(value, shape_of(value));
   run_for_type("ca_map_backward", value, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
