@@ -1,6 +1,9 @@
 """Criss-cross attention against loops over pixels, in float64, with gradients by name."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,10 +204,46 @@ def test_wrong_dtypes_and_devices_are_named():
         ca_weight(x, x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"value: expected torch.float32 as"):
         criss_cross_attention(x, x, x.double())
+    for module, shape in ((CrissCrossAttention(8), (1, 8, 3, 4)), (CrissCrossAttention3d(8), (1, 8, 2, 3, 4))):
+        for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64):
+            with pytest.raises(ValueError, match=rf"x: expected float32, .* or float16, got {dtype}"):
+                module(torch.zeros(shape, dtype=dtype))
+    for function in (lambda y: criss_cross_attention(y, y, y), lambda y: ca_weight(y, y)):
+        with pytest.raises(ValueError, match=r"query: expected float32, .* got torch.uint8"):
+            function(x.byte())
+    with pytest.raises(ValueError, match=r"value: expected float32, .* got torch.uint8"):
+        ca_map(torch.zeros(1, 6, 3, 4).byte(), x.byte())
     with pytest.raises(ValueError, match="in_dim: expected at least 8"):
         CrissCrossAttention(4)
     with pytest.raises(ValueError, match=r"x: expected shape \[N, in_dim, D, H, W\], got \[1, 8, 3, 4\]"):
         CrissCrossAttention3d(8)(torch.zeros(1, 8, 3, 4))
+
+
+def test_a_project_with_a_folder_libs_of_its_own(tmp_path):
+    """As CCNet's forks have: cc_attention does not need that name."""
+    (tmp_path / "libs").mkdir()
+    (tmp_path / "libs" / "__init__.py").write_text("raise SystemExit('the wrong libs')")
+    path = [str(tmp_path), str(Path(cc_attention.__file__).parents[1])]
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path[:0] = {path}; import cc_attention; assert 'libs' not in sys.modules",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_reference_has_the_memory_format_of_its_inputs(monkeypatch):
+    """Where there is no native code."""
+    monkeypatch.setattr(native, "runs_on", lambda device: False)
+    x = torch.randn(2, 16, 3, 5)
+    assert CrissCrossAttention(16)(x).is_contiguous()
+    last = CrissCrossAttention(16)(x.contiguous(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_reference_has_the_native_dtypes_under_autocast(monkeypatch):

@@ -16,12 +16,16 @@
 namespace ccnet {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-
+// The kernels' tensors are channels_last: others are copied, and results copied back.
 MemoryFormat channels_last_format(const Tensor& x) {
   return x.dim() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
 }
-Tensor in_channels_last(const Tensor& x) { return torch::stable::contiguous(x, channels_last_format(x)); }
+Tensor in_channels_last(const Tensor& x) {
+  return is_channels_last(x) ? x : torch::stable::contiguous(x, channels_last_format(x));
+}
+Tensor in_format_of(const Tensor& like, const Tensor& x) {
+  return format_of(like) == MemoryFormat::Contiguous ? torch::stable::contiguous(x) : x;
+}
 
 // Uninitialised, of that shape and otherwise as `like`
 Tensor empty_channels_last(const Tensor& like, const Shape& shape) {
@@ -87,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, c
     return Launchers<T>::attention(axes_of(query), read<T>(query), read<T>(key), read<T>(value), write<T>(out),
                                    {numbers<T>(largest), numbers<T>(sum)}, device.stream());
   });
-  return {out, largest, sum};
+  return {in_format_of(value_, out), largest, sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_out_, const Tensor& query_,
@@ -113,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
                                             write<T>(grad_query), write<T>(grad_key), write<T>(grad_value),
                                             device.stream());
   });
-  return {grad_query, grad_key, grad_value};
+  return {in_format_of(query_, grad_query), in_format_of(key_, grad_key), in_format_of(value_, grad_value)};
 }
 
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
@@ -125,7 +129,7 @@ Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
     using T = std::remove_pointer_t<decltype(type)>;
     return Launchers<T>::energy(axes_of(query), read<T>(query), read<T>(key), write<T>(energy), device.stream());
   });
-  return energy;
+  return in_format_of(query_, energy);
 }
 
 std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_) {
@@ -140,7 +144,7 @@ std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const 
     return Launchers<T>::energy_backward(axes_of(query), read<T>(query), read<T>(key), read<T>(grad_energy),
                                          write<T>(grad_query), write<T>(grad_key), device.stream());
   });
-  return {grad_query, grad_key};
+  return {in_format_of(query_, grad_query), in_format_of(key_, grad_key)};
 }
 
 Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
@@ -153,7 +157,7 @@ Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
     using T = std::remove_pointer_t<decltype(type)>;
     return Launchers<T>::map(axes_of(value), read<T>(weight), read<T>(value), write<T>(out), device.stream());
   });
-  return out;
+  return in_format_of(value_, out);
 }
 
 std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_) {
@@ -170,7 +174,7 @@ std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor
     return Launchers<T>::map_backward(axes_of(value), read<T>(weight), read<T>(value), read<T>(grad_out),
                                       write<T>(grad_weight), write<T>(grad_value), device.stream());
   });
-  return {grad_weight, grad_value};
+  return {in_format_of(weight_, grad_weight), in_format_of(value_, grad_value)};
 }
 
 }  // namespace
