@@ -16,7 +16,7 @@
 namespace ccnet {
 namespace {
 
-// The kernels' tensors are channels_last: others are copied, and results copied back.
+// The kernels' tensors are channels_last: others are copied, and results are copied back.
 MemoryFormat channels_last_format(const Tensor& x) {
   return x.dim() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
 }
