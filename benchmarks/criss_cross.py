@@ -10,8 +10,7 @@ the same turns, a 1x1 convolution or a large product. (The limit leaves out that
 anew.) On a GPU, where times are those between CUDA events, it is no less than the time to move inputs and results
 once at the rate of a large copy; and float32 is not TF32 for anybody. Full non-local attention is another function
 and stands there for its cost; PyTorch has no fused kernel for it on the CPU where query and value differ in channels.
-Where a contender's result or a gradient differs from ours, the run ends. Results of NCHW inputs are NCHW for the
-usual forms and channels_last for ours.
+Where a contender's result or a gradient differs from ours, the run ends.
 """
 
 import argparse

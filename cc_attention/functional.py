@@ -1,8 +1,8 @@
 """The criss-cross attention operators: inputs are checked here, then handed to native code or to the reference.
 
-Native code runs on the CPU and on CUDA GPUs. Its results, and the gradients, are in channels_last memory format, and
-inputs in that format are not copied. Dtypes are float32, float64, bfloat16 and float16; under autocast, what is not
-float64 gets autocast's.
+Native code runs on the CPU and on CUDA GPUs. A result has the memory format of the input that it is a map of, and a
+gradient that of its input, as with PyTorch's own modules: NCHW, or channels_last, which is the faster one. Dtypes are
+float32, float64, bfloat16 and float16; under autocast, what is not float64 gets autocast's.
 """
 
 from collections.abc import Callable
@@ -10,22 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from . import native, reference
-
-
-def channels_last_format(x: Tensor) -> torch.memory_format:
-    """The channels_last format of x, [N, C, H, W] or [N, C, D, H, W]."""
-    return torch.channels_last_3d if x.dim() == 5 else torch.channels_last
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """x in channels_last memory format, itself if it is so already."""
-    memory_format = channels_last_format(x)
-    if x.device.type == "cpu" and not x.is_contiguous(memory_format=memory_format) and native.runs_on(x.device):
-        return torch.ops.ccnet.channels_last(x)  # several times faster than PyTorch's own
-    return x.contiguous(memory_format=memory_format)
-
+from .calling import call
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -42,15 +30,19 @@ def in_autocast_dtype(function: Callable[..., Any], *inputs: Tensor) -> Any:
         return function(*(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs))
 
 
-def _by_reference(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """The reference with the native operators' dtypes under autocast."""
-    if _is_autocast_on(inputs[0].device):
-        return in_autocast_dtype(function, *inputs)
-    return function(*inputs)
+def _by_reference(function: Callable[..., Tensor], *inputs: Tensor, like: Tensor) -> Tensor:
+    """The reference with the native operators' dtypes under autocast, in the memory format of `like`."""
+    result = in_autocast_dtype(function, *inputs) if _is_autocast_on(like.device) else function(*inputs)
+    return result.contiguous(memory_format=suggest_memory_format(like))
 
 
 def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
 
 def _check(*arguments: tuple[str, Tensor, str]) -> None:
@@ -67,8 +59,7 @@ def _check(*arguments: tuple[str, Tensor, str]) -> None:
             not isinstance(size, str) and size != actual for size, actual in zip(expected, tensor.shape, strict=True)
         ):
             raise ValueError(f"{name}: expected shape [{', '.join(map(str, expected))}], got {list(tensor.shape)}")
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        check_dtype(name, tensor)
         if tensor.device != first.device:
             raise ValueError(f"{name}: expected on {first.device} as {first_name} is, got {_describe(tensor)}")
         if tensor.dtype != first.dtype and (
@@ -84,22 +75,22 @@ def _check(*arguments: tuple[str, Tensor, str]) -> None:
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
-    """Attention weights over the criss-cross path (paper, eq. 1).
+    """Energies over the criss-cross path (paper, eq. 1): `softmax(ca_weight(query, key), dim=1)` are the weights.
 
     Args:
         query, key: [N, C', H, W], the same floating-point dtype and device.
 
     Returns:
-        [N, H+W-1, H, W], summing to 1 over dim 1: entries 0..W-1 are the positions of the pixel's row, itself
-        included; entries W..H+W-2 those of its column from the top, itself left out.
+        [N, H+W-1, H, W], the products query_u . key_v, unscaled and without softmax: entries 0..W-1 are the positions
+        of the pixel's row, itself included; entries W..H+W-2 those of its column from the top, itself left out.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
     """
     _check(("query", query, "N C' H W"), ("key", key, "N C' H W"))
     if native.runs_on(query.device):
-        return torch.ops.ccnet.ca_weight(channels_last(query), channels_last(key))
-    return _by_reference(reference.ca_weight, query, key)
+        return call(torch.ops.ccnet.ca_weight, query, key)
+    return _by_reference(reference.ca_weight, query, key, like=query)
 
 
 def ca_map(weight: Tensor, value: Tensor) -> Tensor:
@@ -117,15 +108,16 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
     """
     _check(("value", value, "N C H W"), ("weight", weight, "N H+W-1 H W"))
     if native.runs_on(value.device):
-        return torch.ops.ccnet.ca_map(channels_last(weight), channels_last(value))
-    return _by_reference(reference.ca_map, weight, value)
+        return call(torch.ops.ccnet.ca_map, weight, value)
+    return _by_reference(reference.ca_map, weight, value, like=value)
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Criss-cross attention: each pixel attends to the H+W-1 pixels of its row and column.
 
-    Equal to `ca_map(ca_weight(query, key), value)`; energies are not scaled. In three dimensions each position attends
-    to the D+H+W-2 that share all but one of its coordinates. Native code stores no weights (docs/criss_cross.md).
+    Equal to `ca_map(softmax(ca_weight(query, key), dim=1), value)`; energies are not scaled. In three dimensions each
+    position attends to the D+H+W-2 that share all but one of its coordinates. Native code stores no weights
+    (docs/criss_cross.md).
 
     Args:
         query, key: [N, C', H, W] or [N, C', D, H, W].
@@ -136,11 +128,10 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
-        NotImplementedError: a second derivative is asked for, of native code.
+        NotImplementedError: a second or forward-mode derivative is asked for, of native code.
     """
     pixels = "D H W" if query.dim() == 5 else "H W"
     _check(("query", query, f"N C' {pixels}"), ("key", key, f"N C' {pixels}"), ("value", value, f"N C {pixels}"))
     if native.runs_on(query.device):
-        inputs = (channels_last(query), channels_last(key), channels_last(value))
-        return torch.ops.ccnet.criss_cross_attention(*inputs)[0]
-    return _by_reference(reference.criss_cross_attention, query, key, value)
+        return call(torch.ops.ccnet.criss_cross_attention, query, key, value)[0]
+    return _by_reference(reference.criss_cross_attention, query, key, value, like=value)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import channels_last, criss_cross_attention
+from .functional import check_dtype, criss_cross_attention
 
 
 class CrissCrossAttention(nn.Module):
@@ -12,8 +12,11 @@ class CrissCrossAttention(nn.Module):
     Args:
         in_dim: channels of the input, at least 8; query and key have in_dim // 8 channels.
 
-    Shape: [N, in_dim, H, W] to the same, in channels_last memory format. gamma starts at 0, so a new module is the
-    identity.
+    Shape: [N, in_dim, H, W] to the same, in the memory format of the input and, under autocast, in its dtype. gamma
+    starts at 0, so a new module is the identity.
+
+    Raises:
+        ValueError: in_dim is less than 8, or x has another number of dimensions or is not floating-point.
     """
 
     _convolution: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv2d
@@ -33,15 +36,15 @@ class CrissCrossAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != len(self._dimensions.split()):
             raise ValueError(f"x: expected shape [{self._dimensions}], got {list(x.shape)}")
-        x = channels_last(x)  # once here instead of query, key and value each
+        check_dtype("x", x)
         attended = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
-        return self.gamma * attended + x
+        return self.gamma.to(attended.dtype) * attended + x.to(attended.dtype)
 
 
 class CrissCrossAttention3d(CrissCrossAttention):
     """The same in three dimensions: each position attends to those that share all but one of its coordinates.
 
-    Shape: [N, in_dim, D, H, W] to the same, in channels_last_3d memory format.
+    Shape: [N, in_dim, D, H, W] to the same.
     """
 
     _convolution = nn.Conv3d

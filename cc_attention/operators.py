@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
 
-from .functional import channels_last_format, in_autocast_dtype
+from .calling import call
+from .functional import in_autocast_dtype
 
 _library = torch.library.Library("ccnet", "FRAGMENT")
 
@@ -20,88 +23,71 @@ _library = torch.library.Library("ccnet", "FRAGMENT")
 
 def _empty(like: Tensor, channels: int) -> Tensor:
     shape = [like.shape[0], channels, *like.shape[2:]]
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=channels_last_format(like))
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=suggest_memory_format(like))
 
 
-def _path_length(x: Tensor) -> int:
-    return x.shape[2] + x.shape[3] - 1
+def _empty_like(x: Tensor) -> Tensor:
+    return _empty(x, x.shape[1])
 
 
 @torch.library.register_fake("ccnet::criss_cross_attention")
 def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     largest, sum_ = (query.new_empty([query.shape[0], *query.shape[2:]], dtype=dtype) for _ in range(2))
-    return _empty(value, value.shape[1]), largest, sum_
+    return _empty_like(value), largest, sum_
 
 
 @torch.library.register_fake("ccnet::criss_cross_attention_backward")
 def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, largest: Tensor, sum: Tensor):
-    return _empty(query, query.shape[1]), _empty(key, key.shape[1]), _empty(value, value.shape[1])
+    return _empty_like(query), _empty_like(key), _empty_like(value)
 
 
 @torch.library.register_fake("ccnet::ca_weight")
 def _(query: Tensor, key: Tensor) -> Tensor:
-    return _empty(query, _path_length(query))
+    return _empty(query, query.shape[2] + query.shape[3] - 1)
 
 
 @torch.library.register_fake("ccnet::ca_weight_backward")
-def _(grad_weight: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty(query, query.shape[1]), _empty(key, key.shape[1])
+def _(grad_energy: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_like(query), _empty_like(key)
 
 
 @torch.library.register_fake("ccnet::ca_map")
 def _(weight: Tensor, value: Tensor) -> Tensor:
-    return _empty(value, value.shape[1])
+    return _empty_like(value)
 
 
 @torch.library.register_fake("ccnet::ca_map_backward")
 def _(grad_out: Tensor, weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty(weight, weight.shape[1]), _empty(value, value.shape[1])
-
-
-@torch.library.register_fake("ccnet::channels_last")
-def _(x: Tensor) -> Tensor:
-    return _empty(x, x.shape[1])
+    return _empty_like(weight), _empty_like(value)
 
 
 # ---- gradients ----
 
 
-def _save_attention(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_attention(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     out, largest, sum_ = output
     ctx.save_for_backward(*inputs, out, largest, sum_)
     ctx.mark_non_differentiable(largest, sum_)
+    ctx.set_materialize_grads(False)  # largest and sum have none: nobody is to fill images with zeros for them
 
 
-def _attention_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.ccnet.criss_cross_attention_backward(grad_out, *ctx.saved_tensors)
-
-
-def _save_weight(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs, output)
-
-
-def _weight_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.ccnet.ca_weight_backward(grad_weight, *ctx.saved_tensors)
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _map_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.ccnet.ca_map_backward(grad_out, *ctx.saved_tensors)
+def _backward(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    operator = getattr(torch.ops.ccnet, f"{name}_backward")
+
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return tuple(None for _ in ctx.needs_input_grad)
+        return call(operator, grad_out, *ctx.saved_tensors)
+
+    return backward
 
 
-torch.library.register_autograd(
-    "ccnet::criss_cross_attention", _attention_backward, setup_context=_save_attention, lib=_library
-)
-torch.library.register_autograd("ccnet::ca_weight", _weight_backward, setup_context=_save_weight, lib=_library)
-torch.library.register_autograd("ccnet::ca_map", _map_backward, setup_context=_save_inputs, lib=_library)
-torch.library.register_autograd("ccnet::channels_last", lambda ctx, grad: grad, lib=_library)
-
-
-def _no_second_derivative(name: str) -> Callable[..., None]:
+def _no_second_derivative(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *gradients: Tensor) -> None:
         raise NotImplementedError(
             f"{name} has no second derivatives in native code; cc_attention.reference.{name} has them"
@@ -110,8 +96,41 @@ def _no_second_derivative(name: str) -> Callable[..., None]:
     return backward
 
 
-for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
-    torch.library.register_autograd(f"ccnet::{_name}_backward", _no_second_derivative(_name), lib=_library)
+def _register_gradient(operator: str, function: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """The kernel that autograd calls of the operator, which is the public function's or of its backward pass.
+
+    PyTorch's own, of torch.library.register_autograd, takes a tensor with a tangent for a constant: forward-mode
+    derivatives would be 0.
+    """
+    run = getattr(torch.ops.ccnet, operator).default
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Tensor) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = run(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+    Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    def differentiate(*inputs: Tensor) -> Any:
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+            raise NotImplementedError(
+                f"{function} has no forward-mode derivatives in native code; cc_attention.reference.{function} has them"
+            )
+        return Differentiable.apply(*inputs)
+
+    _library.impl(operator, differentiate, "Autograd")
+
+
+for _name, _save in (
+    ("criss_cross_attention", _save_attention),
+    ("ca_weight", _save_inputs),
+    ("ca_map", _save_inputs),
+):
+    _register_gradient(_name, _name, _save, _backward(_name))
+    _register_gradient(f"{_name}_backward", _name, lambda *_: None, _no_second_derivative(_name))
 
 
 # ---- autocast ----

@@ -31,7 +31,7 @@ def _others(length: int, axis: int, like: Tensor) -> Tensor:
 
 
 def ca_weight(query: Tensor, key: Tensor) -> Tensor:
-    """Softmax over each pixel's criss-cross path of the unscaled energies query_u . key_v.
+    """The unscaled energies query_u . key_v of each pixel u with the pixels v of its criss-cross path, before softmax.
 
     query, key: [N, C', H, W]. Returns [N, H+W-1, H, W]. Or [N, C', D, H, W] and [N, D+H+W-2, D, H, W].
     """
@@ -42,7 +42,7 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
         if energies:  # the pixel itself was in its row
             energy = energy.gather(1, _others(query.shape[axis], axis, query))
         energies.append(energy)
-    return torch.cat(energies, dim=1).softmax(dim=1)
+    return torch.cat(energies, dim=1)
 
 
 def ca_map(weight: Tensor, value: Tensor) -> Tensor:
@@ -65,5 +65,5 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`ca_map(ca_weight(query, key), value)`: [N, C', H, W] twice and [N, C, H, W] give [N, C, H, W]. Or with D."""
-    return ca_map(ca_weight(query, key), value)
+    """Softmax over each path between the two: [N, C', H, W] twice and [N, C, H, W] give [N, C, H, W]. Or with D."""
+    return ca_map(ca_weight(query, key).softmax(dim=1), value)

@@ -53,7 +53,7 @@ def assert_explicit_form_as_reference(inputs, dtype, layout="contiguous"):
     """Both halves, the second with the weights that the first should give."""
     query_and_key = {name: inputs[name] for name in ("query", "key")}
     assert_as_reference(ca_weight, reference.ca_weight, query_and_key, dtype)
-    weight = laid_out(reference.ca_weight(**query_and_key), layout)
+    weight = laid_out(reference.ca_weight(**query_and_key).softmax(1), layout)
     assert_as_reference(ca_map, reference.ca_map, {"weight": weight, "value": inputs["value"]}, dtype)
 
 

@@ -1,6 +1,7 @@
 """The CUDA kernels on the CPU: compiled with the emulator (cuda_emulator/), behind the native operators."""
 
 import ctypes
+import fcntl
 import hashlib
 import re
 import shlex
@@ -53,20 +54,24 @@ def compile_with_emulator(name: str, sources: list[Path], sanitizer: str = "", f
             content.update(path.read_bytes())
     folder = ROOT / "build" / "emulator" / f"{name}-{sanitizer or 'plain'}-{content.hexdigest()[:16]}"
     target = folder / name
-    if target.exists():
-        return target
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # of several test processes one compiles, the others wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _compile(target, sources, flags, SANITIZERS[sanitizer], link)
+    return target
 
+
+def _compile(target: Path, sources: list[Path], flags: str, sanitizer: str, link: str) -> None:
     def run(command: str) -> None:
         result = subprocess.run(shlex.split(command), text=True, capture_output=True, cwd=ROOT)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
 
-    objects = [folder / f"{source.stem}.o" for source in sources]
+    objects = [target.parent / f"{source.stem}.o" for source in sources]
     with ThreadPoolExecutor(2) as compilers:
         list(compilers.map(lambda x: run(f"{flags} -c -x c++ {x[0]} -o {x[1]}"), zip(sources, objects, strict=True)))
-    run(f"g++ {SANITIZERS[sanitizer]} {' '.join(map(str, objects))} {link} -o {target}.part")
+    run(f"g++ {sanitizer} {' '.join(map(str, objects))} {link} -o {target}.part")
     Path(f"{target}.part").rename(target)
-    return target
 
 
 CUDA_FOLDERS = (ROOT / "cc_attention" / "csrc" / "cuda", ROOT / "libs" / "csrc" / "cuda")

@@ -35,6 +35,10 @@ def _is_supported(name: str) -> bool:
             return False
 
 
+def best_capability() -> str:
+    return native.cpu_capability() if native.LOADED else "baseline"
+
+
 def needs_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")

@@ -1,6 +1,9 @@
 """Criss-cross attention against loops over pixels, in float64, with gradients by name."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,7 +48,7 @@ def loop_weight(query, key):
         energy = torch.stack(
             [(at(query, pixel) * at(key, other)).sum(1) for other in path_of(pixel, query.shape[2:])], 1
         )
-        columns.append(energy.softmax(1))
+        columns.append(energy)
     return torch.stack(columns, dim=2).unflatten(2, query.shape[2:])
 
 
@@ -59,7 +62,7 @@ def loop_map(weight, value):
 
 
 def loop_attention(query, key, value):
-    return loop_map(loop_weight(query, key), value)
+    return loop_map(loop_weight(query, key).softmax(1), value)
 
 
 def random_inputs(shapes):
@@ -122,11 +125,12 @@ def test_order_of_the_weights():
     assert ca_weight(query, key)[0, :, 2, 3].argmax() == 5 + 2
 
 
-def test_weights_sum_to_one_and_huge_energies_stay_finite():
-    query, key = 100 * torch.randn(2, 3, 4, 5), 100 * torch.randn(2, 3, 4, 5)
-    weight = ca_weight(query, key)
-    assert torch.isfinite(weight).all()
-    torch.testing.assert_close(weight.sum(1), torch.ones(2, 4, 5))
+@pytest.mark.parametrize("implementation", [cc_attention, reference])
+def test_the_fused_form_is_the_explicit_one_with_softmax_between(implementation):
+    query, key, value = 3 * torch.randn(3, 2, 3, 4, 5, dtype=torch.float64)
+    weight = implementation.ca_weight(query, key).softmax(1)
+    fused = implementation.criss_cross_attention(query, key, value)
+    torch.testing.assert_close(implementation.ca_map(weight, value), fused)
 
 
 @pytest.mark.parametrize(("kind", "pixels"), [(CrissCrossAttention, (3, 5)), (CrissCrossAttention3d, (2, 3, 4))])
@@ -200,10 +204,46 @@ def test_wrong_dtypes_and_devices_are_named():
         ca_weight(x, x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"value: expected torch.float32 as"):
         criss_cross_attention(x, x, x.double())
+    for module, shape in ((CrissCrossAttention(8), (1, 8, 3, 4)), (CrissCrossAttention3d(8), (1, 8, 2, 3, 4))):
+        for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64):
+            with pytest.raises(ValueError, match=rf"x: expected float32, .* or float16, got {dtype}"):
+                module(torch.zeros(shape, dtype=dtype))
+    for function in (lambda y: criss_cross_attention(y, y, y), lambda y: ca_weight(y, y)):
+        with pytest.raises(ValueError, match=r"query: expected float32, .* got torch.uint8"):
+            function(x.byte())
+    with pytest.raises(ValueError, match=r"value: expected float32, .* got torch.uint8"):
+        ca_map(torch.zeros(1, 6, 3, 4).byte(), x.byte())
     with pytest.raises(ValueError, match="in_dim: expected at least 8"):
         CrissCrossAttention(4)
     with pytest.raises(ValueError, match=r"x: expected shape \[N, in_dim, D, H, W\], got \[1, 8, 3, 4\]"):
         CrissCrossAttention3d(8)(torch.zeros(1, 8, 3, 4))
+
+
+def test_a_project_with_a_folder_libs_of_its_own(tmp_path):
+    """As CCNet's forks have: cc_attention does not need that name."""
+    (tmp_path / "libs").mkdir()
+    (tmp_path / "libs" / "__init__.py").write_text("raise SystemExit('the wrong libs')")
+    path = [str(tmp_path), str(Path(cc_attention.__file__).parents[1])]
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path[:0] = {path}; import cc_attention; assert 'libs' not in sys.modules",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_reference_has_the_memory_format_of_its_inputs(monkeypatch):
+    """Where there is no native code."""
+    monkeypatch.setattr(native, "runs_on", lambda device: False)
+    x = torch.randn(2, 16, 3, 5)
+    assert CrissCrossAttention(16)(x).is_contiguous()
+    last = CrissCrossAttention(16)(x.contiguous(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_reference_has_the_native_dtypes_under_autocast(monkeypatch):

@@ -1,6 +1,8 @@
 """The native criss-cross attention: every instruction set and dtype against the reference in float64, and what PyTorch
 does with operators: compiling, exporting, autocast, checks of its own."""
 
+import itertools
+
 import pytest
 import torch
 from attention import (
@@ -8,6 +10,7 @@ from attention import (
     TOLERANCE,
     assert_as_reference,
     assert_attention_as_reference,
+    assert_close,
     assert_explicit_form_as_reference,
     assert_same_bits,
     everything,
@@ -17,13 +20,18 @@ from attention import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out
-from targets import ALL_CAPABILITIES, TARGETS, capability, running_on
+from targets import ALL_CAPABILITIES, TARGETS, best_capability, capability, running_on
+from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import cc_attention
 from cc_attention import (
     CrissCrossAttention,
     CrissCrossAttention3d,
     ca_map,
     ca_weight,
+    calling,
     criss_cross_attention,
     native,
     reference,
@@ -134,7 +142,7 @@ def test_errors_are_at_most_twice_those_of_pytorch(each_target, dtype, shape):
     assert_errors_at_most_twice_those_of_pytorch(criss_cross_attention, reference.criss_cross_attention, inputs, dtype)
     if len(shape) == 5:
         value = inputs.pop("value")
-        weight = reference.ca_weight(**inputs)
+        weight = reference.ca_weight(**inputs).softmax(1)
         assert_errors_at_most_twice_those_of_pytorch(ca_weight, reference.ca_weight, inputs, dtype)
         assert_errors_at_most_twice_those_of_pytorch(
             ca_map, reference.ca_map, {"weight": weight, "value": value}, dtype
@@ -144,7 +152,7 @@ def test_errors_are_at_most_twice_those_of_pytorch(each_target, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [0, 1, 8])
 def test_huge_energies(each_target, dtype, spread):
-    """Energies of 1e4, equal or a little or much apart: weights and gradients are as exact as those of small ones."""
+    """Energies of 1e4, equal or a little or much apart: results and gradients are as exact as those of small ones."""
     inputs = random_inputs(1, 1, 8, 20, 18)
     # Energies are 64 * 160 + query * key, whole numbers that are exact in every dtype's sums.
     inputs["query"] = torch.randint(-1, 2, (1, 1, 20, 18)).double()
@@ -160,10 +168,7 @@ def test_huge_energies(each_target, dtype, spread):
     attention = [with_huge_energies(f) for f in (criss_cross_attention, reference.criss_cross_attention)]
     assert_as_reference(*attention, inputs, dtype)
     del inputs["value"]
-    weight = [with_huge_energies(f) for f in (ca_weight, reference.ca_weight)]
-    assert_as_reference(*weight, inputs, dtype)
-    total = weight[0](**{name: x.to(dtype) for name, x in inputs.items()}).double().sum(1)
-    torch.testing.assert_close(total, torch.ones_like(total), atol=TOLERANCE[dtype], rtol=0)
+    assert_as_reference(*(with_huge_energies(f) for f in (ca_weight, reference.ca_weight)), inputs, dtype)
 
 
 NAN, INF = float("nan"), float("inf")
@@ -261,29 +266,153 @@ def test_second_derivatives_are_an_error():
             gradient.square().sum().backward()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(2, 3, 5, 7), (1, 33, 40, 37), (1, 64, 32, 32), (2, 17, 3, 4, 50), (0, 3, 4, 5)], ids=str
-)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
-@pytest.mark.parametrize("target", ALL_CAPABILITIES)
-def test_converting_to_channels_last(target, dtype, shape, layout):
-    """The same bits, NaN's included."""
-    x = laid_out(torch.randn(shape).to(dtype).masked_fill_(torch.rand(shape) < 0.1, NAN), layout).requires_grad_()
+FORMATS = {
+    "NCHW": lambda x: x,
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "every other row": lambda x: torch.stack([x, x], dim=3).flatten(2, 3)[:, :, ::2],
+    "every other row, channels_last": lambda x: FORMATS["channels_last"](torch.stack([x, x], 3).flatten(2, 3))[
+        :, :, ::2
+    ],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("target", [best_capability(), pytest.param("emulated", marks=pytest.mark.emulated), "cuda"])
+def test_results_and_gradients_have_the_memory_format_of_their_inputs(target):
+    """Those that a convolution's result has, mixed formats included, and where shapes leave it open."""
+
+    def strides(x):
+        if x.dim() == 4:
+            return torch.nn.Conv2d(x.shape[1], x.shape[1], 1)(x).stride()
+        return torch.empty(x.shape, memory_format=suggest_memory_format(x)).stride()
+
+    formats = [*zip(FORMATS, FORMATS, strict=True), ("NCHW", "channels_last"), ("channels_last", "NCHW")]
     with running_on(target):
-        out = torch.ops.ccnet.channels_last(x)
-    assert out.is_contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    assert torch.equal(out.detach().contiguous().view(bits), x.detach().contiguous().view(bits))
-    upstream = torch.randn(shape).to(dtype)
-    assert torch.equal(torch.autograd.grad(out, x, upstream)[0], upstream)
+        for pixels, channels in itertools.product([(5, 6), (1, 1), (1, 4), (3, 1), (2, 3, 4), (1, 1, 1)], [1, 3]):
+            inputs = {name: x.float() for name, x in random_inputs(2, channels, channels, *pixels).items()}
+            for layout, other in formats:
+                laid = {name: FORMATS[layout](x) for name, x in inputs.items()}
+                laid["key"] = FORMATS[other](inputs["key"])
+                upstream = torch.randn_like(inputs["value"])
+                results = run(criss_cross_attention, laid, upstream)
+                assert_close(results, run(reference.criss_cross_attention, laid, upstream), 1e-5)
+                for name, x in {"out": laid["value"], **{f"gradient of {name}": x for name, x in laid.items()}}.items():
+                    assert results[name].stride() == strides(x), f"{name} {pixels} {channels} {layout} {other}"
 
 
-def test_results_and_gradients_are_channels_last(device):
-    for pixels, memory_format in [((5, 6), torch.channels_last), ((3, 5, 6), torch.channels_last_3d)]:
-        inputs = {name: x.to(device) for name, x in random_inputs(2, 3, 4, *pixels).items()}
-        for name, x in run(criss_cross_attention, inputs, torch.randn(2, 4, *pixels, device=device)).items():
-            assert x.is_contiguous(memory_format=memory_format), name
+@pytest.mark.parametrize("layout", FORMATS)
+def test_the_explicit_form_has_the_memory_format_of_its_inputs(layout):
+    query, key, value = (FORMATS[layout](x) for x in random_inputs(2, 3, 4, 5, 6).values())
+    for name, x in run(ca_weight, {"query": query, "key": key}, torch.randn(2, 10, 5, 6)).items():
+        assert x.is_contiguous(memory_format=suggest_memory_format(query)), name
+    weight = torch.rand(2, 10, 5, 6, dtype=torch.float64)
+    for name, x in run(ca_map, {"weight": weight, "value": value}, torch.randn(2, 4, 5, 6)).items():
+        assert x.is_contiguous(memory_format=suggest_memory_format(weight if "weight" in name else value)), name
+
+
+def test_a_module_is_dropped_into_a_network_of_nchw_tensors():
+    assert CrissCrossAttention(16)(torch.randn(2, 16, 3, 5)).view(2, -1).shape == (2, 240)
+    assert CrissCrossAttention3d(16)(torch.randn(2, 16, 2, 3, 5)).view(2, -1).shape == (2, 480)
+
+
+def test_nchw_in_many_groups_of_lines():
+    """More threads than groups, images of several groups, rows shorter than a cache line; the same bits for all."""
+    before = torch.get_num_threads()
+    for pixels in [(3, 100), (100, 3), (2, 3, 40), (40, 2, 3)]:
+        inputs = {name: x.float() for name, x in random_inputs(2, 5, 70, *pixels, scale=0.5).items()}
+        upstream = torch.randn_like(inputs["value"])
+        last = {name: FORMATS["channels_last"](x) for name, x in inputs.items()}
+        wanted = run(criss_cross_attention, last, upstream)
+        try:
+            for threads in (1, 3, 8):
+                torch.set_num_threads(threads)
+                for name, x in run(criss_cross_attention, inputs, upstream).items():
+                    assert torch.equal(x, wanted[name]), f"{name} {pixels} {threads}"
+        finally:
+            torch.set_num_threads(before)
+
+
+def dual(function, x):
+    with forward_ad.dual_level():
+        function(forward_ad.make_dual(x, x))
+
+
+FORWARD_MODE = {
+    "dual": dual,
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (x,)),
+    "jacfwd": lambda function, x: torch.func.jacfwd(function)(x),
+    "jvp of vmap": lambda function, x: torch.func.jvp(torch.func.vmap(function), (x[None],), (x[None],)),
+    "grad of jvp": lambda function, x: torch.func.grad(lambda y: torch.func.jvp(function, (y,), (x,))[1].sum())(x),
+}
+
+
+@pytest.mark.parametrize("mode", FORWARD_MODE)
+def test_forward_mode_derivatives_are_an_error(mode):
+    """Never silently 0: with dual tensors, torch.func's transforms, and these around or inside others."""
+    query, key, value = random_inputs(1, 2, 3, 3, 4).values()
+    weight = torch.rand(1, 6, 3, 4, dtype=torch.float64)
+    module = CrissCrossAttention(8).double().requires_grad_(False)
+    for name, function, x in [
+        ("criss_cross_attention", lambda x: criss_cross_attention(query, key, x), value),
+        ("ca_weight", lambda x: ca_weight(x, key), query),
+        ("ca_map", lambda x: ca_map(weight, x), value),
+        ("criss_cross_attention", module, torch.randn(1, 8, 3, 4, dtype=torch.float64)),
+    ]:
+        with pytest.raises(NotImplementedError, match=rf"{name} has no forward-mode.*reference\.{name}"):
+            FORWARD_MODE[mode](function, x)
+
+
+@pytest.mark.parametrize("transform", ["hessian", "jacrev of jacrev", "jvp of grad"])
+def test_transforms_beyond_are_an_error_too(transform):
+    query, key, value = random_inputs(1, 2, 3, 3, 4).values()
+
+    def function(x):
+        return criss_cross_attention(query, key, x).square().sum()
+
+    func = torch.func
+    call = {
+        "hessian": lambda: func.hessian(function)(value),
+        "jacrev of jacrev": lambda: func.jacrev(func.jacrev(function))(value),
+        "jvp of grad": lambda: func.jvp(func.grad(function), (value,), (value,)),
+    }[transform]
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"derivatives|functorch transforms"):
+        call()
+
+
+def test_no_gradients_are_made_of_largest_and_sum():
+    """Their zeros would be a map each."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    inputs = [x.requires_grad_() for x in random_inputs(1, 2, 3, 3, 4).values()]
+    out = criss_cross_attention(*inputs)
+    upstream = torch.randn_like(out)
+    with Watch():
+        torch.autograd.grad(out, inputs, upstream)
+    assert not [name for name in made if "zeros" in name or "full" in name], made
+
+
+@pytest.mark.parametrize("operator", ["criss_cross_attention", "ca_weight", "ca_map"])
+def test_out_of_memory_of_a_gpu_is_pytorchs_error(operator, monkeypatch):
+    def out_of_memory(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. (originally from torch_call_dispatcher)")
+
+    x = torch.zeros(1, 6, 3, 4, requires_grad=True)
+    arguments = (x, x, x) if operator == "criss_cross_attention" else (x, x)
+    function = getattr(cc_attention, operator)
+    out = function(*arguments)
+    monkeypatch.setattr(torch.ops.ccnet, operator, out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. Tried to allocate 2"):
+        function(*arguments)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory") as error:
+        calling.call(torch.empty, 2**60)
+    assert not isinstance(error.value, torch.OutOfMemoryError)
+    assert out.shape == (1, 6, 3, 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -301,13 +430,11 @@ def test_opcheck(device, dtype, layout, pixels):
     detached = (query.detach(), key.detach(), value.detach())
     backward_inputs = (of(2, 5, *pixels), *detached, *ops.criss_cross_attention(*detached))
     torch.library.opcheck(ops.criss_cross_attention_backward, backward_inputs)
-    if device == "cpu":
-        torch.library.opcheck(ops.channels_last, (query,))
     if len(pixels) == 2:
         path = sum(pixels) - 1
         weight = of(2, path, *pixels)
         torch.library.opcheck(ops.ca_weight, (query, key))
-        torch.library.opcheck(ops.ca_weight_backward, (of(2, path, *pixels), query.detach(), key.detach(), weight))
+        torch.library.opcheck(ops.ca_weight_backward, (of(2, path, *pixels), query.detach(), key.detach()))
         torch.library.opcheck(ops.ca_map, (weight.requires_grad_(), value))
         torch.library.opcheck(ops.ca_map_backward, (of(2, 5, *pixels), weight.detach(), value.detach()))
 
@@ -379,10 +506,12 @@ def test_autocast(device, dtype):
         assert torch.equal(actual[name].to(dtype), x), name
 
 
-def test_module_under_autocast_trains(device):
+def test_module_under_autocast_has_its_dtype_and_trains(device):
     module, x = module_and_input(CrissCrossAttention, device, 6, 7)
     with torch.autocast(device, dtype=torch.bfloat16):
-        module(x).float().square().mean().backward()
+        out = module(module(x))
+        assert out.dtype == module.value_conv(x).dtype == torch.bfloat16
+    out.float().square().mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in module.parameters())
 
 

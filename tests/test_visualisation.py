@@ -18,7 +18,7 @@ def dense(weight):
 
 
 def test_composed_influence_is_the_product_of_the_attention_matrices():
-    passes = [ca_weight(*torch.randn(2, 1, 3, 4, 5, dtype=torch.float64)) for _ in range(3)]
+    passes = [ca_weight(*torch.randn(2, 1, 3, 4, 5, dtype=torch.float64)).softmax(1) for _ in range(3)]
     a1, a2, a3 = (dense(weight) for weight in passes)
     influences = composed_influence(passes, 2, 3)
     for influence, matrix in zip(influences, (a3, a3 @ a2, a3 @ a2 @ a1), strict=True):
@@ -39,7 +39,8 @@ def test_passes_are_those_of_the_network():
         torch.testing.assert_close(logits, model(image)[0])
         x = model.head.conva(model.features(image)[1])
         for weight in passes:
-            torch.testing.assert_close(weight, ca_weight(model.head.cca.query_conv(x), model.head.cca.key_conv(x)))
+            energy = ca_weight(model.head.cca.query_conv(x), model.head.cca.key_conv(x))
+            torch.testing.assert_close(weight, energy.softmax(1))
             x = 0.8 * ca_map(weight, model.head.cca.value_conv(x)) + x
     assert len(passes) == 2
     assert not model.head.cca._forward_pre_hooks

@@ -41,7 +41,7 @@ def training_panel(image: Tensor, label: Tensor, logits: Tensor) -> np.ndarray:
 def attention_passes(model: CCNet, image: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Run the network on one image [1, 3, H, W]: its main logits [1, K, h, w], and each pass's attention weights.
 
-    The weights, [1, h+w-1, h, w] for each of the R passes in order, are those of `ca_weight`.
+    The weights are [1, h+w-1, h, w] for each of the R passes in order, in the order of `ca_weight` along dim 1.
     """
     cca = model.head.cca
     inputs: list[Tensor] = []
@@ -50,7 +50,7 @@ def attention_passes(model: CCNet, image: Tensor) -> tuple[Tensor, list[Tensor]]
         logits = model(image)[0]
     finally:
         hook.remove()
-    return logits, [ca_weight(cca.query_conv(x), cca.key_conv(x)) for x in inputs]
+    return logits, [ca_weight(cca.query_conv(x), cca.key_conv(x)).softmax(1) for x in inputs]
 
 
 def composed_influence(passes: list[Tensor], row: int, column: int) -> list[Tensor]:

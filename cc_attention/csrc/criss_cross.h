@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <string>
@@ -10,6 +11,7 @@
 
 namespace ccnet {
 
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -63,7 +65,45 @@ inline void check_query_key_and_value(const Tensor& query, const Tensor& key, co
   check("value", value, query, shape_with(query, value.size(1)));
 }
 
+// ---- memory formats ----
+
+// Whether memory holds the elements without gaps with channels last; dimensions of one element may have any stride.
+inline bool is_channels_last(const Tensor& x) {
+  int64_t stride = 1;
+  const auto in_order = [&](int64_t d) {
+    const bool fits = x.size(d) == 1 || x.stride(d) == stride;
+    stride *= x.size(d);
+    return fits;
+  };
+  bool fits = in_order(1);
+  for (int64_t d = x.dim() - 1; d > 1; --d) {
+    fits = in_order(d) && fits;
+  }
+  return in_order(0) && fits;
+}
+
+// The memory format that PyTorch's own modules give to what they make of x: channels_last where strides order the
+// dimensions so, also where elements are missing in between, otherwise contiguous. As c10's suggest_memory_format.
+inline MemoryFormat format_of(const Tensor& x) {
+  const bool is_3d = x.dim() == 5;
+  int64_t least = 0;
+  Shape order{1};  // of the dimensions, from the smallest stride on
+  for (int64_t d = x.dim() - 1; d > 1; --d) {
+    order.push_back(d);
+  }
+  order.push_back(0);
+  for (int64_t d : order) {
+    const int64_t size = x.size(d), stride = x.stride(d);
+    const bool ambiguous = (d == 1 && stride == 0) || (d == 0 && least == x.stride(1));
+    if (size == 0 || stride < least || ambiguous) {
+      return MemoryFormat::Contiguous;
+    }
+    least = stride * (size > 1 ? size : 1);
+  }
+  return is_3d ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
+}
+
 // [N, H+W-1, H, W]
-inline Shape weight_shape(const Tensor& x) { return shape_with(x, x.size(2) + x.size(3) - 1); }
+inline Shape path_shape(const Tensor& x) { return shape_with(x, x.size(2) + x.size(3) - 1); }
 
 }  // namespace ccnet

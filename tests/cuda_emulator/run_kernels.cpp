@@ -60,9 +60,9 @@ void run(int images, int height, int width, int c, int cv) {
   axes.count = height == 1 ? 1 : 2;
   std::mt19937 random(7);
   const Buffer<T> query(pixels, c, &random), key(pixels, c, &random), value(pixels, cv, &random);
-  const Buffer<T> grad_out(pixels, cv, &random), grad_weight(pixels, path_length, &random);
+  const Buffer<T> grad_out(pixels, cv, &random), grad_energy(pixels, path_length, &random);
   const Buffer<T> out(pixels, cv), grad_query(pixels, c), grad_key(pixels, c), grad_value(pixels, cv);
-  const Buffer<T> weight(pixels, path_length), weight_grad(pixels, path_length), mapped(pixels, cv);
+  const Buffer<T> energy(pixels, path_length), weight_grad(pixels, path_length), mapped(pixels, cv);
   const Buffer<Real> largest(pixels, 1), sum(pixels, 1), delta(pixels, 1);
   const PathSum<Real> path{largest.data.get(), sum.data.get()};
   const PathSum<const Real> read_path{path.largest, path.sum};
@@ -73,12 +73,11 @@ void run(int images, int height, int width, int c, int cv) {
     x->check("attention");
   }
   largest.check("largest"), sum.check("sum");
-  check(Launchers::weight(axes, query, key, read_path, weight, nullptr));
-  check(Launchers::weight_backward(axes, query, key, weight, grad_weight, delta.data.get(), grad_query, grad_key,
-                                   nullptr));
-  check(Launchers::map(axes, weight, value, mapped, nullptr));
-  check(Launchers::map_backward(axes, weight, value, grad_out, weight_grad, grad_value, nullptr));
-  for (const auto* x : {&weight, &grad_query, &grad_key, &mapped, &weight_grad, &grad_value}) {
+  check(Launchers::energy(axes, query, key, energy, nullptr));
+  check(Launchers::energy_backward(axes, query, key, grad_energy, grad_query, grad_key, nullptr));
+  check(Launchers::map(axes, energy, value, mapped, nullptr));
+  check(Launchers::map_backward(axes, energy, value, grad_out, weight_grad, grad_value, nullptr));
+  for (const auto* x : {&energy, &grad_query, &grad_key, &mapped, &weight_grad, &grad_value}) {
     x->check("explicit form");
   }
 }

@@ -1,16 +1,12 @@
-// The criss-cross attention operators on the CPU: each runs its line kernel (line.h) over every row, then every column
-// (then every line along depth), the lines of an axis shared out among threads. No two lines of an axis write to the
-// same pixel, so the result does not depend on how many threads there are.
+// The criss-cross attention operators on the CPU: checks, memory, and which kernel runs along the lines (each_line.h).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
 #include <tuple>
 #include <type_traits>
-#include <vector>
 
-#include "cc_attention/csrc/cpu/channels_last.h"
+#include "cc_attention/csrc/cpu/each_line.h"
 #include "cc_attention/csrc/cpu/line.h"
 #include "cc_attention/csrc/criss_cross.h"
 #include "libs/csrc/cpu/dtype.h"
@@ -19,20 +15,36 @@
 namespace ccnet {
 namespace {
 
-// A channels_last tensor as pixels, numbered as they lie in memory. at(u) is pixel u's first channel.
+// x, or a copy of it in a memory format of its own
+Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x, format_of(x)); }
+
+// Uninitialised, of that shape, and otherwise as `like`
+Tensor empty_as(const Tensor& like, const Shape& shape) {
+  Tensor x = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format_of(like));
+  prefer_huge_pages(x.mutable_data_ptr(), x.numel() * x.element_size());
+  return x;
+}
+
 template <class T>
-struct Pixels {
-  T* data;
-  int64_t channels;
-  T* at(int64_t u) const { return data + u * channels; }
-};
-template <class T>
-Pixels<const T> read(const Tensor& x) {
-  return {static_cast<const T*>(x.const_data_ptr()), x.size(1)};
+Images<T> images_of(const Tensor& x, void* data, Access access, bool path = false) {
+  return {static_cast<T*>(data), x.size(1), !is_channels_last(x), path, access};
 }
 template <class T>
-Pixels<T> write(const Tensor& x) {
-  return {static_cast<T*>(x.mutable_data_ptr()), x.size(1)};
+Images<T> read(const Tensor& x, Access access = Access::read) {
+  return images_of<T>(x, const_cast<void*>(x.const_data_ptr()), access);
+}
+template <class T>
+Images<T> merge(const Tensor& x) {
+  return images_of<T>(x, x.mutable_data_ptr(), Access::merge);
+}
+// Energies or weights
+template <class T>
+Images<T> read_path(const Tensor& x) {
+  return images_of<T>(x, const_cast<void*>(x.const_data_ptr()), Access::read, true);
+}
+template <class T>
+Images<T> write_path(const Tensor& x) {
+  return images_of<T>(x, x.mutable_data_ptr(), Access::write, true);
 }
 // The numbers of empty_per_pixel
 template <class T>
@@ -44,77 +56,21 @@ Accumulate<T>* write_numbers(const Tensor& x) {
   return static_cast<Accumulate<T>*>(x.mutable_data_ptr());
 }
 
-// A line of each axis of x: of its rows, columns, and lines along depth. `next` is left to whoever runs it.
-std::vector<Line> axes_of(const Tensor& x, int64_t query_channels, int64_t value_channels) {
-  std::vector<Line> axes;
-  int64_t step = 1, path = 0;
-  for (int64_t d = x.dim() - 1; d >= 2; --d) {
-    const int64_t length = x.size(d);
-    const bool first = axes.empty();
-    if (first || length > 1) {  // a line of one pixel has, but for the first axis, nobody to attend to
-      axes.push_back({length, step, query_channels, value_channels, first, false, 0, path, 0});
-    }
-    step *= length;
-    path += first ? length : length - 1;
-  }
-  axes.back().last_axis = true;
-  for (Line& line : axes) {
-    line.path = path;
-  }
-  return axes;
-}
-
-// run(kernels, line, number of its first pixel, scratch) for every line of every axis of x
-template <class T, class F>
-void each_line(const Tensor& x, int64_t query_channels, int64_t value_channels, const F& run) {
-  int64_t pixels = x.size(0);
-  for (int64_t d = 2; d < x.dim(); ++d) {
-    pixels *= x.size(d);
-  }
-  if (pixels == 0) {
-    return;
-  }
-  const LineKernels<T>& kernels = line_kernels<T>();
-  std::atomic<bool> out_of_memory{false};
-  for (const Line& axis : axes_of(x, query_channels, value_channels)) {
-    const auto first_pixel = [&](int64_t number) {
-      return number / axis.step * axis.step * axis.length + number % axis.step;
-    };
-    const auto range = [&](int64_t begin, int64_t end) {  // must not throw: it may be called on another thread
-      char* scratch = thread_block(kernels.scratch_bytes(axis));
-      if (scratch == nullptr) {
-        out_of_memory = true;
-        return;
-      }
-      Line line = axis;
-      for (int64_t number = begin; number < end; ++number) {
-        const int64_t pixel = first_pixel(number);
-        line.next = number + 1 < end ? first_pixel(number + 1) - pixel : 0;
-        run(kernels, line, pixel, scratch);
-      }
-    };
-    constexpr int64_t worth_a_thread = 1 << 16;  // multiplications
-    const int64_t work = axis.length * axis.length * (query_channels + value_channels) + 1;
-    torch::stable::parallel_for(0, pixels / axis.length, 1 + worth_a_thread / work, range);
-  }
-  STD_TORCH_CHECK(!out_of_memory, "criss-cross attention: no memory for the working space of a line");
-}
-
 // ---- the operators ----
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_) {
   check_query_key_and_value(query_, key_, value_);
-  const Tensor query = in_channels_last(query_), key = in_channels_last(key_), value = in_channels_last(value_);
-  Tensor out = empty_channels_last(value, shape_of(value));
+  const Tensor query = dense(query_), key = dense(key_), value = dense(value_);
+  Tensor out = empty_as(value_, shape_of(value));
   Tensor largest = empty_per_pixel(query), sum = empty_per_pixel(query);
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto q = read<T>(query), k = read<T>(key), v = read<T>(value);
-    const auto o = write<T>(out);
     const PathSum<Accumulate<T>> path{write_numbers<T>(largest), write_numbers<T>(sum)};
-    each_line<T>(query, q.channels, v.channels, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.attention(line, q.at(u), k.at(u), v.at(u), o.at(u), path.from(u), scratch);
-    });
+    const std::array images{read<T>(query), read<T>(key), read<T>(value), merge<T>(out)};
+    each_line<T>(query, query.size(1), value.size(1), images,
+                 [=](const auto& kernels, const Line& line, const auto& x, int64_t u, char* scratch) {
+                   kernels.attention(line, x[0], x[1], x[2], x[3], path.from(u), scratch);
+                 });
   });
   return {out, largest, sum};
 }
@@ -129,97 +85,94 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
   Tensor delta = empty_per_pixel(query_);
   check("largest", largest_, delta, shape_of(delta));
   check("sum", sum_, delta, shape_of(delta));
-  const Tensor query = in_channels_last(query_), key = in_channels_last(key_), value = in_channels_last(value_);
-  const Tensor out = in_channels_last(out_), grad_out = in_channels_last(grad_out_);
+  const Tensor query = dense(query_), key = dense(key_), value = dense(value_);
+  const Tensor out = dense(out_), grad_out = dense(grad_out_);
   const Tensor largest = torch::stable::contiguous(largest_), sum = torch::stable::contiguous(sum_);
-  Tensor grad_query = empty_channels_last(query, shape_of(query)), grad_key = empty_channels_last(key, shape_of(key));
-  Tensor grad_value = empty_channels_last(value, shape_of(value));
+  Tensor grad_query = empty_as(query_, shape_of(query)), grad_key = empty_as(key_, shape_of(key));
+  Tensor grad_value = empty_as(value_, shape_of(value));
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto q = read<T>(query), k = read<T>(key), v = read<T>(value), o = read<T>(out), g = read<T>(grad_out);
-    const auto dq = write<T>(grad_query), dk = write<T>(grad_key), dv = write<T>(grad_value);
     const PathSum<const Accumulate<T>> path{read_numbers<T>(largest), read_numbers<T>(sum)};
     Accumulate<T>* d = write_numbers<T>(delta);
-    each_line<T>(query, q.channels, v.channels, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.attention_backward(line, q.at(u), k.at(u), v.at(u), o.at(u), g.at(u), path.from(u), d + u,
-                                 dq.at(u), dk.at(u), dv.at(u), scratch);
-    });
+    const std::array images{read<T>(query),
+                            read<T>(key),
+                            read<T>(value),
+                            read<T>(out, Access::read_on_first_axis),
+                            read<T>(grad_out),
+                            merge<T>(grad_query),
+                            merge<T>(grad_key),
+                            merge<T>(grad_value)};
+    each_line<T>(query, query.size(1), value.size(1), images,
+                 [=](const auto& kernels, const Line& line, const auto& x, int64_t u, char* scratch) {
+                   kernels.attention_backward(line, x[0], x[1], x[2], x[3], x[4], path.from(u), d + u, x[5], x[6], x[7],
+                                              scratch);
+                 });
   });
   return {grad_query, grad_key, grad_value};
 }
 
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
-  const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
-  Tensor weight = empty_channels_last(query, weight_shape(query));
-  Tensor largest = empty_per_pixel(query), sum = empty_per_pixel(query);
+  const Tensor query = dense(query_), key = dense(key_);
+  Tensor energy = empty_as(query_, path_shape(query));
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto q = read<T>(query), k = read<T>(key);
-    const auto w = write<T>(weight);
-    const PathSum<Accumulate<T>> path{write_numbers<T>(largest), write_numbers<T>(sum)};
-    each_line<T>(query, q.channels, 0, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.attention(line, q.at(u), k.at(u), nullptr, nullptr, path.from(u), scratch);
-    });
-    each_line<T>(query, q.channels, 0, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.weight(line, q.at(u), k.at(u), {path.largest + u, path.sum + u}, w.at(u), scratch);
-    });
+    const std::array images{read<T>(query), read<T>(key), write_path<T>(energy)};
+    each_line<T>(query, query.size(1), 0, images,
+                 [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
+                   kernels.energy(line, x[0], x[1], x[2], scratch);
+                 });
   });
-  return weight;
+  return energy;
 }
 
-std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_weight_, const Tensor& query_, const Tensor& key_,
-                                              const Tensor& weight_) {
+std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
-  check("weight", weight_, query_, weight_shape(query_));
-  check("grad_weight", grad_weight_, query_, weight_shape(query_));
-  const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
-  const Tensor weight = in_channels_last(weight_), grad_weight = in_channels_last(grad_weight_);
-  Tensor grad_query = empty_channels_last(query, shape_of(query)), grad_key = empty_channels_last(key, shape_of(key));
-  Tensor delta = empty_per_pixel(query);
+  check("grad_energy", grad_energy_, query_, path_shape(query_));
+  const Tensor query = dense(query_), key = dense(key_), grad_energy = dense(grad_energy_);
+  Tensor grad_query = empty_as(query_, shape_of(query)), grad_key = empty_as(key_, shape_of(key));
   for_type("query", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto q = read<T>(query), k = read<T>(key), w = read<T>(weight), g = read<T>(grad_weight);
-    const auto dq = write<T>(grad_query), dk = write<T>(grad_key);
-    Accumulate<T>* d = write_numbers<T>(delta);
-    each_line<T>(query, q.channels, 0, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.weight_backward(line, q.at(u), k.at(u), w.at(u), g.at(u), d + u, dq.at(u), dk.at(u), scratch);
-    });
+    const std::array images{read<T>(query), read<T>(key), read_path<T>(grad_energy), merge<T>(grad_query),
+                            merge<T>(grad_key)};
+    each_line<T>(query, query.size(1), 0, images,
+                 [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
+                   kernels.energy_backward(line, x[0], x[1], x[2], x[3], x[4], scratch);
+                 });
   });
   return {grad_query, grad_key};
 }
 
 Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
-  check("weight", weight_, value_, weight_shape(value_));
-  const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
-  Tensor out = empty_channels_last(value, shape_of(value));
+  check("weight", weight_, value_, path_shape(value_));
+  const Tensor weight = dense(weight_), value = dense(value_);
+  Tensor out = empty_as(value_, shape_of(value));
   for_type("value", value, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto w = read<T>(weight), v = read<T>(value);
-    const auto o = write<T>(out);
-    each_line<T>(value, 0, v.channels, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.map(line, w.at(u), v.at(u), o.at(u), scratch);
-    });
+    const std::array images{read_path<T>(weight), read<T>(value), merge<T>(out)};
+    each_line<T>(value, 0, value.size(1), images,
+                 [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
+                   kernels.map(line, x[0], x[1], x[2], scratch);
+                 });
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
-  check("weight", weight_, value_, weight_shape(value_));
+  check("weight", weight_, value_, path_shape(value_));
   check("grad_out", grad_out_, value_, shape_of(value_));
-  const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
-  const Tensor grad_out = in_channels_last(grad_out_);
-  Tensor grad_weight = empty_channels_last(value, weight_shape(value));
-  Tensor grad_value = empty_channels_last(value, shape_of(value));
+  const Tensor weight = dense(weight_), value = dense(value_), grad_out = dense(grad_out_);
+  Tensor grad_weight = empty_as(weight_, path_shape(value)), grad_value = empty_as(value_, shape_of(value));
   for_type("value", value, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto w = read<T>(weight), v = read<T>(value), g = read<T>(grad_out);
-    const auto dw = write<T>(grad_weight), dv = write<T>(grad_value);
-    each_line<T>(value, 0, v.channels, [=](const auto& kernels, const Line& line, int64_t u, char* scratch) {
-      kernels.map_backward(line, w.at(u), v.at(u), g.at(u), dw.at(u), dv.at(u), scratch);
-    });
+    const std::array images{read_path<T>(weight), read<T>(value), read<T>(grad_out), write_path<T>(grad_weight),
+                            merge<T>(grad_value)};
+    each_line<T>(value, 0, value.size(1), images,
+                 [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
+                   kernels.map_backward(line, x[0], x[1], x[2], x[3], x[4], scratch);
+                 });
   });
   return {grad_weight, grad_value};
 }

@@ -1,8 +1,8 @@
 // Attention along one line of pixels, of which criss-cross attention is made: what the compiled instruction sets offer
 // (line_attention.h), and what calls it (criss_cross.cpp).
 //
-// Tensors are channels_last: a pixel's channels follow each other, and pixels are numbered n, (depth,) row, column. All
-// pointers are to the line's first pixel; `step` pixels lie from one of the line to the next.
+// A pixel's channels follow each other. Numbers that there is one of a pixel, in [N, (D,) H, W], lie `step` apart from one
+// pixel of the line to the next.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +20,17 @@ struct Line {
   // out and merge into what is there. After the last, what is there is the result.
   bool first_axis;
   bool last_axis;
-  // Explicit form: a pixel's weights are `path` numbers, this line's begin at `path_begin`.
-  int64_t path;
-  int64_t path_begin;
-  // Pixels to the first of this thread's next line, whose data is fetched ahead; 0: there is none.
-  int64_t next;
+};
+
+// A tensor along the line: pixel i's first channel is data[i * stride]. In the explicit form the channels of energies and
+// weights are the line's part of the path.
+template <class T>
+struct Along {
+  T* data;
+  int64_t stride;
+  int64_t next;  // numbers to this thread's next line, which is fetched ahead; 0: there is none
+  __attribute__((always_inline)) Along from(int64_t pixel) const { return {data + pixel * stride, stride, next}; }
+  __attribute__((always_inline)) operator Along<const T>() const { return {data, stride, next}; }
 };
 
 // Of each pixel's energies so far, as numbers a pixel: the largest, and the sum of exp(energy - largest). Their
@@ -44,21 +50,21 @@ struct LineKernels {
   int64_t (*scratch_bytes)(const Line&);
 
   // out and path take in this line's keys and values.
-  void (*attention)(const Line&, const T* query, const T* key, const T* value, T* out, PathSum<Real> path,
-                    char* scratch);
-  // The gradients of what `attention` wrote. delta is written on the first axis and read on the others.
-  void (*attention_backward)(const Line&, const T* query, const T* key, const T* value, const T* out, const T* grad_out,
-                             PathSum<const Real> path, Real* delta, T* grad_query, T* grad_key, T* grad_value,
-                             char* scratch);
+  void (*attention)(const Line&, Along<const T> query, Along<const T> key, Along<const T> value, Along<T> out,
+                    PathSum<Real> path, char* scratch);
+  // The gradients of what `attention` wrote. delta is written on the first axis, which alone reads out, and read on the
+  // others.
+  void (*attention_backward)(const Line&, Along<const T> query, Along<const T> key, Along<const T> value,
+                             Along<const T> out, Along<const T> grad_out, PathSum<const Real> path, Real* delta,
+                             Along<T> grad_query, Along<T> grad_key, Along<T> grad_value, char* scratch);
 
-  // weight = exp(energy - largest) / sum, with `path` from `attention` without values.
-  void (*weight)(const Line&, const T* query, const T* key, PathSum<const Real> path, T* weight, char* scratch);
-  void (*weight_backward)(const Line&, const T* query, const T* key, const T* weight, const T* grad_weight, Real* delta,
-                          T* grad_query, T* grad_key, char* scratch);
+  void (*energy)(const Line&, Along<const T> query, Along<const T> key, Along<T> energy, char* scratch);
+  void (*energy_backward)(const Line&, Along<const T> query, Along<const T> key, Along<const T> grad_energy,
+                          Along<T> grad_query, Along<T> grad_key, char* scratch);
   // out takes in weight * value.
-  void (*map)(const Line&, const T* weight, const T* value, T* out, char* scratch);
-  void (*map_backward)(const Line&, const T* weight, const T* value, const T* grad_out, T* grad_weight, T* grad_value,
-                       char* scratch);
+  void (*map)(const Line&, Along<const T> weight, Along<const T> value, Along<T> out, char* scratch);
+  void (*map_backward)(const Line&, Along<const T> weight, Along<const T> value, Along<const T> grad_out,
+                       Along<T> grad_weight, Along<T> grad_value, char* scratch);
 
   // Not of a line, but compiled with it: y [columns, rows] from x [rows, columns], x_row and y_row numbers from row to row
   void (*transpose)(const T* x, int64_t x_row, int64_t rows, int64_t columns, T* y, int64_t y_row);

@@ -65,8 +65,6 @@ class LineAttention {
       : line_(line),
         length_(line.length),
         row_(whole<Real>(line.length)),
-        query_stride_(line.step * line.query_channels),
-        value_stride_(line.step * line.value_channels),
         query_row_(whole<Word>(line.query_channels)),
         // One column more than whole vectors would cost a whole vector of columns: it is made by dot products.
         lone_column_(Product::kPerWord == 1 && length_ % kLanes<Real> == 1) {
@@ -102,77 +100,66 @@ class LineAttention {
 
   static int64_t scratch_bytes(const Line& line) { return LineAttention(line, nullptr).used_; }
 
-  static void attention(const Line& line, const T* query, const T* key, const T* value, T* out,
+  static void attention(const Line& line, Along<const T> query, Along<const T> key, Along<const T> value, Along<T> out,
                         PathSum<Real> path, char* scratch) {
     LineAttention work(line, scratch);
     work.pack_keys(key);
     work.each_block([&](int64_t first) {
-      work.energies(query + first * work.query_stride_, key);
+      work.energies(query.from(first), key);
       work.softmax(path.from(first * line.step));
-      work.weigh_values(value, {out + first * work.value_stride_, work.value_stride_, work.scale_, work.keep_,
-                                !line.first_axis});
+      work.weigh_values(value,
+                        {out.from(first).data, out.stride, work.scale_, work.keep_, !line.first_axis});
     });
   }
 
-  static void attention_backward(const Line& line, const T* query, const T* key, const T* value, const T* out,
-                                 const T* grad_out, PathSum<const Real> path, Real* delta, T* grad_query,
-                                 T* grad_key, T* grad_value, char* scratch) {
+  static void attention_backward(const Line& line, Along<const T> query, Along<const T> key, Along<const T> value,
+                                 Along<const T> out, Along<const T> grad_out, PathSum<const Real> path, Real* delta,
+                                 Along<T> grad_query, Along<T> grad_key, Along<T> grad_value, char* scratch) {
     LineAttention work(line, scratch);
     work.pack_keys(key);
-    pack_columns<Product>(key, work.query_stride_, work.length_, line.query_channels, work.keys_, work.query_row_);
+    work.pack_keys_by_column(key);
     work.each_block([&](int64_t first) {
-      const int64_t at = first * work.value_stride_;
-      work.energies(query + first * work.query_stride_, key);
+      work.energies(query.from(first), key);
       work.softmax_again(path.from(first * line.step));
-      work.value_gradients(value, grad_out + at, line.first_axis ? out + at : nullptr, grad_value);
+      work.value_gradients(value, grad_out.from(first), line.first_axis ? out.from(first) : Along<const T>{}, grad_value);
       work.energy_gradients(delta + first * line.step);
       work.query_key_gradients(query, grad_query, grad_key);
     });
   }
 
-  static void weight(const Line& line, const T* query, const T* key, PathSum<const Real> path, T* weight,
-                     char* scratch) {
+  static void energy(const Line& line, Along<const T> query, Along<const T> key, Along<T> energy, char* scratch) {
     LineAttention work(line, scratch);
     work.pack_keys(key);
     work.each_block([&](int64_t first) {
-      work.energies(query + first * work.query_stride_, key);
-      work.softmax_again(path.from(first * line.step));
-      work.write_path(work.weight_, weight);
+      work.energies(query.from(first), key);
+      work.write_path(work.weight_, energy);
     });
   }
 
-  static void weight_backward(const Line& line, const T* query, const T* key, const T* weight, const T* grad_weight,
-                              Real* delta, T* grad_query, T* grad_key, char* scratch) {
+  static void energy_backward(const Line& line, Along<const T> query, Along<const T> key, Along<const T> grad_energy,
+                              Along<T> grad_query, Along<T> grad_key, char* scratch) {
     LineAttention work(line, scratch);
-    pack_columns<Product>(key, work.query_stride_, work.length_, line.query_channels, work.keys_, work.query_row_);
-    work.each_block([&](int64_t first) {
-      const int64_t stride = line.step * line.path;
-      work.read_path(weight, work.weight_);
-      work.read_path(grad_weight, work.grad_weight_);
-      if (line.first_axis) {
-        work.clear(work.delta_sums_);
-        dot_products(weight + first * stride, stride, grad_weight + first * stride, stride, work.queries_in_block_,
-                     line.path, work.delta_sums_);
-      }
-      work.energy_gradients(delta + first * line.step);
+    work.pack_keys_by_column(key);
+    work.each_block([&](int64_t) {
+      work.read_path(grad_energy, work.grad_weight_);
       work.query_key_gradients(query, grad_query, grad_key);
     });
   }
 
-  static void map(const Line& line, const T* weight, const T* value, T* out, char* scratch) {
+  static void map(const Line& line, Along<const T> weight, Along<const T> value, Along<T> out, char* scratch) {
     LineAttention work(line, scratch);
     work.each_block([&](int64_t first) {
       work.read_path(weight, work.weight_);
-      work.weigh_values(value, work.to_sum(out + first * work.value_stride_, work.value_stride_, !line.first_axis));
+      work.weigh_values(value, work.to_sum(out.from(first), !line.first_axis));
     });
   }
 
-  static void map_backward(const Line& line, const T* weight, const T* value, const T* grad_out, T* grad_weight,
-                           T* grad_value, char* scratch) {
+  static void map_backward(const Line& line, Along<const T> weight, Along<const T> value, Along<const T> grad_out,
+                           Along<T> grad_weight, Along<T> grad_value, char* scratch) {
     LineAttention work(line, scratch);
     work.each_block([&](int64_t first) {
       work.read_path(weight, work.weight_);
-      work.value_gradients(value, grad_out + first * work.value_stride_, nullptr, grad_value);
+      work.value_gradients(value, grad_out.from(first), {}, grad_value);
       work.write_path(work.grad_weight_, grad_weight);
     });
   }
@@ -191,21 +178,21 @@ class LineAttention {
   }
 
   // `count` channels of x from number `channel` on, or of this thread's next line where x has no more of them
-  Ahead ahead(const T* x, int64_t channels, int64_t channel, int64_t count) const {
-    const T* at = x + channel;
+  static Ahead ahead(Along<const T> x, int64_t channels, int64_t channel, int64_t count) {
+    const T* at = x.data + channel;
     if (channel >= channels) {
-      if (line_.next == 0) {
+      if (x.next == 0) {
         return {};
       }
-      at = x + line_.next * channels;
+      at = x.data + x.next;
     }
-    return {reinterpret_cast<const char*>(at), static_cast<int64_t>(line_.step * channels * sizeof(T)),
+    return {reinterpret_cast<const char*>(at), static_cast<int64_t>(x.stride * sizeof(T)),
             static_cast<int64_t>(smaller(count, channels) * sizeof(T))};
   }
 
   void clear(Real* sums) const { std::memset(sums, 0, queries_in_block_ * kLanes<Real> * sizeof(Real)); }
 
-  Result<T> to_sum(T* x, int64_t stride, bool add) const { return {x, stride, ones_, ones_, add}; }
+  Result<T> to_sum(Along<T> x, bool add) const { return {x.data, x.stride, ones_, ones_, add}; }
 
   // x [queries, keys] as the left operand: of products over keys, and, transposed, of products over queries
   Left<Word> over_keys(Real* x) {
@@ -225,8 +212,11 @@ class LineAttention {
     }
   }
 
-  void pack_keys(const T* key) {
-    pack_transposed<Product>(key, query_stride_, length_ - lone_column_, line_.query_channels, keys_transposed_, row_);
+  void pack_keys(Along<const T> key) {
+    pack_transposed<Product>(key.data, key.stride, length_ - lone_column_, line_.query_channels, keys_transposed_, row_);
+  }
+  void pack_keys_by_column(Along<const T> key) {
+    pack_columns<Product>(key.data, key.stride, length_, line_.query_channels, keys_, query_row_);
   }
 
   // Sets what is no key: the columns beyond the line and, but for the first axis, the pixel itself.
@@ -243,15 +233,15 @@ class LineAttention {
   }
 
   // weight_ = Q K^T
-  void energies(const T* query, const T* key) {
+  void energies(Along<const T> query, Along<const T> key) {
     const int64_t channels = line_.query_channels, m = queries_in_block_;
-    pack_rows<Product>(query, query_stride_, m, channels, queries_, query_row_);
+    pack_rows<Product>(query.data, query.stride, m, channels, queries_, query_row_);
     multiply<Product>(m, lone_column_ ? length_ - 1 : row_, words<Product>(channels), Left<Word>{queries_, query_row_, 1},
                       Right<Word>{keys_transposed_, row_}, Result<Real>{weight_, row_, ones_, ones_, false},
                       ahead(query, channels, channels, channels), ahead(key, channels, channels, channels));
     if (lone_column_) {
       clear(lone_sums_);
-      dot_products(queries_, query_row_, key + (length_ - 1) * query_stride_, 0, m, channels, lone_sums_);
+      dot_products(queries_, query_row_, key.from(length_ - 1).data, 0, m, channels, lone_sums_);
       finish_dot_products(lone_sums_, m, weight_ + length_ - 1, row_);
     }
     set_outside(weight_, -__builtin_inf());
@@ -339,12 +329,12 @@ class LineAttention {
   }
 
   // out takes in weight_ V.
-  void weigh_values(const T* value, Result<T> out) {
+  void weigh_values(Along<const T> value, Result<T> out) {
     const Left<Word> weights = over_keys(weight_);
     const int64_t channels = line_.value_channels;
     for (int64_t c = 0; c < channels; c += kChunk) {
       const int64_t n = smaller(kChunk, channels - c);
-      pack_columns<Product>(value + c, value_stride_, length_, n, values_, kChunk);
+      pack_columns<Product>(value.data + c, value.stride, length_, n, values_, kChunk);
       multiply<Product>(queries_in_block_, n, words<Product>(length_), weights, Right<Word>{values_, kChunk},
                         Result<T>{out.data + c, out.row, out.scale, out.keep, out.add},
                         ahead(value, channels, c + kChunk, kChunk));
@@ -352,7 +342,7 @@ class LineAttention {
   }
 
   // grad_weight_ = dO V^T; grad_value takes in P^T dO; delta_sums_ = the sums of dO * O, if out is given.
-  void value_gradients(const T* value, const T* grad_out, const T* out, T* grad_value) {
+  void value_gradients(Along<const T> value, Along<const T> grad_out, Along<const T> out, Along<T> grad_value) {
     const int64_t channels = line_.value_channels, m = queries_in_block_;
     const int64_t grad_row = kChunk / Product::kPerWord;
     const Left<Word> weights = over_queries(weight_);
@@ -363,26 +353,26 @@ class LineAttention {
     clear(lone_sums_);
     for (int64_t c = 0; c < channels; c += kChunk) {
       const int64_t n = smaller(kChunk, channels - c);
-      pack_rows<Product>(grad_out + c, value_stride_, m, n, grads_, grad_row);
+      pack_rows<Product>(grad_out.data + c, grad_out.stride, m, n, grads_, grad_row);
       if (Product::kPerWord != 1) {
-        pack_columns<Product>(grad_out + c, value_stride_, m, n, grads_by_column_, kChunk);
+        pack_columns<Product>(grad_out.data + c, grad_out.stride, m, n, grads_by_column_, kChunk);
       }
-      pack_transposed<Product>(value + c, value_stride_, length_ - lone_column_, n, values_transposed_, row_);
+      pack_transposed<Product>(value.data + c, value.stride, length_ - lone_column_, n, values_transposed_, row_);
       using Packed = std::conditional_t<Product::kPerWord == 1, Real, T>;
       const Packed* grads = reinterpret_cast<const Packed*>(grads_);
-      if (out != nullptr) {
-        dot_products(grads, kChunk, out + c, value_stride_, m, n, delta_sums_);
+      if (out.data != nullptr) {
+        dot_products(grads, kChunk, out.data + c, out.stride, m, n, delta_sums_);
       }
       if (lone_column_) {
-        dot_products(grads, kChunk, value + (length_ - 1) * value_stride_ + c, 0, m, n, lone_sums_);
+        dot_products(grads, kChunk, value.from(length_ - 1).data + c, 0, m, n, lone_sums_);
       }
       const int64_t next = c + kChunk;
       multiply<Product>(m, lone_column_ ? length_ - 1 : row_, words<Product>(n), Left<Word>{grads_, grad_row, 1},
                         Right<Word>{values_transposed_, row_}, Result<Real>{grad_weight_, row_, ones_, ones_, c > 0},
                         ahead(value, channels, next, kChunk),
-                        out == nullptr ? Ahead{} : ahead(out, channels, next, kChunk));
+                        out.data == nullptr ? Ahead{} : ahead(out, channels, next, kChunk));
       multiply<Product>(length_, n, words<Product>(m), weights, Right<Word>{grads_by_column_, kChunk},
-                        to_sum(grad_value + c, value_stride_, !line_.first_axis || first_query_ > 0),
+                        to_sum({grad_value.data + c, grad_value.stride, 0}, !line_.first_axis || first_query_ > 0),
                         ahead(grad_out, channels, next, kChunk));
     }
     if (lone_column_ && channels > 0) {
@@ -403,22 +393,22 @@ class LineAttention {
     }
   }
 
-  void query_key_gradients(const T* query, T* grad_query, T* grad_key) {
-    const int64_t channels = line_.query_channels, m = queries_in_block_, at = first_query_ * query_stride_;
+  void query_key_gradients(Along<const T> query, Along<T> grad_query, Along<T> grad_key) {
+    const int64_t channels = line_.query_channels, m = queries_in_block_;
     multiply<Product>(m, channels, words<Product>(length_), over_keys(grad_weight_), Right<Word>{keys_, query_row_},
-                      to_sum(grad_query + at, query_stride_, !line_.first_axis));
-    pack_columns<Product>(query + at, query_stride_, m, channels, queries_by_column_, query_row_);
+                      to_sum(grad_query.from(first_query_), !line_.first_axis));
+    pack_columns<Product>(query.from(first_query_).data, query.stride, m, channels, queries_by_column_, query_row_);
     multiply<Product>(length_, channels, words<Product>(m), over_queries(grad_weight_),
                       Right<Word>{queries_by_column_, query_row_},
-                      to_sum(grad_key, query_stride_, !line_.first_axis || first_query_ > 0));
+                      to_sum(grad_key, !line_.first_axis || first_query_ > 0));
   }
 
   // The explicit form: this line's part of each pixel's path to and from x [queries, keys]. On all axes but the first
   // the path has no entry for the pixel itself.
-  void read_path(const T* path, Real* x) const {
+  void read_path(Along<const T> path, Real* x) const {
     for (int64_t i = 0; i < queries_in_block_; ++i) {
       const int64_t self = first_query_ + i;
-      const T* from = path + self * line_.step * line_.path + line_.path_begin;
+      const T* from = path.from(self).data;
       Real* to = x + i * row_;
       if (line_.first_axis) {
         copy(from, to, length_);
@@ -429,11 +419,11 @@ class LineAttention {
     }
     set_outside(x, 0);
   }
-  void write_path(const Real* x, T* path) const {
+  void write_path(const Real* x, Along<T> path) const {
     for (int64_t i = 0; i < queries_in_block_; ++i) {
       const int64_t self = first_query_ + i;
       const Real* from = x + i * row_;
-      T* to = path + self * line_.step * line_.path + line_.path_begin;
+      T* to = path.from(self).data;
       if (line_.first_axis) {
         copy(from, to, length_);
       } else {
@@ -446,7 +436,6 @@ class LineAttention {
   const Line& line_;
   const int64_t length_;
   const int64_t row_;  // of weights: the line's length in whole vectors
-  const int64_t query_stride_, value_stride_;
   const int64_t query_row_;
   const bool lone_column_;
   int64_t first_query_ = 0, queries_in_block_ = 0;
@@ -467,7 +456,7 @@ template <class Product, class T>
 const LineKernels<T>& kernels_of() {
   using Work = LineAttention<Product, T>;
   static constexpr LineKernels<T> kernels = {Work::scratch_bytes, Work::attention, Work::attention_backward,
-                                             Work::weight,        Work::weight_backward,
+                                             Work::energy,        Work::energy_backward,
                                              Work::map,           Work::map_backward,
                                              transpose_matrix<T>};
   return kernels;

@@ -21,21 +21,24 @@ CCNET_INLINE void store_bits(T* p, V x) {
   }
 }
 
-// y [columns, rows] from x [rows, columns], y_row and x_row numbers from row to row
+// y [columns, rows] from x [rows, columns], y_row and x_row numbers from row to row. Squares of a vector's lanes; the last
+// ones overlap those before, and what is narrower than a square goes number by number.
 template <class T>
 static void transpose_matrix(const T* x, int64_t x_row, int64_t rows, int64_t columns, T* y, int64_t y_row) {
   using Carrier = Accumulate<T>;
   constexpr int lanes = kLanes<Carrier>;
-  for (int64_t i = 0; i < rows; i += lanes) {
-    for (int64_t j = 0; j < columns; j += lanes) {
-      if (i + lanes > rows || j + lanes > columns) {
-        for (int64_t m = i; m < rows && m < i + lanes; ++m) {
-          for (int64_t n = j; n < columns && n < j + lanes; ++n) {
-            y[n * y_row + m] = x[m * x_row + n];
-          }
-        }
-        continue;
+  if (rows < lanes || columns < lanes) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        y[j * y_row + i] = x[i * x_row + j];
       }
+    }
+    return;
+  }
+  for (int64_t first_row = 0; first_row < rows; first_row += lanes) {
+    const int64_t i = first_row + lanes > rows ? rows - lanes : first_row;
+    for (int64_t first_column = 0; first_column < columns; first_column += lanes) {
+      const int64_t j = first_column + lanes > columns ? columns - lanes : first_column;
       Vector<Carrier> square[lanes];
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) {

@@ -16,12 +16,16 @@
 namespace ccnet {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-
+// The kernels' tensors are channels_last: others are copied, and results are copied back.
 MemoryFormat channels_last_format(const Tensor& x) {
   return x.dim() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
 }
-Tensor in_channels_last(const Tensor& x) { return torch::stable::contiguous(x, channels_last_format(x)); }
+Tensor in_channels_last(const Tensor& x) {
+  return is_channels_last(x) ? x : torch::stable::contiguous(x, channels_last_format(x));
+}
+Tensor in_format_of(const Tensor& like, const Tensor& x) {
+  return format_of(like) == MemoryFormat::Contiguous ? torch::stable::contiguous(x) : x;
+}
 
 // Uninitialised, of that shape and otherwise as `like`
 Tensor empty_channels_last(const Tensor& like, const Shape& shape) {
@@ -87,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, c
     return Launchers<T>::attention(axes_of(query), read<T>(query), read<T>(key), read<T>(value), write<T>(out),
                                    {numbers<T>(largest), numbers<T>(sum)}, device.stream());
   });
-  return {out, largest, sum};
+  return {in_format_of(value_, out), largest, sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_out_, const Tensor& query_,
@@ -113,52 +117,39 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
                                             write<T>(grad_query), write<T>(grad_key), write<T>(grad_value),
                                             device.stream());
   });
-  return {grad_query, grad_key, grad_value};
+  return {in_format_of(query_, grad_query), in_format_of(key_, grad_key), in_format_of(value_, grad_value)};
 }
 
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
   const OnDeviceOf device(query_);
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
-  Tensor weight = empty_channels_last(query, weight_shape(query));
-  Tensor largest = empty_per_pixel(query), sum = empty_per_pixel(query);
+  Tensor energy = empty_channels_last(query, path_shape(query));
   run_for_type("ca_weight", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Axes axes = axes_of(query);
-    const Pixels<T> nothing{nullptr, 0};
-    const cudaError_t error = Launchers<T>::attention(axes, read<T>(query), read<T>(key), {nullptr, 0}, nothing,
-                                                      {numbers<T>(largest), numbers<T>(sum)}, device.stream());
-    if (error != cudaSuccess) {
-      return error;
-    }
-    return Launchers<T>::weight(axes, read<T>(query), read<T>(key), read_path<T>(largest, sum), write<T>(weight),
-                                device.stream());
+    return Launchers<T>::energy(axes_of(query), read<T>(query), read<T>(key), write<T>(energy), device.stream());
   });
-  return weight;
+  return in_format_of(query_, energy);
 }
 
-std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_weight_, const Tensor& query_, const Tensor& key_,
-                                              const Tensor& weight_) {
+std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
-  check("weight", weight_, query_, weight_shape(query_));
-  check("grad_weight", grad_weight_, query_, weight_shape(query_));
+  check("grad_energy", grad_energy_, query_, path_shape(query_));
   const OnDeviceOf device(query_);
   const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
-  const Tensor weight = in_channels_last(weight_), grad_weight = in_channels_last(grad_weight_);
+  const Tensor grad_energy = in_channels_last(grad_energy_);
   Tensor grad_query = empty_channels_last(query, shape_of(query)), grad_key = empty_channels_last(key, shape_of(key));
-  Tensor delta = empty_per_pixel(query);
   run_for_type("ca_weight_backward", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Launchers<T>::weight_backward(axes_of(query), read<T>(query), read<T>(key), read<T>(weight),
-                                         read<T>(grad_weight), numbers<T>(delta), write<T>(grad_query),
-                                         write<T>(grad_key), device.stream());
+    return Launchers<T>::energy_backward(axes_of(query), read<T>(query), read<T>(key), read<T>(grad_energy),
+                                         write<T>(grad_query), write<T>(grad_key), device.stream());
   });
-  return {grad_query, grad_key};
+  return {in_format_of(query_, grad_query), in_format_of(key_, grad_key)};
 }
 
 Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
-  check("weight", weight_, value_, weight_shape(value_));
+  check("weight", weight_, value_, path_shape(value_));
   const OnDeviceOf device(value_);
   const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
   Tensor out = empty_channels_last(value, shape_of(value));
@@ -166,24 +157,24 @@ Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
     using T = std::remove_pointer_t<decltype(type)>;
     return Launchers<T>::map(axes_of(value), read<T>(weight), read<T>(value), write<T>(out), device.stream());
   });
-  return out;
+  return in_format_of(value_, out);
 }
 
 std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
-  check("weight", weight_, value_, weight_shape(value_));
+  check("weight", weight_, value_, path_shape(value_));
   check("grad_out", grad_out_, value_, shape_of(value_));
   const OnDeviceOf device(value_);
   const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
   const Tensor grad_out = in_channels_last(grad_out_);
-  Tensor grad_weight = empty_channels_last(value, weight_shape(value));
+  Tensor grad_weight = empty_channels_last(value, path_shape(value));
   Tensor grad_value = empty_channels_last(value, shape_of(value));
   run_for_type("ca_map_backward", value, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return Launchers<T>::map_backward(axes_of(value), read<T>(weight), read<T>(value), read<T>(grad_out),
                                       write<T>(grad_weight), write<T>(grad_value), device.stream());
   });
-  return {grad_weight, grad_value};
+  return {in_format_of(weight_, grad_weight), in_format_of(value_, grad_value)};
 }
 
 }  // namespace

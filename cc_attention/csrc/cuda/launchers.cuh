@@ -94,30 +94,24 @@ cudaError_t LineAttentionLaunchers<T, Real>::attention_backward(const Axes& axes
 }
 
 template <class T, class Real>
-cudaError_t LineAttentionLaunchers<T, Real>::weight(const Axes& axes, Pixels<const T> query, Pixels<const T> key,
-                                                    PathSum<const Real> path, Pixels<T> weight, cudaStream_t stream) {
+cudaError_t LineAttentionLaunchers<T, Real>::energy(const Axes& axes, Pixels<const T> query, Pixels<const T> key,
+                                                    Pixels<T> energy, cudaStream_t stream) {
   return each_axis_with_tile<T>(axes, [&](auto* work, const Line& line, int64_t lines) {
     using Work = std::remove_pointer_t<decltype(work)>;
-    return launch(weight_kernel<Work>, lines * tiles_of(line, Work::kSide), Work::kThreads, Work::kMapBytes, stream,
-                  line, LineMap(query), LineMap(key), path, LineMap(weight));
+    return launch(energy_kernel<Work>, lines * tiles_of(line, Work::kSide), Work::kThreads, Work::kMapBytes, stream,
+                  line, LineMap(query), LineMap(key), LineMap(energy));
   });
 }
 
 template <class T, class Real>
-cudaError_t LineAttentionLaunchers<T, Real>::weight_backward(const Axes& axes, Pixels<const T> query,
-                                                             Pixels<const T> key, Pixels<const T> weight,
-                                                             Pixels<const T> grad_weight, Real* delta,
+cudaError_t LineAttentionLaunchers<T, Real>::energy_backward(const Axes& axes, Pixels<const T> query,
+                                                             Pixels<const T> key, Pixels<const T> grad_energy,
                                                              Pixels<T> grad_query, Pixels<T> grad_key,
                                                              cudaStream_t stream) {
-  const cudaError_t error = dot_products(weight, grad_weight, axes.pixels, delta, stream);
-  if (error != cudaSuccess) {
-    return error;
-  }
   return each_axis_with_tile<T>(axes, [&](auto* work, const Line& line, int64_t lines) {
     using Work = std::remove_pointer_t<decltype(work)>;
-    return launch(weight_backward_kernel<Work>, lines, Work::kThreads, Work::kMapBytes, stream, line, LineMap(query),
-                  LineMap(key), LineMap(weight), LineMap(grad_weight), static_cast<const Real*>(delta),
-                  LineMap(grad_query), LineMap(grad_key));
+    return launch(energy_backward_kernel<Work>, lines, Work::kThreads, Work::kMapBytes, stream, line, LineMap(query),
+                  LineMap(key), LineMap(grad_energy), LineMap(grad_query), LineMap(grad_key));
   });
 }
 

@@ -16,7 +16,7 @@ struct Line {
   // The axes of a criss-cross path follow each other: the first one's lines have the pixel itself, later ones leave it
   // out and merge into what is there. After the last, what is there is the result.
   bool first_axis, last_axis;
-  // Explicit form: a pixel's weights are `path` numbers, this line's begin at `path_begin`.
+  // Explicit form: a pixel's energies or weights are `path` numbers, this line's begin at `path_begin`.
   int path, path_begin;
 };
 
@@ -43,7 +43,7 @@ struct PathSum {
 // Each runs one kernel for each axis, in order, on the stream. Nothing is launched for no pixels.
 template <class T, class Real>
 struct LineAttentionLaunchers {
-  // out and path, both of them from nothing. Without value channels only path.
+  // out and path, both of them from nothing
   static cudaError_t attention(const Axes&, Pixels<const T> query, Pixels<const T> key, Pixels<const T> value,
                                Pixels<T> out, PathSum<Real> path, cudaStream_t);
   // delta [pixels] is scratch.
@@ -51,11 +51,9 @@ struct LineAttentionLaunchers {
                                         Pixels<const T> out, Pixels<const T> grad_out, PathSum<const Real> path,
                                         Real* delta, Pixels<T> grad_query, Pixels<T> grad_key, Pixels<T> grad_value,
                                         cudaStream_t);
-  // weight = exp(energy - largest) / sum, with `path` from `attention` without values
-  static cudaError_t weight(const Axes&, Pixels<const T> query, Pixels<const T> key, PathSum<const Real> path,
-                            Pixels<T> weight, cudaStream_t);
-  static cudaError_t weight_backward(const Axes&, Pixels<const T> query, Pixels<const T> key, Pixels<const T> weight,
-                                     Pixels<const T> grad_weight, Real* delta, Pixels<T> grad_query, Pixels<T> grad_key,
+  static cudaError_t energy(const Axes&, Pixels<const T> query, Pixels<const T> key, Pixels<T> energy, cudaStream_t);
+  static cudaError_t energy_backward(const Axes&, Pixels<const T> query, Pixels<const T> key,
+                                     Pixels<const T> grad_energy, Pixels<T> grad_query, Pixels<T> grad_key,
                                      cudaStream_t);
   static cudaError_t map(const Axes&, Pixels<const T> weight, Pixels<const T> value, Pixels<T> out, cudaStream_t);
   static cudaError_t map_backward(const Axes&, Pixels<const T> weight, Pixels<const T> value, Pixels<const T> grad_out,

@@ -434,51 +434,45 @@ __global__ void __launch_bounds__(256)
 
 template <class Work>
 __global__ void __launch_bounds__(Work::kThreads, 2)
-    weight_kernel(const Line line, const typename Work::In query, const typename Work::In key,
-                  const PathSum<const typename Work::Real> path, const typename Work::Out weight_map) {
+    energy_kernel(const Line line, const typename Work::In query, const typename Work::In key,
+                  const typename Work::Out energy_map) {
   constexpr int kTile = Work::kSide;
   SharedCarver carver;
-  const typename Work::WeightTile weight(carver);
+  const typename Work::WeightTile energy(carver);
   const typename Work::Slice queries(carver), keys(carver);
   const int tiles = (line.length + kTile - 1) / kTile;
   const int64_t pixel = first_pixel(line, blockIdx.x / tiles);
   const int first_query = blockIdx.x % tiles * kTile;
-  const auto rows = weight_map.rows(line, pixel);
+  const auto rows = energy_map.rows(line, pixel);
   for (int first_key = 0; first_key < line.length; first_key += kTile) {
     const typename Work::Corner corner{line, unknown(first_query), unknown(first_key)};
     typename Work::Weights x;
     Work::energies(x, queries, keys, query.rows(line, pixel), key.rows(line, pixel), corner);
-    Work::weights_again(x, path, corner, pixel);
     __syncthreads();
-    Work::store(x, weight);
+    Work::store(x, energy);
     __syncthreads();
     Work::each_weight(rows, corner, [&](int row, int column, int64_t place, bool valid) {
-      store_global(rows.data + place, load_shared(weight.at(row, column)), valid);
+      store_global(rows.data + place, load_shared(energy.at(row, column)), valid);
     });
   }
 }
 
 template <class Work>
 __global__ void __launch_bounds__(Work::kThreads, 2)
-    weight_backward_kernel(const Line line, const typename Work::In query, const typename Work::In key,
-                           const typename Work::In weight_map, const typename Work::In grad_weight_map,
-                           const typename Work::Real* delta, const typename Work::Out grad_query,
+    energy_backward_kernel(const Line line, const typename Work::In query, const typename Work::In key,
+                           const typename Work::In grad_energy_map, const typename Work::Out grad_query,
                            const typename Work::Out grad_key) {
   constexpr int kTile = Work::kSide;
   SharedCarver carver;
   const typename Work::WeightTile grad_energy(carver);
   const typename Work::Slice queries(carver), keys(carver);
   const int64_t pixel = first_pixel(line, blockIdx.x);
-  const auto weights = weight_map.rows(line, pixel), grad_weights = grad_weight_map.rows(line, pixel);
+  const auto grads = grad_energy_map.rows(line, pixel);
   for (int first_key = 0; first_key < line.length; first_key += kTile) {
     for (int first_query = 0; first_query < line.length; first_query += kTile) {
       const typename Work::Corner corner{line, unknown(first_query), unknown(first_key)};
-      Work::each_weight(weights, corner, [&](int row, int column, int64_t place, bool valid) {
-        const auto w = up(load_global(weights.data + place, valid));
-        const auto g = up(load_global(grad_weights.data + place, valid));
-        const int64_t u = valid ? pixel + (first_query + row) * line.step : 0;
-        const auto d = load_global(delta + u, valid);
-        store_shared(grad_energy.at(row, column), down<typename Work::Element>(valid ? w * (g - d) : 0));
+      Work::each_weight(grads, corner, [&](int row, int column, int64_t place, bool valid) {
+        store_shared(grad_energy.at(row, column), load_global(grads.data + place, valid));
       });
       Work::query_key_gradients(grad_energy, queries, keys, query.rows(line, pixel), key.rows(line, pixel),
                                 grad_query.rows(line, pixel), grad_key.rows(line, pixel), corner, false,

@@ -10,8 +10,9 @@
 
 namespace ccnet {
 
-// This thread's block of at least that many bytes, kept for its next call; null when there is no memory.
-inline char* thread_block(int64_t bytes) {
+// This thread's block of that number, of at least that many bytes, kept for its next call; null when there is no memory.
+template <int kNumber = 0>
+char* thread_block(int64_t bytes) {
   struct Block {
     char* data = nullptr;
     int64_t size = 0;
