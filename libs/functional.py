@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cc_attention import native
+from cc_attention.calling import call
 
 from . import reference
 
@@ -83,7 +84,7 @@ def activated_batch_norm(
         )
     with torch.no_grad():
         if training:
-            statistics = torch.ops.ccnet.abn_statistics(x)
+            statistics = call(torch.ops.ccnet.abn_statistics, x)
             if group is not None:
                 statistics = _of_all(statistics, group)
             _update_running(running_mean, running_var, statistics, momentum)
@@ -115,8 +116,8 @@ class _ActivatedBatchNorm(torch.autograd.Function):
         in_place: bool,
     ) -> Tensor:
         if not in_place:
-            return torch.ops.ccnet.abn_forward(x, statistics, weight, bias, residual, *constants)
-        torch.ops.ccnet.abn_forward_(x, statistics, weight, bias, residual, *constants)
+            return call(torch.ops.ccnet.abn_forward, x, statistics, weight, bias, residual, *constants)
+        call(torch.ops.ccnet.abn_forward_, x, statistics, weight, bias, residual, *constants)
         return x
 
     @staticmethod
@@ -162,7 +163,7 @@ class _Gradients(torch.autograd.Function):
         grad_x = grad_residual = grad_weight = grad_bias = None
         sums: Any = None
         if of_batch or needs_weight or needs_bias:
-            sums = torch.ops.ccnet.abn_backward_sums(z, grad_z, *tensors, *constants)
+            sums = call(torch.ops.ccnet.abn_backward_sums, z, grad_z, *tensors, *constants)
         if needs_weight and weight is not None:
             grad_weight = (sums[1] * weight.sign()).to(weight.dtype)
         if needs_bias and bias is not None:
@@ -173,7 +174,9 @@ class _Gradients(torch.autograd.Function):
             elif group is not None:
                 sums = sums.clone()  # those of weight and bias stay this process's own
                 dist.all_reduce(sums, group=group)
-            grad_x, grad_residual = torch.ops.ccnet.abn_backward(z, grad_z, statistics, sums, *tensors, *constants)
+            grad_x, grad_residual = call(
+                torch.ops.ccnet.abn_backward, z, grad_z, statistics, sums, *tensors, *constants
+            )
         return grad_x, grad_weight, grad_bias, None if residual is None else grad_residual
 
     @staticmethod

@@ -537,3 +537,13 @@ def test_operators_called_directly_check_their_inputs():
     ]:
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+@pytest.mark.parametrize("operator", ["abn_statistics", "abn_forward", "abn_backward_sums", "abn_backward"])
+def test_out_of_memory_of_a_gpu_is_pytorchs_error(operator, monkeypatch):
+    def out_of_memory(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. (originally from torch_call_dispatcher)")
+
+    monkeypatch.setattr(torch.ops.ccnet, operator, out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. Tried to allocate 2"):
+        ABN(3)(torch.randn(2, 3, 4, 4, requires_grad=True)).sum().backward()
