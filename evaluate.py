@@ -287,10 +287,12 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
 
     output_dir = world.broadcast(prepare_output(args) if world.is_main else None)
     confusion = predict_all(args, world, make_predictor(args, world, model), items, output_dir)
-    compared = {}
+    compared = {args.recurrence: confusion}
     for recurrence in args.compare_recurrence:
-        model.head.recurrence = recurrence
-        compared[recurrence] = predict_all(args, world, make_predictor(args, world, model), items, None)
+        if recurrence not in compared:
+            model.head.recurrence = recurrence
+            compared[recurrence] = predict_all(args, world, make_predictor(args, world, model), items, None)
+    compared = {recurrence: compared[recurrence] for recurrence in args.compare_recurrence}
     model.head.recurrence = args.recurrence
     if not world.is_main:
         return 0
