@@ -1,5 +1,7 @@
 """What tests of the native attention share: inputs, and comparison with the reference."""
 
+from contextlib import nullcontext
+
 import torch
 from layouts import laid_out
 
@@ -36,25 +38,27 @@ def assert_close(actual, expected, tolerance):
             assert error <= tolerance, f"{name}: error {error:.1e} of the largest number, expected {tolerance:.0e}"
 
 
-def assert_as_reference(function, expected_function, inputs, dtype):
-    """The function of inputs rounded to dtype is that of the same numbers in float64."""
+def assert_as_reference(function, expected_function, inputs, dtype, ways=(nullcontext,)):
+    """The function of inputs rounded to dtype is that of the same numbers in float64, in each of the ways to run it."""
     rounded = {name: x.to(dtype) for name, x in inputs.items()}
     exact = {name: x.double() for name, x in rounded.items()}
     upstream = torch.randn_like(expected_function(**exact)).to(dtype)
     expected = run(expected_function, exact, upstream.double())
-    assert_close(run(function, rounded, upstream), expected, TOLERANCE[dtype])
+    for way in ways:
+        with way():
+            assert_close(run(function, rounded, upstream), expected, TOLERANCE[dtype])
 
 
-def assert_attention_as_reference(inputs, dtype):
-    assert_as_reference(criss_cross_attention, reference.criss_cross_attention, inputs, dtype)
+def assert_attention_as_reference(inputs, dtype, ways=(nullcontext,)):
+    assert_as_reference(criss_cross_attention, reference.criss_cross_attention, inputs, dtype, ways)
 
 
-def assert_explicit_form_as_reference(inputs, dtype, layout="contiguous"):
+def assert_explicit_form_as_reference(inputs, dtype, layout="contiguous", ways=(nullcontext,)):
     """Both halves, the second with the weights that the first should give."""
     query_and_key = {name: inputs[name] for name in ("query", "key")}
-    assert_as_reference(ca_weight, reference.ca_weight, query_and_key, dtype)
+    assert_as_reference(ca_weight, reference.ca_weight, query_and_key, dtype, ways)
     weight = laid_out(reference.ca_weight(**query_and_key).softmax(1), layout)
-    assert_as_reference(ca_map, reference.ca_map, {"weight": weight, "value": inputs["value"]}, dtype)
+    assert_as_reference(ca_map, reference.ca_map, {"weight": weight, "value": inputs["value"]}, dtype, ways)
 
 
 def everything(inputs, in_3d):

@@ -1,8 +1,9 @@
 """Where the native operators run: on the CPU with each instruction set, in the emulator of a GPU, on a GPU."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import emulation
 import pytest
@@ -11,7 +12,9 @@ import torch
 from cc_attention import native
 
 ALL_CAPABILITIES = ["baseline", "avx2", "avx512", "avx512_bf16"]
-TARGETS = [*ALL_CAPABILITIES, pytest.param("emulated", marks=pytest.mark.emulated), "cuda"]
+EMULATED = pytest.param("emulated", marks=pytest.mark.emulated)
+DEVICES = ["cpu", EMULATED, "cuda"]
+TARGETS = [*ALL_CAPABILITIES, EMULATED, "cuda"]
 
 
 @contextmanager
@@ -60,3 +63,16 @@ def running_on(target: str) -> Iterator[None]:
             pytest.skip(f"this CPU has no {target}")
         with capability(target):
             yield
+
+
+@contextmanager
+def running_on_device(name: str) -> Iterator[list[Callable[[], AbstractContextManager]]]:
+    """Tensors are made there, and each of the contexts given is one of the ways that the operators run there.
+
+    On the CPU those are the instruction sets that it has. A test works out what it expects once and goes through them.
+    """
+    if name == "cpu":
+        yield [partial(running_on, capability) for capability in ALL_CAPABILITIES if _is_supported(capability)]
+    else:
+        with running_on(name):
+            yield [nullcontext]

@@ -20,7 +20,16 @@ from attention import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out
-from targets import ALL_CAPABILITIES, TARGETS, best_capability, capability, running_on
+from targets import (
+    ALL_CAPABILITIES,
+    DEVICES,
+    EMULATED,
+    TARGETS,
+    best_capability,
+    capability,
+    running_on,
+    running_on_device,
+)
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +45,14 @@ from cc_attention import (
     native,
     reference,
 )
+
+
+@pytest.fixture(params=DEVICES)
+def ways(request):
+    """The ways to run the operators on a device, as `running_on_device` gives them."""
+    with running_on_device(request.param) as ways:
+        yield ways
+
 
 pytestmark = pytest.mark.skipif(not native.LOADED, reason="needs the native operators: pip install -e .")
 
@@ -55,35 +72,34 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention(each_target, dtype, shape):
-    assert_attention_as_reference(random_inputs(*shape, scale=0.5), dtype)
+def test_attention(ways, dtype, shape):
+    assert_attention_as_reference(random_inputs(*shape, scale=0.5), dtype, ways)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7, 17), (1, 9, 65, 33, 6), (1, 6, 7, 1, 20)], ids=str)
-def test_explicit_form(each_target, dtype, shape):
-    inputs = random_inputs(*shape, scale=0.5)
-    assert_explicit_form_as_reference(inputs, dtype)
+def test_explicit_form(ways, dtype, shape):
+    assert_explicit_form_as_reference(random_inputs(*shape, scale=0.5), dtype, ways=ways)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 9, 3, 4, 17), (1, 8, 16, 6, 1, 5), (1, 2, 3, 4, 1, 1)], ids=str)
-def test_three_dimensions(each_target, dtype, shape):
-    assert_attention_as_reference(random_inputs(*shape, scale=0.5), dtype)
+def test_three_dimensions(ways, dtype, shape):
+    assert_attention_as_reference(random_inputs(*shape, scale=0.5), dtype, ways)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("pixels", "cv"), [((2, 300), 5), ((530, 1), 5), ((300, 3), 70), ((257, 2), 5), ((1, 273), 3)])
-def test_lines_longer_than_a_block_of_queries(each_target, dtype, pixels, cv):
+def test_lines_longer_than_a_block_of_queries(ways, dtype, pixels, cv):
     inputs = random_inputs(1, 5, cv, *pixels)
-    assert_attention_as_reference(inputs, dtype)
-    assert_explicit_form_as_reference(inputs, dtype)
+    assert_attention_as_reference(inputs, dtype, ways)
+    assert_explicit_form_as_reference(inputs, dtype, ways=ways)
 
 
 layouts = st.sampled_from(["contiguous", "channels_last", "sliced", "transposed"])
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(0, 2),
@@ -93,15 +109,15 @@ layouts = st.sampled_from(["contiguous", "channels_last", "sliced", "transposed"
     layout=st.tuples(layouts, layouts, layouts),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape_layout_and_dtype(target, n, c, cv, pixels, layout, dtype):
+def test_any_shape_layout_and_dtype(device, n, c, cv, pixels, layout, dtype):
     torch.manual_seed(0)  # an example that fails can be had again
-    with running_on(target):
+    with running_on_device(device) as ways:
         inputs = random_inputs(n, c, cv, *pixels, scale=0.5)
         inputs = {key: laid_out(x, how) for (key, x), how in zip(inputs.items(), layout, strict=True)}
-        assert_attention_as_reference(inputs, dtype)
+        assert_attention_as_reference(inputs, dtype, ways)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(0, 2),
@@ -111,15 +127,15 @@ def test_any_shape_layout_and_dtype(target, n, c, cv, pixels, layout, dtype):
     layout=st.tuples(layouts, layouts, layouts),
     dtype=st.sampled_from(DTYPES),
 )
-def test_explicit_form_of_any_shape_layout_and_dtype(target, n, c, cv, pixels, layout, dtype):
+def test_explicit_form_of_any_shape_layout_and_dtype(device, n, c, cv, pixels, layout, dtype):
     torch.manual_seed(0)  # an example that fails can be had again
-    with running_on(target):
+    with running_on_device(device) as ways:
         inputs = random_inputs(n, c, cv, *pixels, scale=0.5)
         inputs = {key: laid_out(x, how) for (key, x), how in zip(inputs.items(), layout, strict=True)}
-        assert_explicit_form_as_reference(inputs, dtype, layout[0])
+        assert_explicit_form_as_reference(inputs, dtype, layout[0], ways)
 
 
-def assert_errors_at_most_twice_those_of_pytorch(native_function, function, inputs, dtype):
+def assert_errors_at_most_twice_those_of_pytorch(native_function, function, inputs, dtype, ways):
     """Of the reference in the same dtype, both against float64: norms over all elements.
 
     Up to rounding in the last place of the result itself, where PyTorch happens to be exact.
@@ -127,31 +143,36 @@ def assert_errors_at_most_twice_those_of_pytorch(native_function, function, inpu
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     upstream = torch.randn(function(**inputs).shape).to(dtype)
     exact = run(function, {name: x.double() for name, x in inputs.items()}, upstream.double())
-    plain, ours = run(function, inputs, upstream), run(native_function, inputs, upstream)
-    for name, wanted in exact.items():
-        error, plain_error = ((x[name].double() - wanted).norm() for x in (ours, plain))
-        assert error <= 2 * plain_error + torch.finfo(dtype).eps * wanted.norm(), f"{name}: {error} and {plain_error}"
+    plain = run(function, inputs, upstream)
+    for way in ways:
+        with way():
+            ours = run(native_function, inputs, upstream)
+        for name, wanted in exact.items():
+            error, of_plain = ((x[name].double() - wanted).norm() for x in (ours, plain))
+            assert error <= 2 * of_plain + torch.finfo(dtype).eps * wanted.norm(), f"{name}: {error} and {of_plain}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 64, 96, 33, 29), (2, 8, 16, 12, 40), (1, 16, 24, 5, 6, 17), (1, 8, 16, 2, 700)], ids=str
 )
-def test_errors_are_at_most_twice_those_of_pytorch(each_target, dtype, shape):
+def test_errors_are_at_most_twice_those_of_pytorch(ways, dtype, shape):
     inputs = random_inputs(*shape, scale=0.4)
-    assert_errors_at_most_twice_those_of_pytorch(criss_cross_attention, reference.criss_cross_attention, inputs, dtype)
+    assert_errors_at_most_twice_those_of_pytorch(
+        criss_cross_attention, reference.criss_cross_attention, inputs, dtype, ways
+    )
     if len(shape) == 5:
         value = inputs.pop("value")
         weight = reference.ca_weight(**inputs).softmax(1)
-        assert_errors_at_most_twice_those_of_pytorch(ca_weight, reference.ca_weight, inputs, dtype)
+        assert_errors_at_most_twice_those_of_pytorch(ca_weight, reference.ca_weight, inputs, dtype, ways)
         assert_errors_at_most_twice_those_of_pytorch(
-            ca_map, reference.ca_map, {"weight": weight, "value": value}, dtype
+            ca_map, reference.ca_map, {"weight": weight, "value": value}, dtype, ways
         )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [0, 1, 8])
-def test_huge_energies(each_target, dtype, spread):
+def test_huge_energies(ways, dtype, spread):
     """Energies of 1e4, equal or a little or much apart: results and gradients are as exact as those of small ones."""
     inputs = random_inputs(1, 1, 8, 20, 18)
     # Energies are 64 * 160 + query * key, whole numbers that are exact in every dtype's sums.
@@ -166,9 +187,9 @@ def test_huge_energies(each_target, dtype, spread):
         return run_function
 
     attention = [with_huge_energies(f) for f in (criss_cross_attention, reference.criss_cross_attention)]
-    assert_as_reference(*attention, inputs, dtype)
+    assert_as_reference(*attention, inputs, dtype, ways)
     del inputs["value"]
-    assert_as_reference(*(with_huge_energies(f) for f in (ca_weight, reference.ca_weight)), inputs, dtype)
+    assert_as_reference(*(with_huge_energies(f) for f in (ca_weight, reference.ca_weight)), inputs, dtype, ways)
 
 
 NAN, INF = float("nan"), float("inf")
@@ -177,7 +198,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [NAN, -INF, INF], ids=str)
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-def test_nan_and_infinity_propagate_as_in_the_reference(each_target, dtype, bad, where):
+def test_nan_and_infinity_propagate_as_in_the_reference(ways, dtype, bad, where):
     """A bad pixel, and a whole bad row: what is NaN or infinite is so in both, what is finite agrees."""
     for pixels, rows in (((7, 19), slice(3, 4)), ((7, 19), slice(None)), ((3, 6, 5), slice(2, 3))):
         inputs = {name: x.abs().to(dtype).double() for name, x in random_inputs(1, 5, 6, *pixels, scale=0.5).items()}
@@ -185,17 +206,13 @@ def test_nan_and_infinity_propagate_as_in_the_reference(each_target, dtype, bad,
         inputs[where][0, 1, ..., 4, :] = bad
         upstream = torch.randn(inputs["value"].shape).to(dtype)
         expected = run(reference.criss_cross_attention, inputs, upstream.double())
-        actual = run(criss_cross_attention, {k: x.to(dtype) for k, x in inputs.items()}, upstream)
-        for name, wanted in expected.items():
-            assert torch.equal(actual[name].isnan(), wanted.isnan()), name
-            torch.testing.assert_close(
-                actual[name].double(),
-                wanted,
-                atol=TOLERANCE[dtype] * 10,
-                rtol=TOLERANCE[dtype],
-                equal_nan=True,
-                msg=name,
-            )
+        tolerance = {"atol": TOLERANCE[dtype] * 10, "rtol": TOLERANCE[dtype]}
+        for way in ways:
+            with way():
+                actual = run(criss_cross_attention, {k: x.to(dtype) for k, x in inputs.items()}, upstream)
+            for name, wanted in expected.items():
+                assert torch.equal(actual[name].isnan(), wanted.isnan()), name
+                torch.testing.assert_close(actual[name].double(), wanted, **tolerance, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -278,7 +295,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("target", [best_capability(), pytest.param("emulated", marks=pytest.mark.emulated), "cuda"])
+@pytest.mark.parametrize("target", [best_capability(), EMULATED, "cuda"])
 def test_results_and_gradients_have_the_memory_format_of_their_inputs(target):
     """Those that a convolution's result has, mixed formats included, and where shapes leave it open."""
 
