@@ -44,6 +44,8 @@ if [[ -n $CS_PATH ]]; then
     SAVE_EVERY=${SAVE_EVERY:-1000}
     SNAPSHOT_DIR=${SNAPSHOT_DIR:-snapshots}
     RESTORE_FROM=${RESTORE_FROM-dataset/resnet101-imagenet.pth}
+    OHEM=${OHEM:-0}
+    OHEM_KEEP=${OHEM_KEEP:-100000}
 else
     SCENES=1
     CS_PATH=data/scenes
@@ -54,13 +56,13 @@ else
     SAVE_EVERY=${SAVE_EVERY:-50}
     SNAPSHOT_DIR=${SNAPSHOT_DIR:-snapshots/scenes}
     RESTORE_FROM=${RESTORE_FROM-}
+    OHEM=${OHEM:-1}
+    OHEM_KEEP=${OHEM_KEEP:-8000}
 fi
 LR=${LR:-} # train.py's: the recipe's 1e-2, or the fine-tuning stage's
 WD=${WD:-1e-4}
 RECURRENCE=${RECURRENCE:-2}
-OHEM=${OHEM:-0}
 OHEM_THRES=${OHEM_THRES:-0.7}
-OHEM_KEEP=${OHEM_KEEP:-100000}
 
 last_value() { # flag, default, arguments...: the last value given for the flag
     local flag=$1 value=$2
