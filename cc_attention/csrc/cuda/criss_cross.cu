@@ -24,7 +24,13 @@ Tensor in_channels_last(const Tensor& x) {
   return is_channels_last(x) ? x : torch::stable::contiguous(x, channels_last_format(x));
 }
 Tensor in_format_of(const Tensor& like, const Tensor& x) {
-  return format_of(like) == MemoryFormat::Contiguous ? torch::stable::contiguous(x) : x;
+  if (format_of(like) != MemoryFormat::Contiguous) {
+    return x;
+  }
+  Tensor copy = torch::stable::empty(shape_of(x), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                     MemoryFormat::Contiguous);
+  torch::stable::copy_(copy, x);
+  return copy;
 }
 
 // Uninitialised, of that shape and otherwise as `like`
