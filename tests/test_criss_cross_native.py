@@ -491,7 +491,9 @@ def test_compiled_by_inductor_with_other_sizes_later(device, autocast):
         torch.testing.assert_close(*results, **tolerance)
         gradients = [torch.autograd.grad(result, list(inputs.values()), upstream) for result in results]
         for name, a, b in zip(inputs, *gradients, strict=True):
-            difference = (a - b).norm() / b.norm()
+            # A bias of the keys adds the same to all energies of a query, so its gradient is 0 but for rounding.
+            exact = dict(zip(inputs, gradients[1], strict=True))["key_conv.weight"] if name == "key_conv.bias" else b
+            difference = (a - b).norm() / exact.norm()
             assert difference <= (3e-2 if autocast else 1e-5), f"{name}: {difference}"
 
 

@@ -59,9 +59,11 @@ def test_without_arguments_it_trains_and_evaluates_on_generated_scenes(checkout)
     ending = done.stdout.splitlines()[-4:]
     assert [line.split(":")[0] for line in ending] == ["report", "checkpoint", "predictions", "attention"]
 
+    (checkout / "evaluate.py").write_text("print('evaluated')")
     again = run_local(checkout, "--num-steps", 2, "--recurrence=1", BS="2", SAVE_EVERY="1")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "steps 2 to 2" in again.stdout  # it went on where it was
+    assert "steps 2 to 2" in again.stdout  # resumed where it was
+    assert again.stdout.count("evaluated\n") == 2
     assert "installing" not in again.stdout
 
 
