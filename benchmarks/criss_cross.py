@@ -5,11 +5,13 @@
 Everything in a row is measured in one process, the contenders taking turns; the numbers are medians in milliseconds.
 They are: this project's operator; the two usual forms in plain PyTorch, batched matrix products (CCNet's own pure
 PyTorch version) and einsum (mmcv's), each also under torch.compile, and batched products written for channels_last;
-and the limit, which is the time that the same multiplications take at the fastest rate of matrix products measured in
-the same turns, a 1x1 convolution or a large product. (The limit leaves out that our backward makes the energies
-anew.) On a GPU, where times are those between CUDA events, it is no less than the time to move inputs and results
-once at the rate of a large copy; and float32 is not TF32 for anybody. Full non-local attention is another function
-and stands there for its cost; PyTorch has no fused kernel for it on the CPU where query and value differ in channels.
+and the limit, which is the time that the same multiply-adds take at the machine's peak. (The limit leaves out that our
+backward makes the energies anew.) On the CPU the peak is the fastest run, in the same turns, of a loop that keeps all
+operands in registers (peak.py); without a C++ compiler there is no limit. On a GPU, where times are those between
+CUDA events, it is the rate of a large product or a 1x1 convolution, and the limit is no less than the time to move
+inputs and results once at the rate of a large copy; and float32 is not TF32 for anybody. Full non-local attention is
+another function and stands there for its cost; PyTorch has no fused kernel for it on the CPU where query and value
+differ in channels.
 Where a contender's result or a gradient differs from ours, the run ends.
 """
 
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from cc_attention import criss_cross_attention
 
+from . import peak
 from .measuring import (
     DTYPES,
     STEADY_MEMORY,
@@ -168,10 +171,12 @@ class Case:
 
 
 def matrix_products(dtype: torch.dtype, device: str) -> dict[str, tuple[Work, int]]:
-    """What the limit is taken from, each with its multiplications and additions."""
+    """What the limit of a GPU is taken from, each with its multiplications and additions."""
+    if device == "cpu":
+        return {}
     image = torch.randn(1, 576, 97, 97).to(device, dtype).contiguous(memory_format=torch.channels_last)
     kernel = torch.randn(576, 576, 1, 1).to(device, dtype).contiguous(memory_format=torch.channels_last)
-    n = 1536 if device == "cpu" else 8192
+    n = 8192
     a, b = torch.randn(2, n, n).to(device, dtype)
     return {
         "1x1 convolution": (lambda: F.conv2d(image, kernel), 2 * 97 * 97 * 576 * 576),
@@ -185,6 +190,32 @@ def large_copies(device: str) -> dict[str, tuple[Work, int]]:
         return {}
     x = torch.zeros(2**28, dtype=torch.uint8, device=device)
     return {"copy": (x.clone, 2 * x.numel())}
+
+
+def cpu_peak(dtype: torch.dtype, device: str) -> peak.Peak | None:
+    """What the limit of a CPU is taken from. None on a GPU and, as main() says, without a compiler."""
+    if device != "cpu":
+        return None
+    try:
+        return peak.Peak(dtype)
+    except peak.NoCompiler:
+        return None
+
+
+def limit_in_ms(
+    case: Case,
+    what: str,
+    ms: dict[str, float],
+    loop: peak.Peak | None,
+    products: dict[str, tuple[Work, int]],
+    copies: dict[str, tuple[Work, int]],
+) -> float | None:
+    """The least milliseconds at the rates measured, `ms` being those of products and copies; None if there are none."""
+    if loop is not None:
+        return 1e3 * case.flops[what] / (2 * loop.rate)
+    times = [case.flops[what] / max(flops / ms[name] for name, (_, flops) in products.items())] if products else []
+    times += [case.fewest_bytes[what] * ms[name] / moved for name, (_, moved) in copies.items()]
+    return max(times, default=None)
 
 
 # ---- memory ----
@@ -245,16 +276,17 @@ def time_rows(args: argparse.Namespace) -> Iterable[list[str]]:
             works = {"ours": case.work(what, criss_cross_attention)}
             works |= {name: case.work(what, attention) for name, attention in contenders.items()}
             works |= {name: work for name, (work, _) in (products | copies).items()}
+            loop = cpu_peak(dtype, args.device)
+            if loop is not None:
+                works["peak"] = loop
             ms = take_turns(works, args.repeats, args.seconds, args.device)
-            limit = case.flops[what] / max(flops / ms[name] for name, (_, flops) in products.items())
-            for name, (_, moved) in copies.items():
-                limit = max(limit, case.fewest_bytes[what] * ms[name] / moved)
+            limit = limit_in_ms(case, what, ms, loop, products, copies)
             yield [
                 f"{size[0]}x{size[1]} {dtype_name} {layout}",
                 f"{what}, {on}",
                 f"{ms['ours']:.2f}",
-                f"{limit:.2f}",
-                f"{ms['ours'] / limit:.2f}",
+                "-" if limit is None else f"{limit:.2f}",
+                "-" if limit is None else f"{ms['ours'] / limit:.2f}",
                 *(f"{ms[name]:.2f} ({ms[name] / ms['ours']:.1f}x)" for name in contenders),
                 time_non_local(case, what, args.seconds) if args.non_local else "-",
             ]
@@ -328,6 +360,11 @@ def main() -> None:
     if args.device == "cuda":
         args.threads = args.threads[:1]
     print_machine(args.device, f"query and key of {CHANNELS[0]} channels, value of {CHANNELS[1]}")
+    if args.device == "cpu":
+        try:
+            peak.library()
+        except peak.NoCompiler as reason:
+            print(reason)
     names = [*CONTENDERS, *(f"{name}, compiled" for name in COMPILED if args.compile)]
     print_table(
         "Median milliseconds; in brackets, how many times ours that is.",

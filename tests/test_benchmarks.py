@@ -1,5 +1,6 @@
 """The benchmarks do what they say, on little data."""
 
+import platform
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -7,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from targets import ALL_CAPABILITIES, best_capability, capability, running_on
 
-from benchmarks import context, criss_cross, inplace_abn, loading, measuring, train_step
+from benchmarks import context, criss_cross, inplace_abn, loading, measuring, peak, train_step
 from dataset.labels import IGNORE_LABEL
 from dataset.scenes import make_scene
 from libs import InPlaceABN
@@ -41,6 +43,50 @@ def test_the_attentions_compared_agree(layout):
     case.check(criss_cross.CONTENDERS, torch.float32)
     with pytest.raises(SystemExit, match=r"other: result differs by .*: no times are printed"):
         case.check({"other": criss_cross.non_local_attention}, torch.float32)
+
+
+@pytest.mark.parametrize("name", ALL_CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_loop_of_the_peak_makes_the_multiply_adds_that_it_counts(name, dtype):
+    vector_bytes = {"baseline": 16, "avx2": 32}.get(name, 64)
+    sums = 24 if vector_bytes == 64 else 12
+    numbers = 2 if name == "avx512_bf16" and dtype == torch.bfloat16 else 1
+    lanes = vector_bytes // (8 if dtype == torch.float64 else 4)
+    with running_on(name):
+        loop = peak.Peak(dtype, iterations=1000)
+        loop()
+    assert loop.multiply_adds == torch.get_num_threads() * 1000 * sums * lanes * numbers
+    assert loop.rate > 0
+
+
+def test_the_limit_is_the_count_at_the_peak():
+    case, loop = criss_cross.Case((5, 7), torch.float32, "NCHW"), peak.Peak(torch.float32, iterations=1)
+    loop.rate = 1e6
+    flops = 2 * 35 * 11 * (64 + 512)  # pixels, path, channels
+    assert criss_cross.limit_in_ms(case, "forward", {}, loop, {}, {}) == pytest.approx(1e3 * flops / 2e6)
+    assert criss_cross.limit_in_ms(case, "forward", {}, None, {}, {}) is None
+
+
+def test_loops_of_all_instruction_sets_are_compiled():
+    for name in ALL_CAPABILITIES[:3] if platform.machine() == "x86_64" else ["baseline"]:
+        assert hasattr(peak.library(), f"peak_{name}_float32")
+        assert hasattr(peak.library(), f"peak_{name}_float64")
+    assert hasattr(peak.library(), "peak_avx512_bf16_bfloat16") == (platform.machine() == "x86_64")
+
+
+def test_the_peak_of_an_instruction_set_that_the_cpu_lacks_is_refused():
+    if best_capability() == ALL_CAPABILITIES[-1]:
+        pytest.skip("this CPU has them all")
+    with capability(ALL_CAPABILITIES[-1]), pytest.raises(RuntimeError, match="this CPU has no more than"):
+        peak.Peak(torch.float32)
+
+
+def test_without_a_compiler_there_is_no_limit(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(peak, "library", peak.library.__wrapped__)  # as if it had not been compiled
+    with pytest.raises(peak.NoCompiler, match="there is no program no-such-compiler"):
+        peak.library()
+    assert criss_cross.cpu_peak(torch.float32, "cpu") is None
 
 
 @pytest.mark.slow

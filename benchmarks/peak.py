@@ -1,0 +1,84 @@
+"""The most multiply-adds a second that this CPU makes: of a loop (peak.cpp) whose operands all stay in registers.
+
+It multiplies with the instructions of the native kernels: of the instruction set that they use, and of bfloat16 by
+pairs where they do so (AVX512-BF16); other numbers of 16 bits count as float32, to which the kernels widen them. Units
+that the kernels do not use, such as AMX, are not measured. The loop is compiled when it is first wanted, with the
+compiler that CXX names or c++, and runs in PyTorch's own threads.
+"""
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from cc_attention import native
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = "-std=c++17 -O2 -ffp-contract=fast -Wall -Wno-psabi -Wno-unused-function -fPIC -shared"
+ITERATIONS = 4_000_000  # of one run: about 10 ms; sums in float32 are exact up to 2^23
+
+
+class NoCompiler(Exception):
+    """There is no C++ compiler."""
+
+
+class _Run(ctypes.Structure):
+    _fields_ = (("iterations", ctypes.c_int64), ("multiply_adds", ctypes.c_int64))
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled loops, of all instruction sets. Raises NoCompiler."""
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(command[0]) is None:
+        raise NoCompiler(f"the limit is left out: it needs a C++ compiler, and there is no program {command[0]} (CXX)")
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "peak.so"
+        command += [*FLAGS.split(), f"-I{SOURCE.parents[1]}", str(SOURCE), "-o", str(built)]
+        result = subprocess.run(command, text=True, capture_output=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"{shlex.join(command)}:\n{result.stderr}")
+        return ctypes.CDLL(str(built))
+
+
+def loop_name(dtype: torch.dtype) -> str:
+    """The loop that multiplies as the kernels do. Raises RuntimeError where CCNET_CPU_CAPABILITY is beyond this CPU."""
+    capability = native.cpu_capability()
+    if capability == "avx512_bf16" and dtype != torch.bfloat16:
+        capability = "avx512"
+    if capability == "avx512_bf16":
+        return f"peak_{capability}_bfloat16"
+    return f"peak_{capability}_{'float64' if dtype == torch.float64 else 'float32'}"
+
+
+class Peak:
+    """A call runs the loop once on each of PyTorch's threads.
+
+    `multiply_adds` are those of the last run on all threads, `rate` those a second of the fastest run so far.
+    """
+
+    def __init__(self, dtype: torch.dtype, iterations: int = ITERATIONS):
+        self.loop = getattr(library(), loop_name(dtype))
+        self.iterations = iterations
+        self.multiply_adds = 0
+        self.rate = 0.0
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        self.parallel_for = torch_library.torch_parallel_for
+        self.parallel_for.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
+
+    def __call__(self) -> None:
+        run = _Run(self.iterations, 0)
+        loop = ctypes.cast(self.loop, ctypes.c_void_p)
+        begin = time.perf_counter()
+        if self.parallel_for(0, torch.get_num_threads(), 1, loop, ctypes.addressof(run)) != 0:
+            raise RuntimeError("torch_parallel_for failed")
+        seconds = time.perf_counter() - begin
+        self.multiply_adds = run.multiply_adds
+        self.rate = max(self.rate, self.multiply_adds / seconds)
