@@ -92,11 +92,14 @@ def gpu_architecture(index: int) -> int:
     return _architectures[index]
 
 
-@torch.compiler.assume_constant_result
 def _gpu_has_code(index: int | None) -> bool:
     if not torch.cuda.is_available():  # shapes only, as compiling for another machine has them
         return True
     return gpu_architecture(torch.cuda.current_device() if index is None else index) > 0
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler: that takes as long as PyTorch's own import.
+_gpu_has_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_on(device: torch.device) -> bool:

@@ -255,3 +255,11 @@ def test_reference_has_the_native_dtypes_under_autocast(monkeypatch):
         assert weight.dtype == ca_map(weight.float(), inputs[2]).dtype == torch.bfloat16
         assert criss_cross_attention(*inputs).dtype == torch.bfloat16
         assert criss_cross_attention(*(x.double() for x in inputs)).dtype == torch.float64
+
+
+def test_importing_does_not_import_the_compiler():
+    """It takes as long as PyTorch itself; the compiler is told of a constant in the way that PyTorch's decorator does."""
+    code = "import sys, cc_attention, libs; assert 'torch._dynamo' not in sys.modules, 'torch._dynamo'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    decorated = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(native._gpu_has_code) == vars(decorated) != {}
