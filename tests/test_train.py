@@ -499,7 +499,7 @@ def test_a_damaged_snapshot_is_refused_and_the_one_before_it_used(scenes, tmp_pa
     path.write_bytes(content)
     assert run_training(scenes, tmp_path, *flags, "--resume") == 0
     output = capsys.readouterr()
-    assert re.search(r"warning: \S+CS_scenes_3.pth: .*damaged.*; going on from step 2, before it", output.err)
+    assert re.search(r"warning: \S+CS_scenes_3.pth: .*damaged.*; resuming from step 2 instead", output.err)
     assert "steps 2 to 3" in output.out
     assert_bitwise_equal(weights(tmp_path, 3), expected)
 
