@@ -1,7 +1,7 @@
 """Activated batch norm to and from torch's batch norm and activation, and into the convolution before it."""
 
 import copy
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from .abn import ABN, InPlaceABN
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -217,15 +218,15 @@ class FoldedNorm(nn.Module):
 
 
 @torch.no_grad()
-def fold_norms(module: nn.Module) -> nn.Module:
-    """A copy of the network in evaluation, where convolutions have taken in the activated batch norms behind them.
+def fold_norms(module: _Module) -> _Module:
+    """A copy of the network in evaluation mode, with activated batch norms folded into the convolutions before them.
 
-    Those are the norms of `norms_behind_convolutions`; others stay.
+    Only the norms that `norms_behind_convolutions` finds are folded.
     """
     return _fold_norms(module, {module.get_submodule(name) for name in norms_behind_convolutions(module)}).eval()
 
 
-def _fold_norms(module: nn.Module, foldable: set[nn.Module]) -> nn.Module:
+def _fold_norms(module: _Module, foldable: set[nn.Module]) -> _Module:
     module = copy.copy(module)
     module._parameters, module._buffers = copy.deepcopy((module._parameters, module._buffers))
     children: dict[str, nn.Module | None] = {}
