@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm import tqdm
 
-from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, check_labels, load_batches, read_list, scan
+from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, check_labels, load_batches
 from dataset.images import ImageFile
 from dataset.labels import TRAIN_ID_TO_ID
 from networks import CCNet, PredictionNetwork, build_model, load_state
@@ -33,6 +33,7 @@ from utils.commandline import (
     add_shared_flags,
     check_ignore_label,
     check_memory,
+    find_items,
     network_config,
     plain_flags,
     with_network,
@@ -83,16 +84,11 @@ def get_parser() -> ArgumentParser:
     return parser
 
 
-def find_items(args: argparse.Namespace) -> list[Item]:
-    """The images to evaluate; no two have one name, by which their results would overwrite each other."""
-    if args.data_list is not None:
-        items = read_list(args.data_dir, args.data_list, args.label_encoding)
-    else:
-        items = scan(args.data_dir, args.split, args.label_encoding)
+def check_names(args: argparse.Namespace, items: list[Item]) -> None:
+    """Raise a CommandError if two images have the same name, so that their results would overwrite each other."""
     (name, count), *_ = Counter(item.frame if args.submit else item.name for item in items).most_common(1)
     if count > 1:
         raise CommandError(f"{args.data_list or args.data_dir}: expected every image once, found {count} named {name}")
-    return items
 
 
 def find_attention_item(args: argparse.Namespace, items: list[Item]) -> Item:
@@ -275,7 +271,8 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
     """Evaluate, and return the exit status."""
     args = with_network(args, args.restore_from.parent)
     check_ignore_label(args.ignore_label, args.num_classes)
-    items = find_items(args)
+    items = find_items(args, args.split)
+    check_names(args, items)
     check_labels(items)
     check_memory(f"--batch-size {args.batch_size}", min(args.batch_size, len(items)), ImageFile(items[0].image).size)
     attention_item = find_attention_item(args, items) if args.attention else None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import IGNORE_LABEL, NUM_CLASSES
@@ -22,7 +23,7 @@ from dataset.labels import CLASS_NAMES, train_id_table
 from dataset.scenes import Scene, make_scene
 from dataset.transforms import normalise
 from networks.rcca import RCCAModule
-from utils.criterion import CriterionDSN, upsample
+from utils.criterion import upsample
 
 _SIZE = 96
 _SCENES = {"training": 1600, "test": 300}
@@ -78,14 +79,13 @@ def out_of_reach(scene: Scene, reach: int) -> np.ndarray:
 
 
 def train(network: ShallowNetwork, images: Tensor, labels: Tensor, steps: int, batch_size: int) -> None:
-    criterion = CriterionDSN(IGNORE_LABEL)
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
     generator = torch.Generator().manual_seed(0)
     network.train()
     for _ in range(steps):
         chosen = torch.randint(len(images), (batch_size,), generator=generator)
-        loss = criterion.main_loss(network(images[chosen]), labels[chosen])
+        loss = F.cross_entropy(network(images[chosen]), labels[chosen], ignore_index=IGNORE_LABEL)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

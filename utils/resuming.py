@@ -20,7 +20,7 @@ from .checkpoint import (
 )
 from .commandline import CommandError, plain_flags, with_network
 from .distributed import World
-from .schedule import poly_learning_rate
+from .training import poly_learning_rate
 
 # Flags that may differ on --resume: they affect devices, speed and logging, not what is learnt.
 _FREE_FLAGS = {
