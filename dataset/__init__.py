@@ -1,4 +1,4 @@
-"""Cityscapes: files, labels, augmentation, loading; and generated scenes in the same layout."""
+"""Cityscapes: files, labels, augmentation and loading; and generated scenes in the same layout."""
 
 from .checks import check_labels
 from .images import Box, ImageFile

@@ -14,7 +14,7 @@ from networks import StateDictError
 
 from .checkpoint import CheckpointError
 from .commandline import CommandError
-from .distributed import ProcessError, World, end_process, joined, spawn, wait_for_the_one_that_failed
+from .distributed import ProcessError, World, end_process, joined, spawn, wait_for_failed_process
 
 
 def find_devices(device: str, gpu: str, procs: int | None, max_processes: int | None) -> list[torch.device]:
@@ -103,7 +103,7 @@ def _run(world: World, store: str, report: Path | None, main: Main, args: argpar
         _say(f"the GPU's memory does not suffice; a smaller --batch-size or --input-size may help: {error}", report)
     except RuntimeError:
         if world.size > 1:
-            wait_for_the_one_that_failed(world)
+            wait_for_failed_process(world)
         raise
     return 2
 

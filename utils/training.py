@@ -36,7 +36,7 @@ def distribute(model: CCNet, world: World, shard: BatchShard | None) -> nn.Modul
     if world.size == 1:
         return model
     with warnings.catch_warnings():
-        # PyTorch 2.14 has renamed broadcast_buffers; older versions know only this name.
+        # Newer versions of PyTorch deprecate broadcast_buffers for a name that older ones do not know.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(
             model,
