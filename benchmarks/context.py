@@ -9,7 +9,6 @@ tells the class, which is verified, so R=0 can only guess (0.5). With R=1 a pixe
 with R=2 from everywhere.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from dataset.labels import CLASS_NAMES, train_id_table
 from dataset.scenes import Scene, make_scene
 from dataset.transforms import normalise
 from networks.rcca import RCCAModule
+from utils.arguments import ArgumentParser
 from utils.criterion import upsample
 
 _SIZE = 96
@@ -126,7 +126,7 @@ def plot(results: dict[int, list[float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Accuracy on objects told by far context, for R = 0, 1, 2.")
+    parser = ArgumentParser("Accuracy on objects told by far context, for R = 0, 1, 2.")
     parser.add_argument("--steps", type=int, default=400, help="training steps of each network")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=1, help="networks trained for each R")

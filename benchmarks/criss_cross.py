@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cc_attention import criss_cross_attention
+from utils.arguments import ArgumentParser
 
 from . import peak
 from .measuring import (
@@ -336,7 +337,7 @@ def sides(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Criss-cross attention beside plain PyTorch and the machine's limit.")
+    parser = ArgumentParser("Criss-cross attention beside plain PyTorch and the machine's limit.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--sizes", type=sides, nargs="+", default=[(97, 97), (128, 256)], metavar="HxW")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)

@@ -24,7 +24,6 @@ each:
 The last table holds ours against the targets that this project set itself.
 """
 
-import argparse
 import ctypes
 import importlib
 import math
@@ -43,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.criss_cross import CHANNELS, bmm_attention, print_table
 from cc_attention import native
+from utils.arguments import ArgumentParser
 
 # The emulator belongs to the tests. It registers operators, once in a process: so it is imported by the tests' name.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
@@ -356,7 +356,7 @@ def case_of(text: str) -> Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What criss-cross attention asks of a GPU, counted without one.")
+    parser = ArgumentParser("What criss-cross attention asks of a GPU, counted without one.")
     default = [Case(2, 97, 97), Case(8, 97, 97), Case(1, 128, 256)]
     parser.add_argument("--cases", type=case_of, nargs="+", default=default, metavar="NxHxW")
     args = parser.parse_args()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from libs import ABN, InPlaceABN
 from networks import build_model
+from utils.arguments import ArgumentParser
 
 from .measuring import DTYPES, begin_under_steady_conditions, print_machine, print_table, take_turns
 
@@ -238,7 +239,7 @@ def size(text: str) -> Size:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="In-place activated batch norm beside plain PyTorch and the limit.")
+    parser = ArgumentParser("In-place activated batch norm beside plain PyTorch and the limit.")
     sizes = [(2, 512, 97, 97), (2, 256, 193, 193)]
     parser.add_argument("--sizes", type=size, nargs="+", default=sizes, metavar="NxCxHxW")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)

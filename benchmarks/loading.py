@@ -10,7 +10,6 @@ Without Cityscapes, images are generated: 1024x2048 PNGs with noise that brings 
 Cityscapes' files, 2.3 MB, since decoding time depends on it.
 """
 
-import argparse
 import platform
 import tempfile
 import time
@@ -26,6 +25,7 @@ from dataset import Item, TrainingSet, scan
 from dataset.labels import LABELS, train_id_table
 from dataset.scenes import make_scene
 from dataset.transforms import IMAGE_MEAN, draw_crop
+from utils.arguments import ArgumentParser
 
 _CROP = (769, 769)
 _SEED = 0
@@ -125,7 +125,7 @@ def measure(loaders: dict[str, Loader], items: list[Item], epochs: int) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Samples/s of one data-loading worker.")
+    parser = ArgumentParser("Samples/s of one data-loading worker.")
     parser.add_argument("--data-dir", type=Path, help="Cityscapes; images are generated if not given")
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=15, help="how many crops of each image")

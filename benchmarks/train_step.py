@@ -42,6 +42,7 @@ from cc_attention import CrissCrossAttention
 from libs import to_batchnorm
 from networks import BACKBONES, BatchDropout2d, CCNet, NetworkConfig, PredictionNetwork, build_model
 from networks.resnet import BasicBlock, Bottleneck
+from utils.arguments import ArgumentParser
 from utils.criterion import AUXILIARY_WEIGHT, CriterionDSN, CriterionOhemDSN
 from utils.inference import sliding_predictor
 from utils.precision import in_mixed_precision
@@ -475,7 +476,7 @@ def sides(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Training and evaluation beside the plain form of the network.")
+    parser = ArgumentParser("Training and evaluation beside the plain form of the network.")
     add = parser.add_argument
     add("--parts", nargs="+", default=["step", "evaluation", "ohem"], choices=["step", "evaluation", "ohem"])
     add("--device", default="cpu", choices=["cpu", "cuda"])

@@ -12,10 +12,11 @@ _LONGEST_SIDE = 2**15
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults other than None and False."""
+    """Shows defaults, but not those of flags that are off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        is_switch = action.default in (None, False) or isinstance(action, argparse._StoreFalseAction)
+        return action.help if is_switch else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
