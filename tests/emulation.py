@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import hashlib
+import importlib
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -30,14 +32,18 @@ SANITIZERS = {
 
 
 @cache
+def setup_py() -> ModuleType:
+    """setup.py as a module."""
+    sys.path.insert(0, str(ROOT))
+    return importlib.import_module("setup")
+
+
+@cache
 def cuda_headers() -> Path | None:
     """CUDA's headers: of the toolkit that setup.py finds, or of PyTorch's wheels."""
-    sys.path.insert(0, str(ROOT))
-    import setup
-
-    nvcc = setup.find_nvcc()
+    nvcc = setup_py().find_nvcc()
     folders = [nvcc.parent.parent / "include"] if nvcc else []
-    folders += [path for folder in setup.site_packages() for path in Path(folder).glob("nvidia/**/include")]
+    folders += [path for folder in setup_py().site_packages() for path in Path(folder).glob("nvidia/**/include")]
     return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
 
 
@@ -110,8 +116,7 @@ def _library() -> ctypes.CDLL:
     path = compile_with_emulator(
         "emulated.so",
         [EMULATOR / "emulated.cpp", *OPERATOR_SOURCES, *KERNELS],
-        flags=f"{includes} -DTORCH_TARGET_VERSION=0x020a000000000000 -DCCNET_CUDA_LIBRARY=ccnet_emulated "
-        "-DCCNET_CUDA_KEY=CPU",
+        flags=f"{includes} {setup_py().STABLE_ABI[0]} -DCCNET_CUDA_LIBRARY=ccnet_emulated -DCCNET_CUDA_KEY=CPU",
         link=f"-shared -L{library_paths()[0]} -ltorch -ltorch_cpu -lc10",
     )
     definitions = torch.library.Library("ccnet_emulated", "DEF")
