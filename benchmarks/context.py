@@ -1,12 +1,12 @@
-"""Why the attention is applied twice: accuracy on objects whose class only a far part of the image tells.
+"""Why the attention is applied twice: accuracy on objects whose class is given only by a distant part of the image.
 
     python -m benchmarks.context
 
-trains one small network with R = 0, 1 and 2 on generated scenes and measures, on new scenes, how often the pixels of
-the ambiguous vehicle (bus or truck, dataset/scenes.py) get the right one of the two. Only these pixels are trained,
-the rest is void. The backbone is shallow: without attention no pixel counted here can be reached by the sign that
-tells the class, which is verified, so R=0 can only guess (0.5). With R=1 a pixel gathers from its row and column;
-with R=2 from everywhere.
+trains one small network with R = 0, 1 and 2 on generated scenes and measures, on new scenes, for how many pixels of the
+ambiguous vehicle (bus or truck, dataset/scenes.py) it predicts the right one of the two. Only these pixels are trained;
+the rest is void. The backbone is shallow: for the pixels that are counted the sign, which gives the class, is outside
+the receptive field without attention. This is verified. So R=0 can only guess (0.5). With R=1 a pixel gathers from its
+row and column, with R=2 from everywhere.
 """
 
 import time
@@ -46,7 +46,7 @@ class ShallowNetwork(nn.Module):
 
 
 def make_scenes(split: int, count: int) -> tuple[list[Scene], Tensor, Tensor]:
-    """Scenes, their images [count, 3, 96, 96] and labels [count, 96, 96], void but on bus and truck."""
+    """Scenes, their images [count, 3, 96, 96] and labels [count, 96, 96], which are void except on bus and truck."""
     train_ids = train_id_table()
     scenes = [make_scene(_SIZE, _SIZE, np.random.default_rng([split, number])) for number in range(count)]
     images = torch.from_numpy(np.stack([normalise(scene.image) for scene in scenes]))
@@ -55,7 +55,7 @@ def make_scenes(split: int, count: int) -> tuple[list[Scene], Tensor, Tensor]:
 
 
 def reach_without_attention() -> int:
-    """How far, in pixels, an input pixel can be from an output pixel that depends on it, for R=0: by derivatives."""
+    """The largest distance, in pixels, of an input pixel that an output depends on, for R=0; found by gradients."""
     network = ShallowNetwork(0).eval()
     reach = 0
     for position in range(_SIZE // 2 - 8, _SIZE // 2 + 8):
@@ -68,7 +68,7 @@ def reach_without_attention() -> int:
 
 
 def out_of_reach(scene: Scene, reach: int) -> np.ndarray:
-    """bool [96, 96]: pixels of the vehicle from which the whole sign is farther than `reach`."""
+    """bool [96, 96]: the pixels of the vehicle that are farther than `reach` from the whole sign."""
     rows, columns = np.mgrid[:_SIZE, :_SIZE]
     sign, vehicle = scene.sign, scene.vehicle
     distance = np.maximum(
@@ -94,7 +94,7 @@ def train(network: ShallowNetwork, images: Tensor, labels: Tensor, steps: int, b
 
 @torch.no_grad()
 def accuracy(network: ShallowNetwork, images: Tensor, labels: Tensor, counted: Tensor) -> float:
-    """Part of the counted pixels for which the right one of bus and truck has the larger logit."""
+    """Fraction of the counted pixels for which the right one of bus and truck has the larger logit."""
     network.eval()
     right = 0
     for batch in torch.arange(len(images)).split(50):

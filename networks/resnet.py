@@ -1,7 +1,7 @@
-"""Dilated residual networks: ResNets whose last two stages keep 1/8 of the input's resolution.
+"""Dilated residual networks: ResNets whose last two stages have 1/8 of the input's resolution.
 
-He et al., arXiv 1512.03385, with the three-convolution stem and the dilation of the CCNet paper (section 4.2). The
-names of the parameters are those of the ImageNet models that the original starts from.
+He et al., arXiv 1512.03385, with the three-convolution stem and the dilation of the CCNet paper (section 4.2).
+Parameters have the names of the ImageNet models that the original starts from.
 """
 
 from torch import Tensor, nn

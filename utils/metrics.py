@@ -29,7 +29,7 @@ class ConfusionMatrix:
         self.counts += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.counts)
 
     def iou(self) -> Tensor:
-        """IoU of every class, TP / (TP + FP + FN): float64 [K] on the CPU; NaN if neither true nor predicted anywhere."""
+        """IoU of every class, TP / (TP + FP + FN): float64 [K] on the CPU; NaN for a class that occurs in neither."""
         counts = self.counts.cpu().double()
         true_positive = counts.diagonal()
         return true_positive / (counts.sum(0) + counts.sum(1) - true_positive)
