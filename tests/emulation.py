@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: compiled with the emulator (cuda_emulator/), behind the native operators."""
+"""The native CUDA operators on the CPU, compiled with the emulator (cuda_emulator/)."""
 
 import ctypes
 import fcntl
@@ -25,7 +25,7 @@ ORDERS = ("forward", "reverse", "random")
 COMPILE = "g++ -std=c++17 -O1 -g1 -Wall -Werror -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -fPIC"
 SANITIZERS = {
     "": "",
-    # What a kernel leaves unset is a pattern that shows, not what happened to lie there.
+    # Uninitialised variables get a pattern that is noticed, instead of arbitrary numbers.
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=all -ftrivial-auto-var-init=pattern",
     "thread": "-fsanitize=thread",
 }
@@ -48,7 +48,7 @@ def cuda_headers() -> Path | None:
 
 
 def compile_with_emulator(name: str, sources: list[Path], sanitizer: str = "", flags: str = "", link: str = "") -> Path:
-    """An executable, or what `link` makes of it; kept in build/ until something that it is made of changes."""
+    """Compile an executable, or what the flags `link` make; cached in build/ until sources or flags change."""
     headers = cuda_headers()
     if headers is None:
         pytest.skip("needs CUDA's headers: a toolkit, or pip install nvidia-cuda-runtime")
@@ -61,7 +61,7 @@ def compile_with_emulator(name: str, sources: list[Path], sanitizer: str = "", f
     folder = ROOT / "build" / "emulator" / f"{name}-{sanitizer or 'plain'}-{content.hexdigest()[:16]}"
     target = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # of several test processes one compiles, the others wait for it
+    with (folder / "lock").open("w") as lock:  # one test process compiles, the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             _compile(target, sources, flags, SANITIZERS[sanitizer], link)
@@ -81,7 +81,7 @@ def _compile(target: Path, sources: list[Path], flags: str, sanitizer: str, link
 
 
 CUDA_FOLDERS = (ROOT / "cc_attention" / "csrc" / "cuda", ROOT / "libs" / "csrc" / "cuda")
-# What launches kernels, and the operators that call it
+# Sources of the launchers of kernels, and of the operators that call them
 KERNELS = sorted(path for folder in CUDA_FOLDERS for path in folder.glob("*_*.cu") if path.name != "criss_cross.cu")
 OPERATOR_SOURCES = [CUDA_FOLDERS[0] / "criss_cross.cu", CUDA_FOLDERS[1] / "abn.cu"]
 OPERATORS = [name for path in OPERATOR_SOURCES for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())]
@@ -125,7 +125,7 @@ def _library() -> ctypes.CDLL:
         definitions.define(schema.removeprefix("ccnet::"))
     library = ctypes.CDLL(str(path))
     library.emulator_launches.restype = ctypes.c_char_p
-    library.definitions = definitions  # they go when nobody has them
+    library.definitions = definitions  # keeps them alive
     return library
 
 
@@ -136,9 +136,9 @@ ALL_BLOCKS = 2**63 - 1
 def emulated_gpu(
     order="forward", seed=1, shared_bytes=163 * 1024, has_bfloat16=True, counting=False, last_blocks=ALL_BLOCKS
 ):
-    """The operators run, for tensors on the CPU, on a device like that, with threads and blocks in that order.
+    """A context in which operators on CPU tensors run on an emulated GPU with these properties.
 
-    Gives the function that takes counters.
+    Threads and blocks run in the given order. Yields a function that returns the counters and resets them.
     """
     library = _library()
 
@@ -170,6 +170,6 @@ def emulated_gpu(
 
 
 def launches() -> dict[str, tuple[int, int]]:
-    """Threads a block and bytes of shared memory of every kernel launched so far, by name."""
+    """Threads per block and bytes of shared memory of every kernel launched so far, by name."""
     lines = _library().emulator_launches().decode().splitlines()
     return {name: (int(threads), int(shared)) for name, threads, shared in (line.split("|") for line in lines)}
