@@ -64,8 +64,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is a GPU")
     add(
         "--gpu", default="None",
-        help="GPUs, as in 0,1,2,3, one process for each; all for as many as there are (and, in training, as have an "
-        "image of each batch); None for the first",
+        help="GPUs, as in 0,1,2,3, one process for each; all: all GPUs, in training at most one for each image of a "
+        "batch; None: the first",
     )  # fmt: skip
     add("--procs", type=number(int, 1, MOST_PROCESSES), help="number of processes, on the CPU or on the first GPUs")
     add("--amp", choices=AMP_DTYPES, default="off", help="mixed precision: the network in bf16 or fp16")
