@@ -2,8 +2,8 @@
 
     python evaluate.py --data-dir YOUR_CS_PATH --restore-from snapshots/CS_scenes_60000.pth --recurrence 2
 
-is the paper's single-scale evaluation by sliding window; add --whole for whole images at six scales and mirrored, and
---gpu 0,1,2,3 for four GPUs, or run it with torchrun.
+is the paper's single-scale evaluation by sliding window. Add --whole to evaluate whole images, averaged over six scales
+and their mirror images, and --gpu 0,1,2,3 for four GPUs, or run it with torchrun.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm import tqdm
 
-from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, check_labels, load_batches, read_list, scan
+from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, check_labels, load_batches
 from dataset.images import ImageFile
 from dataset.labels import TRAIN_ID_TO_ID
 from networks import CCNet, PredictionNetwork, build_model, load_state
@@ -33,6 +33,7 @@ from utils.commandline import (
     add_shared_flags,
     check_ignore_label,
     check_memory,
+    find_items,
     network_config,
     plain_flags,
     with_network,
@@ -46,7 +47,7 @@ from utils.precision import in_mixed_precision
 from utils.visualisation import attention_figure, palette_image
 
 _WHOLE_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-# Folders of pictures that an evaluation writes.
+# Subfolders of --output-dir
 _FOLDERS = ("predictions", "submit", "attention")
 
 
@@ -55,48 +56,43 @@ def get_parser() -> ArgumentParser:
     add_shared_flags(parser)
     add = parser.add_argument_group("evaluation").add_argument
     add("--restore-from", type=Path, required=True, help="state dict to evaluate")
-    add("--split", choices=SPLITS, default="val", help="images to evaluate; those of test are predicted, not measured")
+    add("--split", choices=SPLITS, default="val", help="images to evaluate; those of test are only predicted")
     add("--batch-size", type=number(int, 1, MOST_IMAGES), default=1, help="images predicted at a time")
-    add("--whole", action="store_true", help="whole images instead of tiles of --input-size; six scales, mirrored")
+    add("--whole", action="store_true", help="predict whole images, at six scales and mirrored, instead of tiles")
     add(
         "--scales", type=number(float, 0.1, 8), nargs="+",
-        help="average over these scales; 1, or with --whole 0.75 1 1.25 1.5 1.75 2",
+        help="scales to average over; by default 1, or with --whole 0.75 1 1.25 1.5 1.75 2",
     )  # fmt: skip
     add(
         "--flip", action=argparse.BooleanOptionalAction,
-        help="also the mirror image, averaged; off, or with --whole on",
+        help="average with the mirror image; by default off, or with --whole on",
     )  # fmt: skip
     add(
         "--compare-recurrence", type=number(int, 0, 64), nargs="+", default=[], metavar="R",
-        help="also measure the same weights with these numbers of passes of attention",
+        help="also evaluate the same weights with these numbers of passes of attention",
     )  # fmt: skip
 
     add = parser.add_argument_group("results").add_argument
     add(
         "--output-dir", type=Path,
-        help="folder of the results, of this evaluation alone: report.md, result.json, predictions/, submit/, "
-        "attention/; outputs/<name of the state dict>/<split or list>/ beside the state dict if not given",
+        help="folder of the results, for this evaluation alone: report.md, result.json, predictions/, submit/, "
+        "attention/; by default outputs/<name of the state dict>/<split or list>/ beside the state dict",
     )  # fmt: skip
-    add("--submit", action="store_true", help="also write label ids under the names the benchmark's server expects")
-    add("--attention", type=pixel, action="append", metavar="Y,X", help="show where this pixel looks; may be repeated")
-    add("--attention-image", metavar="NAME", help="image of --attention by its file name; the first one if not given")
+    add("--submit", action="store_true", help="also write label ids under the names that the benchmark server expects")
+    add("--attention", type=pixel, action="append", metavar="Y,X", help="show where this pixel attends to; repeatable")
+    add("--attention-image", metavar="NAME", help="file name of the image for --attention; by default the first one")
     return parser
 
 
-def find_items(args: argparse.Namespace) -> list[Item]:
-    """The images to evaluate; no two have one name, by which their results would overwrite each other."""
-    if args.data_list is not None:
-        items = read_list(args.data_dir, args.data_list, args.label_encoding)
-    else:
-        items = scan(args.data_dir, args.split, args.label_encoding)
+def check_names(args: argparse.Namespace, items: list[Item]) -> None:
+    """Raise a CommandError if two images have the same name, so that their results would overwrite each other."""
     (name, count), *_ = Counter(item.frame if args.submit else item.name for item in items).most_common(1)
     if count > 1:
         raise CommandError(f"{args.data_list or args.data_dir}: expected every image once, found {count} named {name}")
-    return items
 
 
 def find_attention_item(args: argparse.Namespace, items: list[Item]) -> Item:
-    """The image of --attention, in which its pixels are."""
+    """The image for --attention; raise a CommandError if there is none, or a pixel is not in it."""
     if args.recurrence == 0:
         raise CommandError("--attention: expected --recurrence 1 or more, with 0 there is no attention to show")
     named = args.attention_image
@@ -111,7 +107,7 @@ def find_attention_item(args: argparse.Namespace, items: list[Item]) -> Item:
 
 
 def make_predictor(args: argparse.Namespace, world: World, model: CCNet) -> Predictor:
-    """Prediction as --amp, --compile, --whole, --input-size, --scales and --flip ask for it."""
+    """The predictor that --amp, --compile, --whole, --input-size, --scales and --flip describe."""
     prediction = PredictionNetwork(model)
     if args.compile:
         prediction.compile()
@@ -123,16 +119,16 @@ def make_predictor(args: argparse.Namespace, world: World, model: CCNet) -> Pred
 
 
 def same_size_groups(samples: list[dict]) -> Iterator[list[dict]]:
-    """Split a batch where the size of its images changes."""
+    """Split a batch into groups of consecutive images of the same size."""
     for _, group in groupby(samples, key=lambda sample: sample["image"].shape):
         yield list(group)
 
 
 def prepare_output(args: argparse.Namespace) -> Path:
-    """An empty folder of results: those of one evaluation never mix with another's, whose files are removed.
+    """Create the folder of results and remove those of an earlier evaluation, so that they never mix.
 
     Raises:
-        CommandError: it holds things of the same names that no evaluation has written.
+        CommandError: it has files of these names that are not from an evaluation.
     """
     name = args.split if args.data_list is None else args.data_list.stem
     output_dir = args.output_dir or args.restore_from.parent / "outputs" / args.restore_from.stem / name
@@ -157,7 +153,7 @@ def prepare_output(args: argparse.Namespace) -> Path:
 
 
 def save_prediction(prediction: np.ndarray, item: Item, output_dir: Path, submit: bool) -> None:
-    """Write uint8 [H, W] training ids: coloured, and for --submit as label ids under the server's naming."""
+    """Write uint8 [H, W] training ids as a coloured image and, to submit, as label ids with the server's file name."""
     palette_image(prediction).save(output_dir / "predictions" / f"{item.name}.png")
     if submit:
         Image.fromarray(TRAIN_ID_TO_ID[prediction]).save(output_dir / "submit" / f"{item.frame}_pred_labelIds.png")
@@ -166,9 +162,9 @@ def save_prediction(prediction: np.ndarray, item: Item, output_dir: Path, submit
 def predict_all(
     args: argparse.Namespace, world: World, predict: Predictor, items: list[Item], output_dir: Path | None
 ) -> ConfusionMatrix:
-    """Predict every image, save it unless there is no folder to, and count the classes where there is a label.
+    """Predict every image, save it if there is a folder, and count classes if there is a label.
 
-    Batches are cut as for one process and dealt out round-robin: no image is predicted twice or padded.
+    Batches are those of a single process, distributed round-robin: no image is predicted twice or padded.
     """
     device = world.device
     confusion = ConfusionMatrix(args.num_classes, device)
@@ -191,7 +187,7 @@ def predict_all(
 
 
 def attention_picture(model: CCNet, item: Item, pixels: list[tuple[int, int]], folder: Path) -> Path:
-    """Write the figure of where the pixels look."""
+    """Write the figure of where the pixels attend to; returns its path."""
     image = EvaluationSet([Item(item.image, None)])[0]["image"][None].to(next(model.parameters()).device)
     path = folder / f"{item.name}.png"
     attention_figure(model, image.to(memory_format=torch.channels_last), pixels).save(path)
@@ -203,7 +199,7 @@ def percent(value: float) -> str:
 
 
 def iou_table(results: dict[str, ConfusionMatrix], names: list[str]) -> str:
-    """A Markdown table of every class's IoU, their mean, and the pixel accuracy, in percent; a column a result."""
+    """A Markdown table of IoUs, their mean and the pixel accuracy, in percent, with a column for each result."""
     rows = list(zip(names, *(confusion.iou().tolist() for confusion in results.values()), strict=True))
     rows.append(("**mean IoU**", *(confusion.mean_iou() for confusion in results.values())))
     rows.append(("pixel accuracy", *(confusion.pixel_accuracy() for confusion in results.values())))
@@ -212,19 +208,14 @@ def iou_table(results: dict[str, ConfusionMatrix], names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def null_if_nan(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(value) else value
-
-
 def measures(confusion: ConfusionMatrix, names: list[str]) -> dict:
-    """What result.json says of a confusion matrix."""
-    ious = [null_if_nan(iou) for iou in confusion.iou().tolist()]
+    """The entries of result.json for a confusion matrix; the IoU of an absent class is null."""
+    ious = [None if math.isnan(iou) else iou for iou in confusion.iou().tolist()]
     return {
-        "meanIU": null_if_nan(confusion.mean_iou()),
+        "meanIU": confusion.mean_iou(),
         "IU_array": ious,
         "classes": dict(zip(names, ious, strict=True)),
-        "pixel_accuracy": null_if_nan(confusion.pixel_accuracy()),
+        "pixel_accuracy": confusion.pixel_accuracy(),
     }
 
 
@@ -236,11 +227,12 @@ def save_report(
     num_images: int,
     output_dir: Path,
 ) -> str:
-    """Write result.json and report.md; returns the table.
+    """Write result.json and report.md; returns the table of IoUs.
 
     Args:
-        compared: the same weights' with other numbers of passes.
-        gamma: of the attention.
+        compared: results of the same weights with other numbers of passes.
+        gamma: gamma of the attention.
+        num_images: number of images with a label.
     """
     names = [*CLASS_NAMES, *(f"class {k}" for k in range(len(CLASS_NAMES), args.num_classes))]
     flags = plain_flags(args)
@@ -260,7 +252,7 @@ def save_report(
 
 
 def network_line(args: argparse.Namespace) -> str:
-    """Which network is evaluated, and who says so."""
+    """A line on which network is evaluated, and where that information is from."""
     folder = args.restore_from.parent
     trained = read_network(folder)
     source = f"as {network_path(folder)} says" if trained else f"no network.json in {folder}: as the flags say"
@@ -275,7 +267,8 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
     """Evaluate, and return the exit status."""
     args = with_network(args, args.restore_from.parent)
     check_ignore_label(args.ignore_label, args.num_classes)
-    items = find_items(args)
+    items = find_items(args, args.split)
+    check_names(args, items)
     check_labels(items)
     check_memory(f"--batch-size {args.batch_size}", min(args.batch_size, len(items)), ImageFile(items[0].image).size)
     attention_item = find_attention_item(args, items) if args.attention else None

@@ -6,7 +6,7 @@
 #
 # It uses all GPUs of the machine. Flags are those of train.py; evaluate.py gets those that it has too. Each value below
 # can also be set by the environment variable of its name, e.g. BS=4 ./run_local.sh YOUR_CS_PATH. Run again after an
-# interruption, it goes on where it was; with more STEPS after its end, it goes on to those.
+# interruption, it resumes; run again with more STEPS, it extends the run.
 set -euo pipefail
 
 fail() {

@@ -2,22 +2,22 @@
 
     pip install -e .
 
-builds their native code in cc_attention/_C, once for every PyTorch from 2.10 and every Python from 3.10 on (LibTorch's
-stable ABI). It needs a C++17 compiler; without one the package is installed all the same, and computes in plain
-PyTorch. The scripts (train.py, evaluate.py) and what only they use run from the checkout.
+builds their native code, cc_attention/_C, once for all versions of PyTorch from MINIMUM_TORCH and of Python from 3.10
+(LibTorch's stable ABI). It needs a C++17 compiler; without one the package is installed without native code, and
+computes in plain PyTorch. The scripts, train.py and evaluate.py, and packages that only they use are not installed.
 
-CXX names the compiler. The CUDA kernels, cc_attention/_C_cuda, are built as well where PyTorch is a CUDA build and
-nvcc is found: in CUDA_HOME, on the PATH, or among the installed nvidia-cuda-nvcc wheels, which
+CXX names the compiler. The CUDA kernels, cc_attention/_C_cuda, are built too if PyTorch is a CUDA build and nvcc is
+found: in CUDA_HOME, on the PATH, or in the nvidia-cuda-nvcc wheels, which
 
     pip install -e .[nvcc]
 
-installs. On a machine with a GPU and without nvcc, pip fetches these wheels for the build by itself. FORCE_CUDA=1 does
-so without a GPU too, and makes it an error to end without CUDA kernels; FORCE_CUDA=0 leaves them out.
-TORCH_CUDA_ARCH_LIST names the architectures; by default they are those of the GPUs here, or all from sm_75 on. Where
-the CUDA kernels cannot be built, a message says why and the package is installed without them.
+installs. On a machine with a GPU but no nvcc, pip installs these wheels for the build. FORCE_CUDA=1 does so without a
+GPU too, and makes it an error if the CUDA kernels are not built; FORCE_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST
+names the architectures; the default is those of the GPUs here, or all from sm_75 on. If the CUDA kernels cannot be
+built, a message says why and the package is installed without them.
 
-This file is also the build backend that pyproject.toml names: setuptools', which in addition finds PyTorch in the
-environment that a build was started from, and asks for the wheels of nvcc.
+This file is also the build backend that pyproject.toml names. It extends that of setuptools: it finds PyTorch in the
+environment from which a build was started, and requires the nvcc wheels.
 """
 
 import copy
@@ -38,10 +38,11 @@ from pathlib import Path
 from setuptools import build_meta, setup
 
 ROOT = Path(__file__).resolve().parent
-MINIMUM_TORCH = (2, 10)
+MINIMUM_TORCH = (2, 10)  # also in pyproject.toml and requirements.txt
+TORCH_REQUIREMENT = "torch>={}.{}".format(*MINIMUM_TORCH)
 OLDEST_ARCHITECTURE = (7, 5)  # the first with ldmatrix
-ARCHITECTURES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]  # where there is no GPU to ask
-JETSON_ARCHITECTURES = [(8, 7), (11, 0)]  # Orin and Thor, which are aarch64 and run no other architecture's code
+ARCHITECTURES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]  # if there is no GPU
+JETSON_ARCHITECTURES = [(8, 7), (11, 0)]  # Orin and Thor (aarch64), which do not run code for others
 COMPILER_PROBE = """
 #include <type_traits>
 #if defined(__clang__) ? __clang_major__ < 12 && !defined(__apple_build_version__) : __GNUC__ < 10
@@ -49,7 +50,7 @@ COMPILER_PROBE = """
 #endif
 static_assert(std::is_same_v<int, int>);
 """
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # of the release above
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MINIMUM_TORCH)]
 CXX_FLAGS = [
     "-std=c++17",
     "-O2",
@@ -60,12 +61,12 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     f"-ffile-prefix-map={ROOT}/=",
 ]
-# No path among them: nvcc splits values at commas and spaces.
+# They contain no paths, since nvcc splits values at commas and spaces.
 NVCC_FLAGS = ["-std=c++17", "-O2", "-Xcompiler", "-fvisibility=hidden"]
 
 
 class NoCuda(Exception):
-    """Why the CUDA kernels cannot be built."""
+    """The CUDA kernels cannot be built; the message says why."""
 
 
 def warn(message: str) -> None:
@@ -80,9 +81,9 @@ def site_packages() -> list[str]:
 
 
 def surrounding_pythons() -> list[str]:
-    """Interpreters of the environments that an isolated build may have been started from, the likeliest first.
+    """Interpreters of the environments from which an isolated build may have been started, the most likely first.
 
-    build and uv run this backend with an interpreter of an environment of its own, and do not say which is theirs.
+    build and uv run this backend in a new environment, and do not say from which environment they were called.
     """
     found = []
     parent = Path(f"/proc/{os.getppid()}")
@@ -98,7 +99,7 @@ def surrounding_pythons() -> list[str]:
 
 
 def path_with_torch(python: str) -> list[str]:
-    """sys.path of that interpreter if it is of this version and has PyTorch, otherwise nothing."""
+    """sys.path of an interpreter if it has PyTorch and is of the same Python version, otherwise an empty list."""
     probe = (
         "import importlib.util as u, json, sys; print(json.dumps([sys.version, bool(u.find_spec('torch')), sys.path]))"
     )
@@ -111,7 +112,7 @@ def path_with_torch(python: str) -> list[str]:
 
 
 def find_torch():
-    """PyTorch, of the environment that the build was started from if it is isolated; None if there is none."""
+    """Import PyTorch; in an isolated build, from the environment that started it. None if it is not found."""
     hidden_by_pip = site_packages()  # of the same interpreter
     for folders in chain([[], hidden_by_pip], map(path_with_torch, surrounding_pythons())):
         sys.path += folders
@@ -130,11 +131,12 @@ def import_torch():
     if torch is None:
         raise SystemExit(
             f"error: PyTorch is needed to build the operators, and {sys.executable} cannot find it. Install it first: "
-            "pip install 'torch>=2.10'. If it is there, build in its environment: pip install --no-build-isolation"
+            f"pip install '{TORCH_REQUIREMENT}'. If it is installed, build in its environment: pip install "
+            "--no-build-isolation"
         )
     found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if found < MINIMUM_TORCH:
-        raise SystemExit(f"error: expected PyTorch 2.10 or newer, found {torch.__version__}")
+        raise SystemExit(f"error: expected {TORCH_REQUIREMENT}, found {torch.__version__}")
     return torch
 
 
@@ -142,7 +144,7 @@ def import_torch():
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler, if there is one. One that does not know C++17 is an error."""
+    """The command of the C++ compiler; None if there is none. A compiler that is too old is an error."""
     command = os.environ.get("CXX", "c++")
     if shutil.which(command.split()[0]) is None:
         if "CXX" in os.environ:
@@ -158,7 +160,7 @@ def find_compiler() -> str | None:
 
 
 def find_nvcc() -> Path | None:
-    """nvcc in CUDA_HOME, on the PATH or in the nvidia-cuda-nvcc wheels; a wrapper on the PATH is followed."""
+    """nvcc in CUDA_HOME, on the PATH (of a wrapper, the nvcc that it runs) or in the nvidia-cuda-nvcc wheels."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if variable in os.environ:
             nvcc = Path(os.environ[variable]) / "bin" / "nvcc"
@@ -167,31 +169,31 @@ def find_nvcc() -> Path | None:
             warn(f"{variable}={os.environ[variable]} is ignored: {nvcc} does not exist")
     on_path = shutil.which("nvcc")
     if on_path is not None:
-        # nvcc says itself where its toolkit is: TOP=<toolkit>/bin/..
+        # nvcc prints where its toolkit is: TOP=<toolkit>/bin/..
         dry_run = subprocess.run([on_path, "--dryrun", "-x", "cu", "/dev/null"], text=True, capture_output=True).stderr
         top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
         toolkit = Path(top[1]).resolve() if top else Path(on_path).resolve().parent.parent
         return toolkit / "bin" / "nvcc"
-    folders = dict.fromkeys([*sys.path, *site_packages()])  # pip's isolated builds have what they need on sys.path
+    folders = dict.fromkeys([*sys.path, *site_packages()])  # isolated builds have the wheels on sys.path
     return next((nvcc for folder in folders for nvcc in sorted(Path(folder).glob("nvidia/**/bin/nvcc"))), None)
 
 
 def nvcc_wheels(torch) -> list[str]:
-    """Requirements that bring nvcc for torch's CUDA. Before CUDA 13 there are none: those wheels lack nvcc itself."""
+    """Requirements for the nvcc of torch's CUDA version; empty before CUDA 13, whose wheels do not contain nvcc."""
     major, minor = map(int, (torch.version.cuda or "0.0").split(".")[:2])
     names = ("cuda-nvcc", "cuda-crt", "cuda-cccl", "cuda-runtime", "nvvm")
     return [f"nvidia-{name}=={major}.{minor}.*" for name in names] if major >= 13 else []
 
 
 def missing_nvcc_wheels() -> list[str]:
-    """What a build of the CUDA kernels, if they are of use here, needs in addition."""
+    """Additional requirements of a build of the CUDA kernels, if they are wanted here."""
     torch = import_torch()
     wanted = os.environ.get("FORCE_CUDA", "1" if torch.cuda.is_available() else "0") == "1"
     return nvcc_wheels(torch) if wanted and find_nvcc() is None else []
 
 
 def check_nvcc(nvcc: Path, cuda_of_torch: str) -> None:
-    """nvcc is of the major version of CUDA that torch was built with."""
+    """Raise NoCuda unless nvcc has the major version of CUDA that torch was built with."""
     result = subprocess.run([str(nvcc), "--version"], text=True, capture_output=True)
     release = re.search(r"release (\d+)\.(\d+)", result.stdout)
     if release is None:
@@ -204,7 +206,7 @@ def check_nvcc(nvcc: Path, cuda_of_torch: str) -> None:
 
 
 def cuda_toolkit(torch) -> Path:
-    """The folder of the toolkit to compile CUDA sources with."""
+    """The folder of the CUDA toolkit to compile with."""
     if torch.version.cuda is None:
         raise NoCuda(f"PyTorch {torch.__version__} was built without CUDA")
     nvcc = find_nvcc()
@@ -217,7 +219,7 @@ def cuda_toolkit(torch) -> Path:
 
 
 def cuda_runtime(toolkit: Path) -> Path:
-    """libcudart, by its file: wheels have no libcudart.so. PyTorch has loaded the same one when ours is loaded."""
+    """The versioned file of libcudart (wheels have no libcudart.so). PyTorch loads the same library before ours."""
     found = [path for folder in ("lib64", "lib", "targets/*/lib") for path in toolkit.glob(f"{folder}/libcudart.so*")]
     if not found:
         raise NoCuda(f"no libcudart.so in {toolkit}")
@@ -225,7 +227,7 @@ def cuda_runtime(toolkit: Path) -> Path:
 
 
 def known_architectures(toolkit: Path) -> list[tuple[int, int]]:
-    """What this nvcc compiles for and our kernels run on, as (major, minor)."""
+    """The architectures, (major, minor), that this nvcc supports and our kernels run on."""
     result = subprocess.run([str(toolkit / "bin" / "nvcc"), "--list-gpu-code"], text=True, capture_output=True)
     numbers = (int(number) for number in re.findall(r"^sm_(\d+)$", result.stdout, re.MULTILINE))
     known = sorted(divmod(number, 10) for number in numbers if divmod(number, 10) >= OLDEST_ARCHITECTURE)
@@ -235,9 +237,9 @@ def known_architectures(toolkit: Path) -> list[tuple[int, int]]:
 
 
 def default_architectures(torch, known: list[tuple[int, int]]) -> list[str]:
-    """Those of the GPUs here, or, where there is none, those that GPUs have; with PTX for later ones."""
+    """The architectures of the GPUs here, or if there is none, ARCHITECTURES; with PTX for later ones."""
     gpus = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
-    if gpus:  # a GPU that is newer than nvcc runs the newest code that there is
+    if gpus:  # a GPU that is newer than nvcc gets the newest code that nvcc can compile
         found = {gpu if gpu < OLDEST_ARCHITECTURE else max((a for a in known if a <= gpu), default=gpu) for gpu in gpus}
     else:
         common = ARCHITECTURES + (JETSON_ARCHITECTURES if platform.machine() == "aarch64" else [])
@@ -249,7 +251,7 @@ def default_architectures(torch, known: list[tuple[int, int]]) -> list[str]:
 def architecture_flags(torch, toolkit: Path) -> list[str]:
     """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST.
 
-    Passed by ourselves: torch would add none where a path among the flags has the letters "arch" in it.
+    We pass them ourselves, since torch adds none if a path among the flags contains "arch".
     """
     from torch.utils import cpp_extension
 
@@ -282,7 +284,7 @@ def architecture_flags(torch, toolkit: Path) -> list[str]:
     return kept
 
 
-# ---- what is built ----
+# ---- extensions ----
 
 
 def leave_out_cuda(reason: Exception) -> None:
@@ -309,7 +311,7 @@ def cuda_extension(torch, **common):
 
 
 def extensions(torch) -> list:
-    """cc_attention._C; and cc_attention._C_cuda, where it can be built."""
+    """cc_attention._C and, if it can be built, cc_attention._C_cuda."""
     from torch.utils import cpp_extension
 
     if find_compiler() is None:
@@ -340,10 +342,10 @@ def build_command():
     class Build(BuildExtension):
         def finalize_options(self):
             super().finalize_options()
-            self.build_temp = str(ROOT / "build" / "native")  # pip's own is new each time: nothing would be kept
+            self.build_temp = str(ROOT / "build" / "native")  # kept between builds, unlike pip's temporary folder
 
         def build_extensions(self):
-            """One after the other: what stops the CUDA kernels, PyTorch's own checks included, stops nothing else."""
+            """Build one extension after the other; if the CUDA kernels fail, the other one is built nevertheless."""
             compiler, wanted, built = self.compiler, self.extensions, []
             for extension in wanted:
                 self.compiler, self.extensions = copy.copy(compiler), [extension]  # PyTorch changes the compiler
@@ -354,7 +356,7 @@ def build_command():
                     if not extension.name.endswith("_C_cuda"):
                         raise
                     leave_out_cuda(error)
-                    if self.inplace or self.editable_mode:  # the one before is of other sources
+                    if self.inplace or self.editable_mode:  # an old library is of other sources
                         Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             self.extensions = built
 
@@ -374,12 +376,12 @@ def main() -> None:
     )
 
 
-# ---- what pip, build and uv call (PEP 517) ----
+# ---- build backend (PEP 517), called by pip, build and uv ----
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
-    """setuptools' own would run main() to find out, which needs them."""
-    return ["torch>=2.10"] if find_torch() is None else missing_nvcc_wheels()
+    """In place of setuptools' hook, which would run main(), which already needs these requirements."""
+    return [TORCH_REQUIREMENT] if find_torch() is None else missing_nvcc_wheels()
 
 
 def get_requires_for_build_sdist(config_settings=None) -> list[str]:

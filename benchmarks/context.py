@@ -1,20 +1,20 @@
-"""Why the attention is applied twice: accuracy on objects whose class only a far part of the image tells.
+"""Why the attention is applied twice: accuracy on objects whose class is given only by a distant part of the image.
 
     python -m benchmarks.context
 
-trains one small network with R = 0, 1 and 2 on generated scenes and measures, on new scenes, how often the pixels of
-the ambiguous vehicle (bus or truck, dataset/scenes.py) get the right one of the two. Only these pixels are trained,
-the rest is void. The backbone is shallow: without attention no pixel counted here can be reached by the sign that
-tells the class, which is verified, so R=0 can only guess (0.5). With R=1 a pixel gathers from its row and column;
-with R=2 from everywhere.
+trains one small network with R = 0, 1 and 2 on generated scenes and measures, on new scenes, for how many pixels of the
+ambiguous vehicle (bus or truck, dataset/scenes.py) it predicts the right one of the two. Only these pixels are trained;
+the rest is void. The backbone is shallow: for the pixels that are counted the sign, which gives the class, is outside
+the receptive field without attention. This is verified. So R=0 can only guess (0.5). With R=1 a pixel gathers from its
+row and column, with R=2 from everywhere.
 """
 
-import argparse
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import IGNORE_LABEL, NUM_CLASSES
@@ -22,7 +22,8 @@ from dataset.labels import CLASS_NAMES, train_id_table
 from dataset.scenes import Scene, make_scene
 from dataset.transforms import normalise
 from networks.rcca import RCCAModule
-from utils.criterion import CriterionDSN, upsample
+from utils.arguments import ArgumentParser
+from utils.criterion import upsample
 
 _SIZE = 96
 _SCENES = {"training": 1600, "test": 300}
@@ -45,7 +46,7 @@ class ShallowNetwork(nn.Module):
 
 
 def make_scenes(split: int, count: int) -> tuple[list[Scene], Tensor, Tensor]:
-    """Scenes, their images [count, 3, 96, 96] and labels [count, 96, 96], void but on bus and truck."""
+    """Scenes, their images [count, 3, 96, 96] and labels [count, 96, 96], which are void except on bus and truck."""
     train_ids = train_id_table()
     scenes = [make_scene(_SIZE, _SIZE, np.random.default_rng([split, number])) for number in range(count)]
     images = torch.from_numpy(np.stack([normalise(scene.image) for scene in scenes]))
@@ -54,7 +55,7 @@ def make_scenes(split: int, count: int) -> tuple[list[Scene], Tensor, Tensor]:
 
 
 def reach_without_attention() -> int:
-    """How far, in pixels, an input pixel can be from an output pixel that depends on it, for R=0: by derivatives."""
+    """The largest distance, in pixels, of an input pixel that an output depends on, for R=0; found by gradients."""
     network = ShallowNetwork(0).eval()
     reach = 0
     for position in range(_SIZE // 2 - 8, _SIZE // 2 + 8):
@@ -67,7 +68,7 @@ def reach_without_attention() -> int:
 
 
 def out_of_reach(scene: Scene, reach: int) -> np.ndarray:
-    """bool [96, 96]: pixels of the vehicle from which the whole sign is farther than `reach`."""
+    """bool [96, 96]: the pixels of the vehicle that are farther than `reach` from the whole sign."""
     rows, columns = np.mgrid[:_SIZE, :_SIZE]
     sign, vehicle = scene.sign, scene.vehicle
     distance = np.maximum(
@@ -78,14 +79,13 @@ def out_of_reach(scene: Scene, reach: int) -> np.ndarray:
 
 
 def train(network: ShallowNetwork, images: Tensor, labels: Tensor, steps: int, batch_size: int) -> None:
-    criterion = CriterionDSN(IGNORE_LABEL)
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
     generator = torch.Generator().manual_seed(0)
     network.train()
     for _ in range(steps):
         chosen = torch.randint(len(images), (batch_size,), generator=generator)
-        loss = criterion.main_loss(network(images[chosen]), labels[chosen])
+        loss = F.cross_entropy(network(images[chosen]), labels[chosen], ignore_index=IGNORE_LABEL)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -94,7 +94,7 @@ def train(network: ShallowNetwork, images: Tensor, labels: Tensor, steps: int, b
 
 @torch.no_grad()
 def accuracy(network: ShallowNetwork, images: Tensor, labels: Tensor, counted: Tensor) -> float:
-    """Part of the counted pixels for which the right one of bus and truck has the larger logit."""
+    """Fraction of the counted pixels for which the right one of bus and truck has the larger logit."""
     network.eval()
     right = 0
     for batch in torch.arange(len(images)).split(50):
@@ -126,7 +126,7 @@ def plot(results: dict[int, list[float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Accuracy on objects told by far context, for R = 0, 1, 2.")
+    parser = ArgumentParser("Accuracy on objects told by far context, for R = 0, 1, 2.")
     parser.add_argument("--steps", type=int, default=400, help="training steps of each network")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=1, help="networks trained for each R")

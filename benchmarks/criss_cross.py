@@ -2,17 +2,18 @@
 
     python -m benchmarks.criss_cross [--device cuda] [--threads 1 2] [--dtypes float32 bfloat16] [--sizes 97x97] ...
 
-Everything in a row is measured in one process, the contenders taking turns; the numbers are medians in milliseconds.
-They are: this project's operator; the two usual forms in plain PyTorch, batched matrix products (CCNet's own pure
-PyTorch version) and einsum (mmcv's), each also under torch.compile, and batched products written for channels_last;
-and the limit, which is the time that the same multiply-adds take at the machine's peak. (The limit leaves out that our
-backward makes the energies anew.) On the CPU the peak is the fastest run, in the same turns, of a loop that keeps all
-operands in registers (peak.py); without a C++ compiler there is no limit. On a GPU, where times are those between
-CUDA events, it is the rate of a large product or a 1x1 convolution, and the limit is no less than the time to move
-inputs and results once at the rate of a large copy; and float32 is not TF32 for anybody. Full non-local attention is
-another function and stands there for its cost; PyTorch has no fused kernel for it on the CPU where query and value
-differ in channels.
-Where a contender's result or a gradient differs from ours, the run ends.
+All numbers of a row are measured in one process, in turns, and are medians in milliseconds. The contenders are: this
+project's operator; the two usual forms in plain PyTorch, batched matrix products (CCNet's own pure PyTorch version) and
+einsum (mmcv's), each also under torch.compile; batched products written for channels_last; and the limit, the time of
+the same multiply-adds at the machine's peak rate. (It does not include that our backward pass recomputes the energies.)
+
+On the CPU the peak rate is that of the fastest run, in the same turns, of a loop that keeps all operands in registers
+(peak.py); without a C++ compiler there is no limit. On a GPU, where times are taken between CUDA events, it is the rate
+of a large matrix product or 1x1 convolution, and the limit is at least the time to move inputs and results once at the
+rate of a large copy; no contender uses TF32. Full non-local attention, another function, is listed for its cost;
+PyTorch has no fused kernel for it on the CPU if query and value have different channels.
+
+If a result or gradient of a contender differs from ours, the run ends.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cc_attention import criss_cross_attention
+from utils.arguments import ArgumentParser
 
 from . import peak
 from .measuring import (
@@ -42,7 +44,7 @@ from .measuring import (
 )
 
 CHANNELS = (64, 512)  # of query and key, and of value: the network's
-# Norm of the difference over the norm that contenders may have
+# Largest norm of the difference over the norm
 AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -51,7 +53,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def bmm_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Columns and rows as batches of matrices; the pixel itself is masked in its column by adding -inf."""
+    """Columns and rows as batches of matrices; in its column the pixel itself is masked with -inf."""
     n, _, h, w = query.shape
 
     def columns(x: Tensor) -> Tensor:  # [N*W, C, H]
@@ -73,7 +75,7 @@ def bmm_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def bmm_channels_last_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same for channels_last tensors: with a batch of one, no operand is copied."""
+    """The same for channels_last tensors: with a batch size of 1 no operand is copied."""
     n, _, h, w = query.shape
 
     def columns(x: Tensor) -> Tensor:  # [N*W, H, C]
@@ -94,7 +96,7 @@ def bmm_channels_last_attention(query: Tensor, key: Tensor, value: Tensor) -> Te
 
 
 def einsum_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same with einsum on the images as they are."""
+    """The same with einsum, without reshaping the images."""
     h = query.shape[2]
     self_mask = torch.diag(torch.full((h,), float("-inf"), dtype=query.dtype, device=query.device))
     column_energy = torch.einsum("nchw,nciw->nwhi", query, key) + self_mask
@@ -140,9 +142,9 @@ class Case:
         self.upstream = images(cv, 1.0)
         pixels, path = size[0] * size[1], size[0] + size[1] - 1
         self.map_bytes = pixels * path * 4
-        # Multiplications and additions: energies and weighted values; and the gradients of both factors of each
+        # Multiplications and additions. Forward: energies, weighted values. Backward: gradients of both factors of each
         self.flops = {"forward": 2 * pixels * path * (c + cv), "forward+backward": 6 * pixels * path * (c + cv)}
-        # Inputs read and results written once, in the forward; and in the backward, of twice as many
+        # Inputs read once and results written once: backward, twice as many as forward
         once = 2 * pixels * (c + cv) * dtype.itemsize
         self.fewest_bytes = {"forward": once, "forward+backward": 3 * once}
 
@@ -160,7 +162,7 @@ class Case:
         return lambda: self.forward_and_backward(attention)
 
     def check(self, contenders: dict[str, Attention], dtype: torch.dtype) -> None:
-        """All contenders' results and gradients agree."""
+        """End the run unless the results and gradients of all contenders agree."""
         names = ("result", "gradient of query", "gradient of key", "gradient of value")
         expected = self.forward_and_backward(criss_cross_attention)
         for contender, attention in contenders.items():
@@ -171,7 +173,7 @@ class Case:
 
 
 def matrix_products(dtype: torch.dtype, device: str) -> dict[str, tuple[Work, int]]:
-    """What the limit of a GPU is taken from, each with its multiplications and additions."""
+    """Works that measure a GPU's peak rate, with their numbers of multiplications and additions."""
     if device == "cpu":
         return {}
     image = torch.randn(1, 576, 97, 97).to(device, dtype).contiguous(memory_format=torch.channels_last)
@@ -185,7 +187,7 @@ def matrix_products(dtype: torch.dtype, device: str) -> dict[str, tuple[Work, in
 
 
 def large_copies(device: str) -> dict[str, tuple[Work, int]]:
-    """What the limit of a GPU is taken from too, with the bytes read and written."""
+    """Works that measure a GPU's memory bandwidth, with the bytes that they read and write."""
     if device == "cpu":
         return {}
     x = torch.zeros(2**28, dtype=torch.uint8, device=device)
@@ -193,7 +195,7 @@ def large_copies(device: str) -> dict[str, tuple[Work, int]]:
 
 
 def cpu_peak(dtype: torch.dtype, device: str) -> peak.Peak | None:
-    """What the limit of a CPU is taken from. None on a GPU and, as main() says, without a compiler."""
+    """The work that measures a CPU's peak rate. None on a GPU, and without a compiler, which main() reports."""
     if device != "cpu":
         return None
     try:
@@ -210,7 +212,7 @@ def limit_in_ms(
     products: dict[str, tuple[Work, int]],
     copies: dict[str, tuple[Work, int]],
 ) -> float | None:
-    """The least milliseconds at the rates measured, `ms` being those of products and copies; None if there are none."""
+    """The limit at the measured rates; `ms` has the times of products and copies. None if nothing was measured."""
     if loop is not None:
         return 1e3 * case.flops[what] / (2 * loop.rate)
     times = [case.flops[what] / max(flops / ms[name] for name, (_, flops) in products.items())] if products else []
@@ -222,14 +224,14 @@ def limit_in_ms(
 
 
 def peak_extra_bytes(case: Case, attention: Attention) -> int:
-    """Most memory that forward and backward hold beyond inputs, result and gradients. On the CPU, once in a process."""
+    """Peak memory of forward and backward beyond inputs, result and gradients. On the CPU, call it once per process."""
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         in_use = torch.cuda.memory_allocated()
         results = case.forward_and_backward(attention)
         return torch.cuda.max_memory_allocated() - in_use - sum(x.numel() * x.element_size() for x in results)
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_bytes("VmRSS")
     results = case.forward_and_backward(attention)
     return _status_bytes("VmHWM") - before - sum(x.numel() * x.element_size() for x in results)
@@ -252,7 +254,7 @@ def peak_extra_in_a_new_process(name: str, size: tuple[int, int], dtype_name: st
 
 
 def time_non_local(case: Case, what: str, seconds: float) -> str:
-    """Milliseconds, or "-" where its map of every pixel with every pixel is beyond 2 GB (it is held several times)."""
+    """Milliseconds, or "-" if its map of all pairs of pixels exceeds 2 GB (it is in memory several times)."""
     pixels = case.value.shape[2] * case.value.shape[3]
     if pixels**2 * case.value.element_size() > 2e9:
         return "-"
@@ -262,7 +264,7 @@ def time_non_local(case: Case, what: str, seconds: float) -> str:
 def time_rows(args: argparse.Namespace) -> Iterable[list[str]]:
     for size, dtype_name, layout, threads in itertools.product(args.sizes, args.dtypes, args.layouts, args.threads):
         torch.set_num_threads(threads)
-        torch._dynamo.reset()  # compiled code is for one number of threads and one shape
+        torch._dynamo.reset()  # code is compiled for one number of threads and one shape
         dtype = DTYPES[dtype_name]
         case = Case(size, dtype, layout, args.device)
         contenders = dict(CONTENDERS)
@@ -336,15 +338,15 @@ def sides(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Criss-cross attention beside plain PyTorch and the machine's limit.")
+    parser = ArgumentParser("Criss-cross attention beside plain PyTorch and the machine's limit.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--sizes", type=sides, nargs="+", default=[(97, 97), (128, 256)], metavar="HxW")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--layouts", nargs="+", default=["channels_last", "NCHW"], choices=["channels_last", "NCHW"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=4, help="spent on one contender at most, but for one run")
-    parser.add_argument("--fresh-memory", action="store_true", help="leave the C library's handling of memory as it is")
+    parser.add_argument("--seconds", type=float, default=4, help="limit for one contender, which runs at least once")
+    parser.add_argument("--fresh-memory", action="store_true", help="do not make the C library keep freed memory")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     parser.add_argument("--no-non-local", dest="non_local", action="store_false", help="leave out non-local attention")
     parser.add_argument("--scaling", type=int, nargs="*", default=[32, 64, 96, 128, 192, 256], help="sides of squares")

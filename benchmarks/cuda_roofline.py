@@ -1,30 +1,28 @@
-"""What criss-cross attention asks of a GPU's memory and tensor cores, counted without a GPU, beside other forms.
+"""Memory traffic and tensor-core work of criss-cross attention on a GPU, counted without a GPU, beside other forms.
 
     python -m benchmarks.cuda_roofline [--cases 2x97x97 8x97x97 1x128x256]
 
-These are counts, and not times: no GPU is used, but the packages of tests/requirements.txt and CUDA's headers are.
-What is counted, for the network's channels (query and key 64, value 512), bfloat16, channels_last, forward and backward
-each:
+These are counts, not times. No GPU is needed, but the packages of tests/requirements.txt and CUDA's headers are.
+Counted for the network's channels (query and key 64, value 512), bfloat16, channels_last, forward and backward each:
 
-- ours: the CUDA kernels' own source runs in the emulator (tests/cuda_emulator), on all images at full size. It counts
-  the bytes that warps ask of global memory (what several lanes of a warp ask for, once), the sectors of 32 bytes that
-  hold them, conflicts of shared memory's banks, and mma.m16n8k16 instructions.
-- fewest: every input read once and every output written once. Forward: query, key, value; out, and the largest energy
-  and the sum of the softmax (float32) of each pixel. Backward: these six and the gradient of out; three gradients.
-- bmm: the usual form in plain PyTorch (benchmarks/criss_cross.py), run on tensors without data. Every ATen operator
-  that is no view reads its inputs once and writes its outputs once: the fewest bytes that the form can move. Copies
-  that an operator makes inside (bmm, of operands in which neither matrix dimension is dense) are not in it.
+- ours: the source of the CUDA kernels runs in the emulator (tests/cuda_emulator), on all images at full size. It counts
+  the bytes that warps access in global memory (what several lanes of a warp access counts once), the 32-byte sectors
+  that hold them, bank conflicts of shared memory, and mma.m16n8k16 instructions.
+- fewest: every input read once and every output written once. Forward: query, key, value; out, and for each pixel the
+  largest energy and the sum of the softmax (float32). Backward: these six and the gradient of out; three gradients.
+- bmm: the usual form in plain PyTorch (benchmarks/criss_cross.py), run on tensors without data. Every ATen operator but
+  views reads its inputs once and writes its outputs once, the least that this form can move. Copies inside an operator
+  (bmm makes them of operands in which neither matrix dimension is dense) are not counted.
 - original: the scheme of CCNet's CUDA operators of 2018, float32 and NCHW (original_scheme.cu), with PyTorch's softmax
-  and zeros. A few channels of one image are emulated: bytes grow exactly as channels and images do, and sectors nearly
-  so (where in a sector an image begins differs). "As written", a thread reads and writes its element of the result at
-  every step of its loop. nvcc 13 leaves that so in some loops, and in others keeps the sum in a register and only
-  writes: "sums in registers" is all loops doing so. Caches serve most of what these threads ask for, so it says nothing
-  about time; "every tensor once" is what the scheme moves with perfect caches.
+  and zeros. A few channels of one image are emulated. Bytes are proportional to channels and images, and sectors nearly
+  so (images begin at different places of a sector). "As written": a thread reads and writes its element of the result
+  in every step of its loop. nvcc 13 compiles some loops like that, and in others keeps the sum in a register and only
+  writes; "sums in registers": all loops do so. Caches serve most of these accesses, so the counts say nothing about
+  time; "every tensor once" is what the scheme moves with perfect caches.
 
-The last table holds ours against the targets that this project set itself.
+The last table compares ours with the targets of this project.
 """
 
-import argparse
 import ctypes
 import importlib
 import math
@@ -43,8 +41,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.criss_cross import CHANNELS, bmm_attention, print_table
 from cc_attention import native
+from utils.arguments import ArgumentParser
 
-# The emulator belongs to the tests. It registers operators, once in a process: so it is imported by the tests' name.
+# The emulator belongs to the tests. It may register operators only once in a process, so the module must have the name
+# that the tests import it by.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 emulation = importlib.import_module("emulation")
 
@@ -76,7 +76,7 @@ class Case(NamedTuple):
         return f"{self.images}x{CHANNELS[1]}x{self.height}x{self.width}"
 
     def tensors(self, dtype: torch.dtype, layout: torch.memory_format, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """query, key, value; numbers do not matter to counts."""
+        """query, key and value; zeros, since counts do not depend on the numbers."""
         c, cv = CHANNELS
         query, key, value = (
             torch.zeros(self.images, channels, self.height, self.width, dtype=dtype, device=device)
@@ -87,7 +87,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one pass; None is what is not counted, or not used."""
+    """Counts of one pass; None if not counted, or not applicable."""
 
     bytes: float
     flops: float  # multiplications and additions
@@ -131,7 +131,7 @@ def count_ours(case: Case) -> dict[str, Counts]:
 def fewest(case: Case) -> dict[str, Counts]:
     """The least that any implementation moves, and the multiplications of the definition.
 
-    The backward has no weights and makes the energies anew.
+    The backward pass is not given the weights, and computes the energies again.
     """
     c, cv = CHANNELS
     pixels, path = case.images * case.height * case.width, case.height + case.width - 1
@@ -146,7 +146,7 @@ def fewest(case: Case) -> dict[str, Counts]:
 
 
 def tensor_bytes(x: Tensor) -> int:
-    """What x has in memory: an expanded dimension is there once."""
+    """Bytes of x in memory, where an expanded dimension counts once."""
     return x.element_size() * math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
 
 
@@ -201,7 +201,7 @@ def _original_library() -> ctypes.CDLL:
 
 
 def emulate_original(kernel: str, a: Tensor, b: Tensor, out: Tensor) -> ctypes.Structure:
-    """Adds the kernel's result into out; gives the emulator's counters. Tensors are float32 and contiguous."""
+    """Run a kernel in the emulator, which adds its result to out. Returns counters. Tensors: float32, contiguous."""
     counters = emulation.Counters()
     number = ORIGINAL_KERNELS.index(kernel)
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in (a, b, out))
@@ -215,7 +215,7 @@ def _zeros(*shape: int, like: Tensor) -> Tensor:
 
 
 def original_forward(run: RunKernel, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """out, and the weights [N, H+W-1, H, W] that the backward wants."""
+    """out, and the weights [N, H+W-1, H, W] that the backward pass needs."""
     n, _, h, w = query.shape
     weight = run("affinity", query, key, _zeros(n, h + w - 1, h, w, like=query)).softmax(1)
     return run("aggregation", weight, value, _zeros(*value.shape, like=value)), weight
@@ -234,9 +234,9 @@ def original_backward(
 
 
 class OriginalTraffic(TensorTraffic):
-    """The same for the original's scheme, with what its kernels' warps ask for beside what PyTorch's operators move.
+    """TensorTraffic of the original's scheme: what PyTorch's operators move and what the warps of its kernels access.
 
-    The kernels do not run: one image's counts are multiplied by images and channels.
+    Its kernels are emulated once, for one image; their counts are multiplied by the numbers of images and channels.
     """
 
     def __init__(self, height: int, width: int):
@@ -272,8 +272,8 @@ class OriginalTraffic(TensorTraffic):
             whole = None if sectors is None else sectors + self.bytes / SECTOR
             return Counts(self.bytes + bytes_, self.flops, False, self.operators, whole)
 
-        # Stores are as many as loads of the result. With sums in registers those go, and loads + stores are as many as
-        # all loads were.
+        # There are as many stores as loads of the result. With sums in registers there are none of the latter, so loads
+        # and stores together are as many as all loads as written.
         return {
             "original, as written": counts(self.loads + self.stores, self.load_sectors + self.store_sectors),
             "original, sums in registers": counts(self.loads, self.load_sectors),
@@ -324,7 +324,7 @@ def count_rows(results: Results) -> Iterable[list[str]]:
 
 
 def floor(gpu: Gpu, counts: Counts) -> str:
-    """Microseconds of moving the bytes or of multiplying, at the GPU's full rates: the longer."""
+    """Microseconds to move the bytes or to multiply at the GPU's full rates, whichever is longer."""
     memory = 1e6 * counts.bytes / gpu.bandwidth
     products = 1e6 * counts.flops / (gpu.bfloat16 if counts.on_tensor_cores else gpu.float32)
     return f"{max(memory, products):,.1f} ({'bytes' if memory > products else 'products'})"
@@ -356,7 +356,7 @@ def case_of(text: str) -> Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What criss-cross attention asks of a GPU, counted without one.")
+    parser = ArgumentParser("What criss-cross attention asks of a GPU, counted without one.")
     default = [Case(2, 97, 97), Case(8, 97, 97), Case(1, 128, 256)]
     parser.add_argument("--cases", type=case_of, nargs="+", default=default, metavar="NxHxW")
     args = parser.parse_args()

@@ -2,12 +2,12 @@
 
     python -m benchmarks.inplace_abn [--threads 1 2] [--dtypes float32 bfloat16] [--sizes 2x512x97x97 ...]
 
-Everything in a row is measured in one process, the contenders taking turns; the numbers are medians in milliseconds, in
-training, with weight and bias. They are: InPlaceABN with leaky_relu; nn.BatchNorm2d followed by F.leaky_relu, the same
-with the activation in place, and the first under torch.compile; and the limit, which is the time that copying the bytes
-takes that must move: x is read and z written; backward, z and its gradient are read and that of x written. (It leaves
-out that statistics need a pass of their own over what is larger than the cache, each way.) Before each run x, which
-stands for the output of a convolution, is filled anew, which is not timed. Where a contender's result or a gradient
+All numbers of a row are measured in one process, in turns, and are medians in milliseconds, in training, with weight
+and bias. The contenders are: InPlaceABN with leaky_relu; nn.BatchNorm2d followed by F.leaky_relu, the same with the
+activation in place, and the first under torch.compile; and the limit, the time to copy as many bytes as must be moved:
+forward, x is read and z written; backward, z and its gradient are read and that of x is written. (It does not include
+that in each direction statistics need another pass over tensors larger than the cache.) Before each run x, which
+stands for the output of a convolution, is filled again, which is not timed. If a result or gradient of a contender
 differs from ours, the run ends.
 
 Memory is what the forward pass keeps for the backward pass, counted by torch.autograd.graph.saved_tensors_hooks.
@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from libs import ABN, InPlaceABN
 from networks import build_model
+from utils.arguments import ArgumentParser
 
 from .measuring import DTYPES, begin_under_steady_conditions, print_machine, print_table, take_turns
 
-# Norm of the difference over the norm that contenders may have. It is that of a few elements, where y is so near to 0
-# that its sign, and with it the derivative, is a matter of rounding.
+# Largest norm of the difference over the norm. It comes from few elements, for which y is so near to 0 that rounding
+# decides over its sign and thus the derivative.
 AGREEMENT = {torch.float32: 3e-3, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 Size = tuple[int, int, int, int]
 
@@ -58,7 +59,7 @@ CONTENDERS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class _Source(torch.autograd.Function):
-    """Gives x as if it had been computed: not a leaf, and its memory may be written to."""
+    """Returns x like the result of an operation: it is not a leaf, and may be overwritten."""
 
     @staticmethod
     def forward(ctx: Any, number: Tensor, case: "Case") -> Tensor:
@@ -88,7 +89,7 @@ class Case:
         self.parameters = torch.randn(2, size[1])
 
     def norm(self, kind: Callable[[int], nn.Module]) -> nn.Module:
-        """Batch norm of that kind with the case's bias and weight, which is positive."""
+        """A batch norm of that kind with the bias and the positive weight of the case."""
         norm = kind(self.x.shape[1])
         added = norm.eps if isinstance(norm, ABN) else 0.0
         with torch.no_grad():
@@ -115,7 +116,7 @@ class Case:
         return lambda: self.forward_and_backward(norm, run)
 
     def check(self, contenders: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]], dtype: torch.dtype) -> None:
-        """All contenders' results and gradients agree with those of the first."""
+        """End the run unless the results and gradients of all contenders agree with those of the first."""
         results = {}
         for name, (norm, run) in contenders.items():
             self.prepare()
@@ -129,13 +130,13 @@ class Case:
                     raise SystemExit(f"{contender}: {name} differs by {difference:.1e}: no times are printed")
 
 
-COPIES = {"forward": 1.0, "forward+backward": 2.5}  # of a tensor: one is read and one is written
+COPIES = {"forward": 1.0, "forward+backward": 2.5}  # of a tensor, each of which reads one and writes one
 
 
 def time_rows(args: argparse.Namespace) -> Iterable[list[str]]:
     for size, dtype_name, layout, threads in itertools.product(args.sizes, args.dtypes, args.layouts, args.threads):
         torch.set_num_threads(threads)
-        torch._dynamo.reset()  # compiled code is for one number of threads and one shape
+        torch._dynamo.reset()  # code is compiled for one number of threads and one shape
         case = Case(size, DTYPES[dtype_name], layout)
         contenders: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {}
         for name, kind in {"ours": InPlaceABN, **CONTENDERS}.items():
@@ -164,7 +165,7 @@ def time_rows(args: argparse.Namespace) -> Iterable[list[str]]:
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that the forward pass keeps for the backward pass: parameters and x left out, each memory counted once."""
+    """Bytes that the forward pass keeps for the backward pass, without parameters and x; shared memory counts once."""
     not_counted = {tensor.untyped_storage().data_ptr() for tensor in (x, *model.parameters())}
     saved: dict[int, int] = {}
 
@@ -175,13 +176,13 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = model(x)  # lives until the end, and with it what is saved: no memory is used twice
+        out = model(x)  # keeps what is saved alive until the end, so that no memory is reused
     del out
     return sum(saved.values())
 
 
 class BatchNormReluInPlace(nn.Module):
-    """What stands for activated batch norm in the plain network."""
+    """The plain network's replacement for activated batch norm."""
 
     def __init__(self, abn: ABN):
         super().__init__()
@@ -238,17 +239,17 @@ def size(text: str) -> Size:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="In-place activated batch norm beside plain PyTorch and the limit.")
+    parser = ArgumentParser("In-place activated batch norm beside plain PyTorch and the limit.")
     sizes = [(2, 512, 97, 97), (2, 256, 193, 193)]
     parser.add_argument("--sizes", type=size, nargs="+", default=sizes, metavar="NxCxHxW")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--layouts", nargs="+", default=["channels_last", "NCHW"], choices=["channels_last", "NCHW"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--seconds", type=float, default=4, help="spent on one contender at most, but for one run")
-    parser.add_argument("--fresh-memory", action="store_true", help="leave the C library's handling of memory as it is")
+    parser.add_argument("--seconds", type=float, default=4, help="limit for one contender, which runs at least once")
+    parser.add_argument("--fresh-memory", action="store_true", help="do not make the C library keep freed memory")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
-    parser.add_argument("--network-side", type=int, default=385, help="of the images for the network's memory")
+    parser.add_argument("--network-side", type=int, default=385, help="side of the images for the network's memory")
     args = parser.parse_args()
     begin_under_steady_conditions("cpu", args.fresh_memory)
     print_machine("cpu", "InPlaceABN, leaky_relu")

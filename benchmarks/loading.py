@@ -2,15 +2,14 @@
 
     python -m benchmarks.loading [--data-dir YOUR_CS_PATH]
 
-The peers do what the original does, in its order: decode image and label, map the labels, resize both whole, subtract
-the mean from the whole, pad, crop, mirror. One maps labels as the original does, by a comparison a label; the other by
-a table, as this project does. All draw the same crops and must give the same samples, or nothing is printed.
+The other contenders work in the order of the original: decode image and label, map the labels, resize both, subtract
+the mean, pad, crop, mirror. One maps labels as the original does, with one comparison for each label; the other with a
+table, as this project does. All draw the same crops and must give the same samples, otherwise the run ends.
 
-Without Cityscapes, images are generated: 1024x2048 PNGs with noise that brings them to about the size of
-Cityscapes' files, 2.3 MB, since decoding time depends on it.
+Without Cityscapes, images are generated: 1024x2048 PNGs, with noise so that their files have about the size of
+Cityscapes' files, 2.3 MB, on which the decoding time depends.
 """
 
-import argparse
 import platform
 import tempfile
 import time
@@ -26,6 +25,7 @@ from dataset import Item, TrainingSet, scan
 from dataset.labels import LABELS, train_id_table
 from dataset.scenes import make_scene
 from dataset.transforms import IMAGE_MEAN, draw_crop
+from utils.arguments import ArgumentParser
 
 _CROP = (769, 769)
 _SEED = 0
@@ -100,10 +100,10 @@ def generate(folder: Path, count: int) -> list[Item]:
 
 
 def check_same(loaders: dict[str, Loader], items: list[Item]) -> None:
-    """All loaders give the same samples.
+    """End the run unless all loaders give the same samples.
 
-    Up to one grey level and, for labels, up to a pixel in a hundred: OpenCV's nearest pixel falls to either side
-    where the exact position is a whole number.
+    Images may differ by one grey level, and labels in 1 % of the pixels: where the exact position is a whole number,
+    OpenCV may take the pixel before it.
     """
     for index, item in enumerate(items):
         samples = [load(item, (0, index)) for load in loaders.values()]
@@ -113,7 +113,7 @@ def check_same(loaders: dict[str, Loader], items: list[Item]) -> None:
 
 
 def measure(loaders: dict[str, Loader], items: list[Item], epochs: int) -> dict[str, list[float]]:
-    """Seconds of each sample, the loaders taking turns."""
+    """Seconds for each sample; the loaders take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in loaders}
     for epoch in range(epochs):
         for index, item in enumerate(items):
@@ -125,7 +125,7 @@ def measure(loaders: dict[str, Loader], items: list[Item], epochs: int) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Samples/s of one data-loading worker.")
+    parser = ArgumentParser("Samples/s of one data-loading worker.")
     parser.add_argument("--data-dir", type=Path, help="Cityscapes; images are generated if not given")
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=15, help="how many crops of each image")

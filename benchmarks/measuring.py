@@ -1,4 +1,4 @@
-"""What the benchmarks of operators share: turns, steady conditions, tables."""
+"""Shared by the benchmarks: measuring in turns, steady conditions, tables."""
 
 import os
 import platform
@@ -16,20 +16,20 @@ from cc_attention import native
 Work = Callable[[], object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-# Each thread stays on a CPU: otherwise two of them share one at times, for a second on end.
+# Pins each thread to a CPU. Otherwise two of them sometimes share one, for a second at a time.
 STEADY_THREADS = {"OMP_PROC_BIND": "true"}
-# The C library keeps what is freed. Otherwise every large tensor is fresh memory, and what that costs depends on the
-# virtual machine's host and on who ran before: up to as long again as the work.
+# Makes the C library keep freed memory. Otherwise every large tensor is new memory, whose cost depends on the host of a
+# virtual machine and on what ran before, and can double the time.
 STEADY_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"}
-# How long a GPU is kept busy before what is measured: some 20 ms, in which Python queues the work. Otherwise the GPU
-# waits for Python between small kernels, and the time is Python's.
+# Keeps the GPU busy for about 20 ms before a measurement, while Python queues the work. Otherwise the GPU would wait
+# for Python between small kernels.
 CYCLES_AHEAD = 40_000_000
 
 
 def begin_under_steady_conditions(device: str, fresh_memory: bool) -> None:
-    """Begin the process anew under these conditions, which are read when it starts, if it is not under them.
+    """Restart the process with the environment variables for steady conditions, unless it already has them.
 
-    On a GPU float32 is not TF32.
+    On a GPU, turn off TF32 instead.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: there is no GPU")
@@ -43,7 +43,7 @@ def begin_under_steady_conditions(device: str, fresh_memory: bool) -> None:
 
 
 def milliseconds(work: Work, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """What one call takes by a clock that gives seconds; on a GPU, between CUDA events around work queued ahead."""
+    """The time of one call, by a clock in seconds; on a GPU the time between CUDA events around queued work."""
     if device == "cpu":
         begin = clock()
         work()
@@ -65,10 +65,14 @@ def take_turns(
     prepare: Work = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median milliseconds of each, in turns. What would take longer than `seconds` is run as often as that allows.
+    """Median milliseconds of each work, measured in turns.
 
-    Every turn begins with another: none always finds its inputs in the cache, or never.
-    `prepare` is called before each, and not timed.
+    The order rotates, so that no work always, or never, finds its inputs in the cache.
+
+    Args:
+        repeats: number of turns.
+        seconds: a work that has taken longer than this in total is left out of further turns.
+        prepare: called before each work, and not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     order = deque(works.items())

@@ -1,9 +1,9 @@
-"""The most multiply-adds a second that this CPU makes: of a loop (peak.cpp) whose operands all stay in registers.
+"""The peak rate of multiply-adds of this CPU, measured with a loop (peak.cpp) whose operands all stay in registers.
 
-It multiplies with the instructions of the native kernels: of the instruction set that they use, and of bfloat16 by
-pairs where they do so (AVX512-BF16); other numbers of 16 bits count as float32, to which the kernels widen them. Units
-that the kernels do not use, such as AMX, are not measured. The loop is compiled when it is first wanted, with the
-compiler that CXX names or c++, and runs in PyTorch's own threads.
+The loop uses the instructions of the native kernels: those of their instruction set and, with AVX512-BF16, products of
+pairs of bfloat16. Other 16-bit numbers count as float32, to which the kernels convert them. Units that the kernels do
+not use, such as AMX, are not measured. The loop is compiled on first use, with the compiler that CXX names or c++, and
+runs in PyTorch's threads.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ class _Run(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled loops, of all instruction sets. Raises NoCompiler."""
+    """The compiled loops for all instruction sets. Raises NoCompiler if there is no compiler."""
     command = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(command[0]) is None:
         raise NoCompiler(f"the limit is left out: it needs a C++ compiler, and there is no program {command[0]} (CXX)")
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL:
 
 
 def loop_name(dtype: torch.dtype) -> str:
-    """The loop that multiplies as the kernels do. Raises RuntimeError where CCNET_CPU_CAPABILITY is beyond this CPU."""
+    """The name of the loop for a dtype. Raises RuntimeError if CCNET_CPU_CAPABILITY is beyond this CPU."""
     capability = native.cpu_capability()
     if capability == "avx512_bf16" and dtype != torch.bfloat16:
         capability = "avx512"
@@ -59,9 +59,9 @@ def loop_name(dtype: torch.dtype) -> str:
 
 
 class Peak:
-    """A call runs the loop once on each of PyTorch's threads.
+    """Runs the loop once on each of PyTorch's threads when called.
 
-    `multiply_adds` are those of the last run on all threads, `rate` those a second of the fastest run so far.
+    `multiply_adds` is the number of the last call, over all threads; `rate` is that of the fastest call, per second.
     """
 
     def __init__(self, dtype: torch.dtype, iterations: int = ITERATIONS):

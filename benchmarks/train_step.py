@@ -3,19 +3,18 @@
     python -m benchmarks.train_step [--parts step evaluation ohem] [--backbone resnet101] [--crops 193 385] ...
 
 Ours is what train.py and evaluate.py run. The plain form is the original's in plain PyTorch: attention as batched
-matrix products, nn.BatchNorm2d and ReLU (in place where the original has it so), NCHW, tiles one after the other
-through the whole network with its auxiliary head, OHEM on the host with NumPy and SciPy, the loss read in every step.
-bfloat16 is torch.autocast for both, and ours has its logits in float32. All times in a row are measured in one process,
-the contenders taking turns, and are medians. (Where other work runs on the machine, --threads 1 --cpu-time gives
-steadier ones.)
+matrix products, nn.BatchNorm2d and ReLU (in place as in the original), NCHW, one tile at a time through the whole
+network including the auxiliary head, OHEM on the host with NumPy and SciPy, and the loss read in every step. bfloat16
+is torch.autocast for both; our logits are float32. All times of a row are measured in one process, in turns, and are
+medians. (If other work runs on the machine, --threads 1 --cpu-time gives steadier numbers.)
 
-- step: forward, loss, backward and the step of SGD, with --ohem by the criterion with OHEM.
-- evaluation: one image by sliding window, its logits at full resolution.
+- step: forward, loss, backward and the update of SGD; with --ohem the loss is that with OHEM.
+- evaluation: one image by sliding window, with logits at full resolution.
 - ohem: forward and backward of the criterion alone, from logits at an eighth of the crop.
 
-Before anything is timed, losses, logits and gradients (without dropout) of all contenders are compared; where one
-differs, the run ends. Memory is the peak beyond what is there before, weights and images: of two training steps (with
-gradients and the optimiser's buffers), or of one evaluation, on the CPU each in a process of its own.
+Before the timing, losses, logits and gradients (without dropout) of all contenders are compared, and the run ends if
+they differ. Memory is the peak beyond weights and images: of two training steps (with gradients and the optimiser's
+buffers), or of one evaluation; on the CPU each is measured in a new process.
 """
 
 import argparse
@@ -42,6 +41,7 @@ from cc_attention import CrissCrossAttention
 from libs import to_batchnorm
 from networks import BACKBONES, BatchDropout2d, CCNet, NetworkConfig, PredictionNetwork, build_model
 from networks.resnet import BasicBlock, Bottleneck
+from utils.arguments import ArgumentParser
 from utils.criterion import AUXILIARY_WEIGHT, CriterionDSN, CriterionOhemDSN
 from utils.inference import sliding_predictor
 from utils.precision import in_mixed_precision
@@ -58,13 +58,13 @@ from .measuring import (
     take_turns,
 )
 
-# Norm of the difference over the norm that contenders may have, of results and of gradients. In bfloat16 the logits of
-# either differ from those in float64 by 0.06 and gradients by 0.2, which a hundred layers make of rounding. In float32
-# gradients differ by those of the few elements that are so near to 0 that their sign is a matter of rounding.
+# Largest norm of the difference over the norm, for results and for gradients. In bfloat16, rounding grows over a
+# hundred layers: both forms differ from float64 by 0.06 in the logits and 0.2 in gradients. In float32 the difference
+# comes from few elements that are so near to 0 that rounding decides over their sign.
 AGREEMENT = {torch.float32: (1e-3, 2e-2), torch.bfloat16: (0.1, 0.4)}
 CLASSES, VOID = 19, 255
 THRESHOLD, KEPT = 0.7, 100_000  # OHEM's, as recommended
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 1e-4  # a rate so low that random labels do no harm
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 1e-4  # low, since the labels are random
 KINDS = ("plain", "ours")
 Criterion = Callable[[list[Tensor], Tensor], Tensor]
 
@@ -73,7 +73,7 @@ Criterion = Callable[[list[Tensor], Tensor], Tensor]
 
 
 class PlainAttention(nn.Module):
-    """Criss-cross attention in plain PyTorch, with the convolutions and gamma of another."""
+    """Criss-cross attention in plain PyTorch, with the convolutions and gamma of a given module."""
 
     def __init__(self, attention: CrissCrossAttention):
         super().__init__()
@@ -85,7 +85,7 @@ class PlainAttention(nn.Module):
 
 
 def plain_network(backbone: str, recurrence: int) -> nn.Module:
-    """The network of torch's own modules, NCHW; the names in its state dict are those of `to_batchnorm`."""
+    """The network of torch's own modules, NCHW; its state dict has the names of `to_batchnorm`."""
     network = to_batchnorm(CCNet(NetworkConfig(backbone, recurrence=recurrence, num_classes=CLASSES)))
     network.head.cca = PlainAttention(network.head.cca)  # type: ignore[union-attr, arg-type]
     for module in list(network.modules()):
@@ -108,7 +108,7 @@ def plain_criterion(preds: list[Tensor], target: Tensor, ohem: bool = False) -> 
 
 
 def only_hard_pixels(probability: Tensor, target: Tensor) -> Tensor:
-    """The target [N, H, W] with void where the pixel is not hard: on the host."""
+    """The target [N, H, W] with void where the pixel is not hard; computed on the host."""
     on_host, labels = probability.detach().float().cpu().numpy(), target.cpu().numpy().copy()
     threshold = threshold_on_the_host(on_host, labels)
     valid = labels != VOID
@@ -129,7 +129,7 @@ def threshold_on_the_host(probability: np.ndarray, labels: np.ndarray) -> float:
 
 
 def plain_sliding_predictor(network: nn.Module, tile: int) -> Callable[[Tensor], Tensor]:
-    """As `sliding_predictor`, of an image that is no smaller than the tile."""
+    """Like `sliding_predictor`, for images no smaller than the tile."""
     stride = math.ceil(tile * 2 / 3)
 
     def starts(length: int) -> list[int]:
@@ -153,7 +153,7 @@ def plain_sliding_predictor(network: nn.Module, tile: int) -> Callable[[Tensor],
 
 
 def autocast(device: str, kind: str, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Of the plain form, around network and loss; ours has its own way, around the network."""
+    """For the plain form: autocast around network and loss. Ours has it around the network, by `mixed_precision`."""
     return torch.autocast(device, dtype, enabled=kind == "plain" and dtype != torch.float32)
 
 
@@ -164,8 +164,8 @@ def mixed_precision(network: nn.Module, device: str, dtype: torch.dtype) -> Call
 def random_network(args: argparse.Namespace, kind: str) -> nn.Module:
     """The network of that kind, always with the same weights.
 
-    No norm is what it begins as, and gamma is not 0. What blocks add to their shortcuts is small, as in a trained
-    network: otherwise a hundred layers would make of rounding in bfloat16 another result, whoever computes it.
+    Norms differ from their initial values, and gamma is not 0. What blocks add to their shortcuts is small, as in a
+    trained network; otherwise rounding in bfloat16 would grow over a hundred layers until results are arbitrary.
     """
     torch.manual_seed(0)
     ours = build_model(args.backbone, CLASSES, args.recurrence)
@@ -193,7 +193,7 @@ def random_images(args: argparse.Namespace, kind: str, *size: int) -> Tensor:
 
 
 def random_labels(args: argparse.Namespace, *size: int) -> Tensor:
-    """Labels in squares of 16 pixels, a part of them void; as data sets have it, bytes."""
+    """Random labels, uint8, in squares of 16 pixels, some of them void."""
     generator = torch.Generator().manual_seed(2)
     n, height, width = size
     labels = torch.randint(CLASSES + 1, (n, height // 16 + 1, width // 16 + 1), generator=generator)
@@ -208,7 +208,7 @@ def criterion_of(kind: str, ohem: bool) -> Criterion:
 
 
 class Training:
-    """A network in training on one batch, which it sees in every step."""
+    """A network in training, always on the same batch."""
 
     def __init__(self, args: argparse.Namespace, kind: str, crop: int, dtype: torch.dtype):
         self.device, self.kind, self.dtype = args.device, kind, dtype
@@ -240,7 +240,7 @@ class Training:
             loss.item()
 
     def results(self) -> dict[str, Tensor]:
-        """Of one forward and backward pass without dropout, of statistics that are the batch's."""
+        """Loss, logits and gradients of a forward and backward pass in training mode, without dropout."""
         for module in self.network.modules():
             if isinstance(module, nn.Dropout2d):
                 module.eval()
@@ -280,7 +280,7 @@ class Evaluation:
 
 @torch.no_grad()
 def learn_statistics(network: nn.Module, images: Tensor) -> None:
-    """The running statistics become those of the images: with any others logits leave the range of numbers."""
+    """Set the running statistics to those of the images; with the initial ones logits would overflow."""
     network.train()
     for _ in range(20):
         network(images)
@@ -301,7 +301,7 @@ class Losses:
         self.kind = kind
 
     def _logits(self, args: argparse.Namespace, side: int) -> list[Tensor]:
-        """Random, but right about most pixels, as while training."""
+        """Random logits that are right for most pixels, as in training."""
         small = F.interpolate(self.labels[:, None].float(), size=(side, side))[:, 0].long()
         right = F.one_hot(small.clamp(max=CLASSES), CLASSES + 1)[..., :CLASSES].permute(0, 3, 1, 2).float()
         generator = torch.Generator().manual_seed(3)
@@ -317,7 +317,7 @@ class Losses:
 
 
 def check(name: str, actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """The results agree with the expected ones, or the run ends."""
+    """End the run unless the results agree with the expected ones."""
     for what, x in expected.items():
         difference = ((actual[what].double() - x.double()).norm() / x.double().norm()).item()
         if not difference <= AGREEMENT[dtype][what.startswith("gradient")]:
@@ -328,7 +328,7 @@ def check(name: str, actual: dict[str, Tensor], expected: dict[str, Tensor], dty
 
 
 def peak_bytes(device: str, work: Work) -> int:
-    """Most memory that is held during the work beyond what is held before it. On the CPU, once in a process."""
+    """Peak memory of the work, beyond that before it. On the CPU, call it once per process."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -336,7 +336,7 @@ def peak_bytes(device: str, work: Work) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     resident = _status_bytes("VmRSS")
     work()
     return _status_bytes("VmHWM") - resident
@@ -348,7 +348,7 @@ def _status_bytes(entry: str) -> int:
 
 
 def memory_work(args: argparse.Namespace, part: str, kind: str, crop: int, dtype: torch.dtype) -> Work:
-    """What the memory is of, with its small form run once: what is loaded only once is there."""
+    """The work whose memory is measured. Runs a small form of it first, so that lazily loaded code is not counted."""
     small = copy.copy(args)
     small.backbone, small.image, small.tile = "resnet18", (65, 65), 65
     if part == "evaluation":
@@ -365,7 +365,7 @@ def memory_work(args: argparse.Namespace, part: str, kind: str, crop: int, dtype
 
 
 def peak_in_a_new_process(args: argparse.Namespace, part: str, kind: str, crop: int, dtype_name: str) -> int:
-    """On a GPU, in this one."""
+    """`peak_bytes` of a part, on the CPU in a new process."""
     if args.device == "cuda":
         return peak_bytes(args.device, memory_work(args, part, kind, crop, DTYPES[dtype_name]))
     arguments = [
@@ -398,7 +398,7 @@ def clock_of(args: argparse.Namespace) -> Callable[[], float]:
 def rows_of(
     args: argparse.Namespace, part: str, what: str, works: dict[tuple[str, str], Work], images: int, crop: int
 ) -> Iterable[list[str]]:
-    """A row a dtype, of works by dtype and kind."""
+    """One row for each dtype; `works` is by dtype and kind."""
     names = {f"{dtype_name} {kind}": work for (dtype_name, kind), work in works.items()}
     ms = take_turns(names, args.repeats, args.seconds, args.device, clock=clock_of(args))
     for dtype_name in args.dtypes:
@@ -463,7 +463,7 @@ def ohem_rows(args: argparse.Namespace) -> Iterable[list[str]]:
 
 
 def plain_cross_entropy(losses: Losses) -> None:
-    """Of the main logits alone, forward and backward."""
+    """Forward and backward of cross-entropy, of the main logits alone."""
     main, target = losses.preds[0], losses.labels
     logits = F.interpolate(main, size=target.shape[1:], mode="bilinear", align_corners=True)
     torch.autograd.grad(F.cross_entropy(logits, target.long(), ignore_index=VOID), main)
@@ -475,7 +475,7 @@ def sides(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Training and evaluation beside the plain form of the network.")
+    parser = ArgumentParser("Training and evaluation beside the plain form of the network.")
     add = parser.add_argument
     add("--parts", nargs="+", default=["step", "evaluation", "ohem"], choices=["step", "evaluation", "ohem"])
     add("--device", default="cpu", choices=["cpu", "cuda"])
@@ -485,14 +485,14 @@ def main() -> None:
     add("--batch-size", type=int, default=2)
     add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     add("--ohem", action="store_true", help="train with online hard example mining")
-    add("--image", type=sides, default=(1024, 2048), metavar="HxW", help="that is evaluated")
+    add("--image", type=sides, default=(1024, 2048), metavar="HxW", help="size of the image that is evaluated")
     add("--tile", type=int, default=769, help="side of the sliding window's tiles")
     add("--ohem-crops", type=int, nargs="+", default=[193, 385, 769], help="sides of the crops of the criterion alone")
     add("--threads", type=int, default=2)
     add("--repeats", type=int, default=5)
-    add("--seconds", type=float, default=60, help="spent on one contender at most, but for one run")
-    add("--cpu-time", action="store_true", help="count CPU time, where other work runs; with one thread")
-    add("--fresh-memory", action="store_true", help="leave the C library's handling of memory as it is")
+    add("--seconds", type=float, default=60, help="limit for one contender, which runs at least once")
+    add("--cpu-time", action="store_true", help="measure CPU time, for when other work runs; needs --threads 1")
+    add("--fresh-memory", action="store_true", help="do not make the C library keep freed memory")
     add("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
     add("--memory-of", nargs=2, help=argparse.SUPPRESS)  # measure one contender and print the bytes
     args = parser.parse_args()

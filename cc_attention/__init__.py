@@ -5,6 +5,6 @@ from .functional import ca_map, ca_weight, criss_cross_attention
 from .module import CrissCrossAttention, CrissCrossAttention3d
 
 if native.LOADED:
-    from . import operators  # noqa: F401  tells PyTorch of their shapes, gradients and autocast
+    from . import operators  # noqa: F401  registers their output shapes, gradients and autocast
 
 __all__ = ["CrissCrossAttention", "CrissCrossAttention3d", "ca_map", "ca_weight", "criss_cross_attention"]

@@ -1,8 +1,10 @@
-"""What a bug report needs, and whether the operators are right on this machine: python -m cc_attention
+"""Information for a bug report, and a check of the operators on this machine.
 
-prints versions, devices and which native code is loaded; then checks every operator and its gradients, on every
-device and in every dtype, against the definition, and times it beside plain PyTorch. The exit status is 1 if anything
-is wrong.
+    python -m cc_attention
+
+prints versions, devices and the native code that is loaded. Then it compares every operator and its gradients with the
+definition, on every device and in every dtype, and times it beside plain PyTorch. The exit status is 1 if anything is
+wrong.
 """
 
 import importlib.metadata
@@ -35,7 +37,7 @@ REPEATS = 3
 
 @dataclass
 class Operator:
-    """An operator and its definition: functions of tensors whose shapes follow from (N, C, H, W)."""
+    """An operator and its definition, functions of tensors with the given shapes for a size (N, C, H, W)."""
 
     name: str
     own: Callable[..., Tensor]
@@ -57,7 +59,7 @@ def attention_operators() -> list[Operator]:
 
 
 def batch_norm_operators() -> list[Operator]:
-    """In-place batch norm, if the `libs` that Python finds is this project's: other projects have one too."""
+    """In-place batch norm, if the package `libs` that Python finds is this project's: others have one too."""
     spec = importlib.util.find_spec("libs")
     definition = Path(spec.origin).with_name("reference.py") if spec and spec.origin else Path("nowhere")
     if not definition.exists() or "def activated_batch_norm(" not in definition.read_text():
@@ -79,7 +81,7 @@ def batch_norm_operators() -> list[Operator]:
     ]
 
 
-# ---- what a bug report needs ----
+# ---- the report ----
 
 
 def package_version() -> str:
@@ -107,7 +109,7 @@ def cpu_model() -> str:
 
 
 def native_code(device_type: str) -> str:
-    """Which native code is loaded for that type of device, or why none is."""
+    """The native code that is loaded for a device type, or the reason why there is none."""
     why_not = native.WHY_NOT[device_type]
     if why_not is not None:
         return f"none: {why_not}"
@@ -151,7 +153,7 @@ def make_inputs(operator: Operator, size: tuple[int, int, int, int], device: str
     inputs = []
     for shape in operator.shapes(*size).values():
         numbers = torch.randn(shape, generator=generator)
-        if len(shape) == 1:  # the weights of a batch norm, by which its backward divides
+        if len(shape) == 1:  # weights of a batch norm, by which its backward pass divides
             numbers = 1 + numbers.sigmoid()
         inputs.append(numbers.to(device, dtype).requires_grad_())
     return inputs
@@ -165,14 +167,14 @@ def result_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) 
 
 
 def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """The largest difference of each, as a part of the largest exact number."""
+    """For each tensor the largest difference, relative to the largest exact number."""
     return [
         float((x.double() - y).abs().max() / y.abs().max().clamp(min=1e-300)) for x, y in zip(found, exact, strict=True)
     ]
 
 
 def check(operator: Operator, device: str, dtype: torch.dtype) -> tuple[float, list[str]]:
-    """The largest error, and what is wrong: errors of more than twice plain PyTorch's, or than rounding explains."""
+    """The largest error, and descriptions of errors more than twice plain PyTorch's and beyond rounding."""
     inputs = make_inputs(operator, CHECKED_SIZE, device, dtype)
     exact = result_and_gradients(operator.plain, [x.detach().double().requires_grad_() for x in inputs])
     plain = errors(result_and_gradients(operator.plain, inputs), exact)
@@ -182,13 +184,13 @@ def check(operator: Operator, device: str, dtype: torch.dtype) -> tuple[float, l
     wrong = [
         f"{name} differs from the definition by {error:.1e} (plain PyTorch: {of_plain:.1e})"
         for name, error, of_plain in zip(names, own, plain, strict=True)
-        if not error <= max(2 * of_plain, rounding)  # nor is NaN
+        if not error <= max(2 * of_plain, rounding)  # also if it is NaN
     ]
     return max(own), wrong
 
 
 def milliseconds(function: Callable[..., Tensor], inputs: list[Tensor]) -> float:
-    """Median of forward and backward."""
+    """Median time of forward and backward."""
     on_gpu = inputs[0].device.type == "cuda"
     times = []
     for _ in range(REPEATS + 1):
@@ -201,13 +203,13 @@ def milliseconds(function: Callable[..., Tensor], inputs: list[Tensor]) -> float
 
 
 def check_and_time(operator: Operator, device: str, dtype: torch.dtype) -> bool:
-    """Print a line about it. Whether it is right."""
+    """Check and time the operator, and print a line of results. Returns whether it is right."""
     title = f"{operator.name:22} {device:7} {str(dtype).removeprefix('torch.'):9}"
     try:
         error, wrong = check(operator, device, dtype)
         inputs = make_inputs(operator, TIMED_SIZES[device.split(":")[0]], device, dtype)
         own, plain = (milliseconds(function, inputs) for function in (operator.own, operator.plain))
-    except Exception as problem:  # the other checks go on, and this one is reported
+    except Exception as problem:  # report it, and continue with the other checks
         print(f"{title} WRONG: {type(problem).__name__}: {problem}", flush=True)
         return False
     times = f"{own:8.2f} ms, plain PyTorch {plain:8.2f} ms ({plain / own:4.1f}x)"
@@ -218,7 +220,7 @@ def check_and_time(operator: Operator, device: str, dtype: torch.dtype) -> bool:
 
 
 def main() -> int:
-    """The exit status."""
+    """Print the report and check everything; returns the exit status."""
     print_report()
     operators = [*attention_operators(), *batch_norm_operators()]
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]

@@ -1,4 +1,4 @@
-"""Calls of native operators, with the errors that PyTorch's own operators raise."""
+"""Calls of native operators that raise the same errors as PyTorch's own operators."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +7,12 @@ import torch
 
 
 def call(operator: Callable[..., Any], *inputs: Any) -> Any:
-    """The native operator of inputs.
+    """Call a native operator.
 
     Raises:
-        torch.OutOfMemoryError: a GPU's memory does not suffice. PyTorch's interface to native code hands every error on
-            as a RuntimeError, which nobody who tries smaller batches would catch. (Of the CPU's memory PyTorch itself
-            says so in a RuntimeError, and so it stays.)
+        torch.OutOfMemoryError: a GPU is out of memory. PyTorch's interface to native code turns every error into a
+            RuntimeError, which code that catches this error to try smaller batches would miss. (If the CPU is out of
+            memory, PyTorch itself raises a RuntimeError.)
     """
     try:
         return operator(*inputs)

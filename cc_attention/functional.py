@@ -1,8 +1,8 @@
-"""The criss-cross attention operators: inputs are checked here, then handed to native code or to the reference.
+"""The criss-cross attention operators: they check their inputs and call native code or the reference.
 
-Native code runs on the CPU and on CUDA GPUs. A result has the memory format of the input that it is a map of, and a
-gradient that of its input, as with PyTorch's own modules: NCHW, or channels_last, which is the faster one. Dtypes are
-float32, float64, bfloat16 and float16; under autocast, what is not float64 gets autocast's.
+Native code runs on the CPU and on CUDA GPUs. Memory formats are kept as by PyTorch's own modules: a result has that of
+the query (`ca_weight`) or of the value, and a gradient that of its input. channels_last is faster than NCHW. Dtypes are
+float32, float64, bfloat16 and float16; under autocast all but float64 are converted to autocast's dtype.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def _is_autocast_on(device: torch.device) -> bool:
 
 
 def in_autocast_dtype(function: Callable[..., Any], *inputs: Tensor) -> Any:
-    """The function of inputs in the dtype of autocast, which is on, as for matrix products: float64 is left alone."""
+    """Call the function with inputs cast to autocast's dtype, all but float64 ones, and with autocast off."""
     device_type = inputs[0].device.type
     dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
@@ -31,7 +31,7 @@ def in_autocast_dtype(function: Callable[..., Any], *inputs: Tensor) -> Any:
 
 
 def _by_reference(function: Callable[..., Tensor], *inputs: Tensor, like: Tensor) -> Tensor:
-    """The reference with the native operators' dtypes under autocast, in the memory format of `like`."""
+    """Call the reference like a native operator: under autocast with its dtype, and in the memory format of `like`."""
     result = in_autocast_dtype(function, *inputs) if _is_autocast_on(like.device) else function(*inputs)
     return result.contiguous(memory_format=suggest_memory_format(like))
 
@@ -48,8 +48,8 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 def _check(*arguments: tuple[str, Tensor, str]) -> None:
     """Raise ValueError unless the arguments, (name, tensor, dimensions), are floating-point and fit together.
 
-    Dimensions are names, as in "N C H W". One that an earlier argument has too has its size, H+W-1 what that says. All
-    have the first one's dtype and device.
+    Dimensions are names, as in "N C H W". The same name means the same size, and H+W-1 is computed from H and W. All
+    tensors must have the dtype and device of the first one.
     """
     sizes: dict[str, int] = {}
     first_name, first, _ = arguments[0]
@@ -63,7 +63,7 @@ def _check(*arguments: tuple[str, Tensor, str]) -> None:
         if tensor.device != first.device:
             raise ValueError(f"{name}: expected on {first.device} as {first_name} is, got {_describe(tensor)}")
         if tensor.dtype != first.dtype and (
-            # Autocast brings what is not float64 to one dtype afterwards.
+            # Autocast will convert all dtypes but float64 to one.
             torch.float64 in (tensor.dtype, first.dtype) or not _is_autocast_on(tensor.device)
         ):
             raise ValueError(f"{name}: expected {first.dtype} as {first_name} is, got {_describe(tensor)}")
@@ -81,8 +81,8 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
         query, key: [N, C', H, W], the same floating-point dtype and device.
 
     Returns:
-        [N, H+W-1, H, W], the products query_u . key_v, unscaled and without softmax: entries 0..W-1 are the positions
-        of the pixel's row, itself included; entries W..H+W-2 those of its column from the top, itself left out.
+        [N, H+W-1, H, W], the products query_u . key_v, unscaled and without softmax: entries 0..W-1 are for the pixels
+        of the row of u, including u; entries W..H+W-2 for those of its column from the top, without u.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
@@ -116,19 +116,19 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Criss-cross attention: each pixel attends to the H+W-1 pixels of its row and column.
 
     Equal to `ca_map(softmax(ca_weight(query, key), dim=1), value)`; energies are not scaled. In three dimensions each
-    position attends to the D+H+W-2 that share all but one of its coordinates. Native code stores no weights
-    (docs/criss_cross.md).
+    position attends to the D+H+W-2 positions that differ from it in at most one coordinate. Native code does not store
+    the weights (docs/criss_cross.md).
 
     Args:
         query, key: [N, C', H, W] or [N, C', D, H, W].
-        value: [N, C, H, W] or [N, C, D, H, W]; C may differ from C'. All of one floating-point dtype and device.
+        value: [N, C, H, W] or [N, C, D, H, W]; C may differ from C'. All have the same floating-point dtype and device.
 
     Returns:
-        The shape of value.
+        A tensor with the shape of value.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the tensor.
-        NotImplementedError: a second or forward-mode derivative is asked for, of native code.
+        NotImplementedError: second or forward-mode derivatives are requested of native code.
     """
     pixels = "D H W" if query.dim() == 5 else "H W"
     _check(("query", query, f"N C' {pixels}"), ("key", key, f"N C' {pixels}"), ("value", value, f"N C {pixels}"))

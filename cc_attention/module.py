@@ -42,7 +42,7 @@ class CrissCrossAttention(nn.Module):
 
 
 class CrissCrossAttention3d(CrissCrossAttention):
-    """The same in three dimensions: each position attends to those that share all but one of its coordinates.
+    """The same in three dimensions: a position attends to those that differ from it in at most one coordinate.
 
     Shape: [N, in_dim, D, H, W] to the same.
     """

@@ -1,6 +1,6 @@
-"""Loads the native operators, `torch.ops.ccnet`, that installing the package builds (setup.py).
+"""Loads the native operators, `torch.ops.ccnet`, which are built when the package is installed (setup.py).
 
-The environment variable CCNET_NATIVE says where they are used: 0 nowhere, cpu or cuda only there, 1 or unset
+The environment variable CCNET_NATIVE selects where they are used: 0: nowhere, cpu or cuda: only there, 1 or unset:
 everywhere. Elsewhere the operators run in plain PyTorch.
 """
 
@@ -14,7 +14,7 @@ _FOLDER = Path(__file__).parent
 
 
 def _wanted_devices() -> frozenset[str]:
-    """Types of devices that the operators are to run on, as CCNET_NATIVE says."""
+    """The device types that CCNET_NATIVE selects."""
     value = os.environ.get("CCNET_NATIVE", "")
     wanted = {"": {"cpu", "cuda"}, "1": {"cpu", "cuda"}, "0": set(), "cpu": {"cpu"}, "cuda": {"cuda"}}
     if value not in wanted:
@@ -27,7 +27,7 @@ def library(name: str) -> Path:
 
 
 def _load(name: str) -> str | None:
-    """None if the library is loaded, otherwise why not."""
+    """Load a library. Returns None, or the reason if it cannot be loaded."""
     if not library(name).exists():
         return "their native code has not been built"
     try:
@@ -52,14 +52,14 @@ def _warn_on_gpu(where: str, reason: str) -> None:
 
 
 def _load_all(wanted: frozenset[str]) -> dict[str, str | None]:
-    """Why the library of each type of device is not loaded, None for one that is.
+    """Load the libraries. Returns for each device type the reason why native code is not used there; None if it is.
 
-    A warning is given where the operators could run on a device and do not, unless that was asked for.
+    Warns if native code could run on a device but is not there, unless CCNET_NATIVE turns it off.
     """
     off = "CCNET_NATIVE turns it off"
     if not wanted:
         return {"cpu": off, "cuda": off}
-    cpu = _load("_C")  # the operators' declarations too, which are the same for all devices
+    cpu = _load("_C")  # also declares the operators, for all devices
     if cpu is not None:
         _warn("", cpu, "a C++ compiler")
         return {"cpu": cpu, "cuda": cpu}
@@ -78,11 +78,11 @@ _WANTED = _wanted_devices()
 WHY_NOT = _load_all(_WANTED)  # by type of device
 LOADED = hasattr(torch.ops.ccnet, "cpu_capability")  # the operators are declared
 
-_architectures: dict[int, int] = {}  # of the native code that each GPU runs, found once
+_architectures: dict[int, int] = {}  # cache of gpu_architecture
 
 
 def gpu_architecture(index: int) -> int:
-    """Of the native code that runs on that GPU, 80 for sm_80; 0 where the library has none for it, with a warning."""
+    """The architecture of the native code that the GPU runs, 80 for sm_80. 0, and a warning, if it can run none."""
     if index not in _architectures:
         _architectures[index] = torch.ops.ccnet.cuda_architecture(index)
         if _architectures[index] == 0:
@@ -93,7 +93,7 @@ def gpu_architecture(index: int) -> int:
 
 
 def _gpu_has_code(index: int | None) -> bool:
-    if not torch.cuda.is_available():  # shapes only, as compiling for another machine has them
+    if not torch.cuda.is_available():  # tensors without data, when compiling for another machine
         return True
     return gpu_architecture(torch.cuda.current_device() if index is None else index) > 0
 
@@ -103,8 +103,8 @@ _gpu_has_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the native operators take tensors of that device; if not, the references compute."""
-    if device.type == "meta":  # shapes only, as torch.compile and torch.export use them
+    """Whether native operators run on that device; otherwise plain PyTorch does."""
+    if device.type == "meta":  # tensors without data, in torch.compile and torch.export
         return LOADED
     if WHY_NOT.get(device.type, "no kernels for it") is not None:
         return False
@@ -114,10 +114,11 @@ def runs_on(device: torch.device) -> bool:
 def cpu_capability() -> str:
     """The instruction set that the native CPU kernels use: baseline, avx2, avx512 or avx512_bf16.
 
-    The best that the CPU has, or what the environment variable CCNET_CPU_CAPABILITY names.
+    It is the best one of the CPU, or the one that the environment variable CCNET_CPU_CAPABILITY names.
 
     Raises:
-        RuntimeError: CCNET_CPU_CAPABILITY names none of these or one beyond this CPU; the operators are not loaded.
+        RuntimeError: CCNET_CPU_CAPABILITY names none of these, or one that the CPU does not have; or the operators are
+            not loaded.
     """
     if not LOADED:
         raise RuntimeError("the native operators are not loaded")

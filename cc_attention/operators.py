@@ -1,6 +1,6 @@
-"""What PyTorch has to know of the native operators (csrc/criss_cross.cpp): shapes, gradients, autocast.
+"""Registers the native operators (csrc/criss_cross.cpp) with PyTorch: output shapes, gradients, autocast.
 
-Imported where the operators are loaded. Each function is registered for the operator whose name it is given.
+Imported if the operators are loaded.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def _save_attention(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, 
     out, largest, sum_ = output
     ctx.save_for_backward(*inputs, out, largest, sum_)
     ctx.mark_non_differentiable(largest, sum_)
-    ctx.set_materialize_grads(False)  # largest and sum have none: nobody is to fill images with zeros for them
+    ctx.set_materialize_grads(False)  # no tensors of zeros as gradients of largest and sum, which have none
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -97,10 +97,10 @@ def _no_second_derivative(name: str) -> Callable[..., Any]:
 
 
 def _register_gradient(operator: str, function: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """The kernel that autograd calls of the operator, which is the public function's or of its backward pass.
+    """Register the autograd kernel of an operator, which belongs to a public function or to its backward pass.
 
-    PyTorch's own, of torch.library.register_autograd, takes a tensor with a tangent for a constant: forward-mode
-    derivatives would be 0.
+    torch.library.register_autograd would treat a tensor with a tangent as a constant: forward-mode derivatives would be
+    0. This raises an error instead.
     """
     run = getattr(torch.ops.ccnet, operator).default
 

@@ -1,12 +1,11 @@
 """Criss-cross attention by its definition, in plain PyTorch.
 
-This is what every faster implementation is compared with. Huang et al., "CCNet: Criss-Cross Attention for Semantic
+Faster implementations are tested against it. Huang et al., "CCNet: Criss-Cross Attention for Semantic
 Segmentation", arXiv 1811.11721, section 3.2: the Affinity operation (eq. 1) is `ca_weight`, the Aggregation
 operation (eq. 2) is `ca_map`.
 
-The criss-cross path of the pixel u = (i, j) is its row, all W positions with u included, followed by the other H-1
-positions of its column. In three dimensions the other D-1 positions along depth come after these. Every function here
-keeps that order.
+The criss-cross path of the pixel u = (i, j) consists of its row, all W positions including u, followed by the other H-1
+positions of its column and, in three dimensions, the other D-1 positions along depth. All functions use that order.
 """
 
 import torch
@@ -14,14 +13,14 @@ from torch import Tensor
 
 
 def _axes(x: Tensor) -> range:
-    """Dimensions of x along which paths run, in the path's order: W, H, and D if there is one."""
+    """The dimensions of x that paths run along, in the order of the path: W, H and, if there is one, D."""
     return range(x.dim() - 1, 1, -1)
 
 
 def _others(length: int, axis: int, like: Tensor) -> Tensor:
-    """Positions along `axis` other than a pixel's own: entry k of dim 1 is the k-th that is not the pixel's.
+    """The positions along `axis` other than the pixel's own, as an index into dim 1 of weights or energies.
 
-    As an index for dim 1 of weights or energies [N, length, ...] of the pixels of `like`.
+    [N, length - 1, (D,) H, W], with N, D, H and W of `like`: entry k of dim 1 is the k-th position but the pixel's own.
     """
     k = torch.arange(length - 1, device=like.device).unsqueeze(1)
     own = torch.arange(length, device=like.device)
@@ -39,14 +38,14 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
     for axis in _axes(query):
         energy = torch.einsum("nc...i,nc...j->nj...i", query.movedim(axis, -1), key.movedim(axis, -1))
         energy = energy.movedim(-1, axis)
-        if energies:  # the pixel itself was in its row
+        if energies:  # the pixel itself is already in its row
             energy = energy.gather(1, _others(query.shape[axis], axis, query))
         energies.append(energy)
     return torch.cat(energies, dim=1)
 
 
 def ca_map(weight: Tensor, value: Tensor) -> Tensor:
-    """Sum of the values on each pixel's criss-cross path, weighted.
+    """The weighted sum of the values on each pixel's criss-cross path.
 
     weight: [N, H+W-1, H, W], value: [N, C, H, W]. Returns [N, C, H, W]. Or the same with D, as in `ca_weight`.
     """
@@ -55,7 +54,7 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
         length = value.shape[axis]
         end = begin + (length - 1 if begin else length)
         along = weight[:, begin:end]
-        if begin:  # the pixel itself was counted in its row, so its place here is 0
+        if begin:  # the pixel itself is already in its row, so its weight here is 0
             zeros = weight.new_zeros(weight.shape[0], length, *weight.shape[2:])
             along = zeros.scatter(1, _others(length, axis, value), along)
         part = torch.einsum("nj...i,nc...j->nc...i", along.movedim(axis, -1), value.movedim(axis, -1))
@@ -65,5 +64,8 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax over each path between the two: [N, C', H, W] twice and [N, C, H, W] give [N, C, H, W]. Or with D."""
+    """`ca_map` with the softmax of `ca_weight` over each path as weights.
+
+    query, key: [N, C', H, W], value: [N, C, H, W]. Returns [N, C, H, W]. Or the same with D, as in `ca_weight`.
+    """
     return ca_map(ca_weight(query, key).softmax(dim=1), value)

@@ -1,11 +1,11 @@
-"""Cityscapes: files, labels, augmentation, loading; and generated scenes in the same layout."""
+"""Cityscapes: files, labels, augmentation and loading; and generated scenes in the same layout."""
 
 from .checks import check_labels
 from .images import Box, ImageFile
 from .items import SPLITS, DatasetError, Item, read_list, scan
 from .labels import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
 from .loading import load_batches
-from .sampler import EpochSampler, shard
+from .sampler import EpochSampler, part_size, shard
 from .samples import EvaluationSet, TrainingSet
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "TrainingSet",
     "check_labels",
     "load_batches",
+    "part_size",
     "read_list",
     "scan",
     "shard",

@@ -1,4 +1,4 @@
-"""Whether the labels of a data set can be learnt from, or measured with, at all: looked at before a run begins."""
+"""Checks before a run that the labels of a data set are usable for training or evaluation."""
 
 from collections.abc import Iterable
 
@@ -8,18 +8,18 @@ from .images import ImageFile
 from .items import DatasetError, Item
 from .labels import ENCODINGS, IGNORE_LABEL, KNOWN_VALUES, train_id_table
 
-# Label images that are looked at to see whether they hold training ids in place of label ids.
+# Number of label images that are searched for values that only label ids have.
 _FIRST = 16
 
 
 def check_labels(items: Iterable[Item]) -> None:
-    """Refuse labels that would make a run meaningless. A usual data set is accepted at its first image.
+    """Refuse labels that would make a run meaningless. Usually it reads only the first label image.
 
-    It depends on the files alone, so that all processes of a run come to the same result.
+    The result depends on the files alone, so that it is the same in all processes.
 
     Raises:
-        DatasetError: the first label images look like training ids, though neither the given encoding nor their names
-            say so; or not one label image has a pixel of a trained class; or one cannot be read.
+        DatasetError: the first label images seem to hold training ids, though neither the given encoding nor their
+            names say so; or no label image has a pixel of a trained class; or one cannot be read.
     """
     labelled = [item for item in items if item.label is not None]
     _check_encoding([item for item in labelled if item.given_encoding is None and item.encoding == "ids"][:_FIRST])
@@ -27,7 +27,7 @@ def check_labels(items: Iterable[Item]) -> None:
 
 
 def _check_encoding(items: list[Item]) -> None:
-    """Some label image has a value that only label ids have."""
+    """Raise a DatasetError unless some label image has a value that only label ids have."""
     found = np.zeros(256, dtype=bool)
     for item in items:
         found |= _values(item)
@@ -42,7 +42,7 @@ def _check_encoding(items: list[Item]) -> None:
 
 
 def _check_classes(items: list[Item]) -> None:
-    """Some label image has a pixel of a trained class."""
+    """Raise a DatasetError unless some label image has a pixel of a trained class."""
     found = np.zeros(256, dtype=bool)
     for item in items:
         values = _values(item)

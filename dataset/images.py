@@ -1,4 +1,4 @@
-"""Reading image files, and of each only the part that is needed."""
+"""Reading of image files, which decodes only the part that is needed."""
 
 import io
 import struct
@@ -17,7 +17,7 @@ from .labels import ENCODINGS, KNOWN_VALUES
 
 @dataclass(frozen=True)
 class Box:
-    """A part of an image in pixels: rows [top, bottom) and columns [left, right)."""
+    """A rectangle of pixels: rows [top, bottom) and columns [left, right)."""
 
     top: int
     bottom: int
@@ -25,27 +25,27 @@ class Box:
     right: int
 
 
-# Keywords of the PNG texts in which Pillow looks for an orientation.
+# Keywords of the PNG text chunks in which Pillow looks for an orientation.
 _EXIF_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _COLOUR_MODES = ("RGB", "RGBA", "L", "LA", "P")
 _LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")
 _LABEL_FORMATS = ("PNG", "BMP", "TIFF")
-# 65535 is -1 in 16 bits. 255, which is -1 in 8 bits, is accepted in more, since such files are made from 8 bits.
+# Values of void (-1) in images of more than 8 bits: 65535 is -1 in 16 bits. 255, -1 in 8 bits, is accepted there too.
 _WIDE_VOID = (-1, 65535)
-# What Pillow, given a damaged file, may raise.
+# Exceptions that Pillow may raise for a damaged file.
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, KeyError, struct.error, Image.DecompressionBombError)
 
 
 class ImageFile:
-    """An image file, of which only the part that is needed is decoded.
+    """An image file, of which only the requested part is decoded.
 
-    The image is turned (rotated, mirrored) as its EXIF orientation says.
+    The image is rotated or mirrored as its EXIF orientation says.
 
     Attributes:
-        size: (height, width) in pixels, of the turned image.
+        size: (height, width) in pixels, after that.
 
     Raises:
-        DatasetError: not an image file, or one of several frames.
+        DatasetError: the file is not an image, or has several frames.
     """
 
     def __init__(self, path: Path):
@@ -65,7 +65,7 @@ class ImageFile:
 
     @property
     def is_turned(self) -> bool:
-        """Whether the file stores it in another orientation than upright."""
+        """Whether the EXIF orientation rotates or mirrors the stored image."""
         return self._turned is not None
 
     def _read(self, box: Box | None, convert_to: str | None) -> np.ndarray:
@@ -85,18 +85,17 @@ class ImageFile:
             raise DatasetError(f"{self.path}: expected an image of mode {' or '.join(modes)}, found mode {self._mode}")
 
     def read_colour(self, box: Box | None = None) -> np.ndarray:
-        """uint8 [height, width, 3], RGB: the part in the box, as far as it is in the image, or all of it."""
+        """Decode the part of the image in the box, or all of it: uint8 [height, width, 3], RGB."""
         self._check_mode(_COLOUR_MODES)
         return self._read(box, "RGB")
 
     def read_label(self, box: Box | None = None, encoding: str = "ids") -> np.ndarray:
-        """uint8 [height, width], values of an encoding: the part in the box, as far as it is in the image, or all.
+        """Decode the part of the label image in the box, or all of it: uint8 [height, width], values of the encoding.
 
-        In images of more than 8 bits, -1, 255 and 65535 (-1 in 16 bits) are all 255.
+        In images of more than 8 bits, -1 and 65535 (-1 in 16 bits) become 255.
 
         Raises:
-            DatasetError: not a one-channel image in a format that keeps its values, or a value in the part that the
-                encoding does not have.
+            DatasetError: the image is not of one channel in a lossless format, or a value is not of the encoding.
         """
         if self._format not in _LABEL_FORMATS:
             raise DatasetError(
@@ -117,7 +116,7 @@ class ImageFile:
 
 
 def _format(header: PillowFile) -> str:
-    """The file's format, and what may change the values of a label image, if anything."""
+    """The format of the file, with a remark if decoding may change the values of a label image."""
     if header.format == "TIFF":
         compression = header.info.get("compression", "")
         if "jpeg" in compression or compression == "webp":
@@ -131,11 +130,11 @@ def _format(header: PillowFile) -> str:
 
 
 def _is_upright(header: PillowFile, data: bytes) -> bool:
-    """Whether the EXIF orientation, if there is any, says that the image is stored as it is shown."""
+    """Whether the file has no EXIF orientation, or one that leaves the image as it is stored."""
     if header.format == "PNG" and not any(
         kind == b"eXIf" or text.startswith(_EXIF_TEXTS) for kind, text in _png_chunks(data)
     ):
-        return True  # Pillow would decode all pixels to look for it behind them
+        return True  # getexif() would decode all pixels to look for EXIF data after them
     return header.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
 
 
@@ -149,9 +148,9 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _shortened_png(data: bytes, rows: int) -> bytes:
-    """The PNG file with only its first rows, by a smaller height in its header: the decoder stops there.
+    """The PNG file with a smaller height in its header, so that only its first rows are decoded.
 
-    That saves the time of the rows below. A file that is no PNG, or is interlaced, is returned as it is.
+    A file that is not a PNG, or is interlaced, is returned unchanged.
     """
     start, kind, header, crc = data[:12], data[12:16], data[16:29], data[29:33]
     is_png = start == b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0d" and kind == b"IHDR"

@@ -1,4 +1,4 @@
-"""Finding the images of a data set and their labels: in a Cityscapes folder, or named in a list file."""
+"""Finding images and their labels, in a folder with the Cityscapes layout or from a list file."""
 
 import re
 import shlex
@@ -9,7 +9,8 @@ SPLITS = {"train": ("train",), "val": ("val",), "test": ("test",), "trainval": (
 _IMAGE_SUFFIX = "_leftImg8bit.png"
 _OTHER_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # in any case; .PNG is not .png
 _LABEL_SUFFIXES = {"ids": "_gtFine_labelIds.png", "trainids": "_gtFine_labelTrainIds.png"}
-# Which label files to look for, by the given encoding. Training ids may be in files that bear the layout's usual name.
+# Label files to look for, by the given encoding, in order of preference. Files with the usual name, _labelIds, may hold
+# training ids.
 _PREFERRED: dict[str | None, tuple[str, ...]] = {
     None: ("ids", "trainids"),
     "ids": ("ids",),
@@ -25,15 +26,15 @@ _LIST_LINE = (
 
 
 class DatasetError(ValueError):
-    """The data at hand cannot be used; the message names the file or folder, what was expected and what was found."""
+    """Data that cannot be used; the message names the file or folder, what was expected and what was found."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image and its label image; a test image has none.
+    """An image and its label image; test images have none.
 
     Attributes:
-        given_encoding: of the label image, "ids" or "trainids"; None if only its file name tells.
+        given_encoding: encoding of the label image, "ids" or "trainids"; None: see its file name.
     """
 
     image: Path
@@ -42,17 +43,17 @@ class Item:
 
     @property
     def name(self) -> str:
-        """The image's file name without its extension, by which predictions are named."""
+        """The image's file name without extension; predictions have this name."""
         return self.image.stem
 
     @property
     def frame(self) -> str:
-        """<city>_<sequence>_<frame>, by which the benchmark's server knows the image."""
+        """<city>_<sequence>_<frame>, the image's name on the benchmark server."""
         return self.name.removesuffix("_leftImg8bit")
 
     @property
     def encoding(self) -> str:
-        """How to read the label image, "ids" or "trainids": as given, or else as its file name says."""
+        """Encoding of the label image, "ids" or "trainids": as given, or else by its file name."""
         named = "trainids" if self.label is not None and "labeltrainids" in self.label.name.lower() else "ids"
         return self.given_encoding or named
 
@@ -60,14 +61,15 @@ class Item:
 def scan(root: str | Path, split: str, encoding: str | None = None) -> list[Item]:
     """All images of a split (train, val, test or trainval), sorted; those of test without labels.
 
-    Hidden files and folders are not looked at.
+    Hidden files and folders are ignored.
 
     Args:
-        encoding: of the label images, "ids" or "trainids"; if None, as their file names say: _labelIds if there is such
-            a file, or else _labelTrainIds.
+        encoding: encoding of the label images, "ids" or "trainids". If None, _labelIds files are used where they exist,
+            otherwise _labelTrainIds files.
 
     Raises:
-        DatasetError: there is no such folder, no image in it, an image of another format, or one without label.
+        ValueError: there is no such split.
+        DatasetError: the folder does not exist or has no images, or an image has another format or no label.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
@@ -86,7 +88,7 @@ def scan(root: str | Path, split: str, encoding: str | None = None) -> list[Item
 
 
 def _check_suffixes(folder: Path) -> None:
-    """No image is left out because its name ends otherwise than in the layout."""
+    """Raise a DatasetError if images would be missed because their names end in another suffix."""
     names = folder.glob(f"[!.]*/[!.]*{Path(_IMAGE_SUFFIX).stem}.*")
     others = sorted(path for path in names if path.suffix.lower() in _OTHER_IMAGES and path.suffix != ".png")
     if others:
@@ -95,7 +97,7 @@ def _check_suffixes(folder: Path) -> None:
 
 
 def _label_of(image: Path, folder: Path, encoding: str | None) -> Path:
-    """The image's label file: of the possible names the first one that exists, or else the first."""
+    """The image's label file: the first possible name that exists, or else the first possible name."""
     suffixes = [_LABEL_SUFFIXES[kind] for kind in _PREFERRED[encoding]]
     stem = image.name.removesuffix(_IMAGE_SUFFIX)
     paths = [folder / image.parent.name / (stem + suffix) for suffix in suffixes]
@@ -103,7 +105,7 @@ def _label_of(image: Path, folder: Path, encoding: str | None) -> Path:
 
 
 def _found(root: Path, part: str) -> str:
-    """What there is instead of the images, from the innermost expected folder that exists."""
+    """A description of the innermost expected folder that exists, for error messages."""
     for folder in (root / "leftImg8bit" / part, root / "leftImg8bit", root):
         if folder.is_dir():
             names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.glob("[!.]*"))
@@ -115,18 +117,17 @@ def _found(root: Path, part: str) -> str:
 def read_list(
     root: str | Path, list_path: str | Path, encoding: str | None = None, need_labels: bool = False
 ) -> list[Item]:
-    """The images named in a list file: a line each, image and label relative to root, or the image alone.
+    """The images named in a list file. Each line has the paths, relative to root, of an image and its label, if any.
 
-    Paths are separated by a tab, or else by spaces; those that hold spaces may be quoted as in a shell. A line that
-    begins with # is a comment.
+    Paths are separated by a tab, or else by spaces; paths with spaces may be quoted as in a shell. Lines that begin
+    with # are comments.
 
     Args:
-        encoding: of the label images, "ids" or "trainids"; None if their file names tell.
-        need_labels: every image must have a label.
+        encoding: encoding of the label images, "ids" or "trainids"; None: by their file names.
+        need_labels: whether every image must have a label.
 
     Raises:
-        DatasetError: the file cannot be read, a line has another form or lacks a label that is needed, or a file it
-            names does not exist.
+        DatasetError: the list cannot be read, a line is malformed or lacks a needed label, or a file does not exist.
     """
     root = Path(root)
     try:
@@ -165,7 +166,7 @@ def _paths(line: str, where: str) -> list[str]:
 
 
 def _check_files(items: list[Item], source: str) -> None:
-    """Every file is there."""
+    """Raise a DatasetError if a file does not exist."""
     for what, paths in (
         ("image", [item.image for item in items if not item.image.is_file()]),
         ("label", [item.label for item in items if item.label is not None and not item.label.is_file()]),

@@ -61,27 +61,27 @@ CLASS_NAMES = tuple(label.name for label in CLASSES)
 NUM_CLASSES = len(CLASSES)
 LABEL_IDS = {label.name: label.id for label in LABELS}
 
-# What the values of a label image may be: Cityscapes' label ids, or the training ids of its classes.
+# The encodings of label images, with descriptions of their values.
 ENCODINGS = {"ids": "label ids 0..33 and -1 (255)", "trainids": f"training ids 0..{NUM_CLASSES - 1} and 255 (void)"}
 
-# bool [256]: values that a label image of each encoding may hold, as uint8; license plate's id -1 is 255 there.
+# For each encoding bool [256]: the valid values, as uint8, where license plate's id -1 is 255.
 KNOWN_VALUES = {encoding: np.zeros(256, dtype=bool) for encoding in ENCODINGS}
 KNOWN_VALUES["ids"][[label.id % 256 for label in LABELS]] = True
 KNOWN_VALUES["trainids"][[*range(NUM_CLASSES), 255]] = True
 
 
 def train_id_table(encoding: str = "ids", ignore_label: int = IGNORE_LABEL) -> np.ndarray:
-    """uint8 [256]: the training id that each value (uint8) of a label image stands for, `ignore_label` for void."""
+    """uint8 [256]: the training id for each value of a label image, `ignore_label` for void."""
     table = np.full(256, ignore_label, dtype=np.uint8)
     for train_id, label in enumerate(CLASSES):
         table[label.id if encoding == "ids" else train_id] = train_id
     return table
 
 
-# uint8 [256]: label id of each training id; what is no training id becomes unlabeled.
+# uint8 [256]: label id of each training id; other values become 0, unlabeled.
 TRAIN_ID_TO_ID = np.zeros(256, dtype=np.uint8)
 TRAIN_ID_TO_ID[:NUM_CLASSES] = [label.id for label in CLASSES]
 
-# uint8 [256, 3]: RGB of each training id; black for what is none.
+# uint8 [256, 3]: RGB colour of each training id; other values are black.
 PALETTE = np.zeros((256, 3), dtype=np.uint8)
 PALETTE[:NUM_CLASSES] = [label.colour for label in CLASSES]

@@ -1,4 +1,4 @@
-"""Batches made by worker processes, with errors that name the files."""
+"""Loading of batches in worker processes, with errors that name the files."""
 
 import multiprocessing
 import signal
@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from .items import DatasetError, Item
 
-# Batches that each worker prefetches: enough that the next one is ready, and few enough to keep memory small.
+# Batches that each worker prefetches.
 _PREFETCHED = 2
 
 
 class Samples(Protocol):
-    """A dataset that knows the files of each of its samples."""
+    """A dataset that can name the files of each sample."""
 
     def item(self, key: Any) -> Item: ...
 
@@ -30,7 +30,7 @@ class Samples(Protocol):
 
 @contextmanager
 def _errors_that_name(items: list[Item]) -> Iterator[None]:
-    """Turn every exception that is no DatasetError into one that names the items' files."""
+    """Turn every exception but a DatasetError into a DatasetError that names the items' files."""
     try:
         yield
     except DatasetError:
@@ -43,9 +43,9 @@ def _errors_that_name(items: list[Item]) -> Iterator[None]:
 
 
 class _Batches(Dataset):
-    """Whole batches, indexed by the list of their samples' keys.
+    """A dataset of whole batches, indexed by the lists of their samples' keys.
 
-    A DatasetError is returned in place of the batch: raised in a worker, it would arrive wrapped in a traceback.
+    A DatasetError is returned in place of the batch. Raised in a worker, it would arrive wrapped in a traceback.
     """
 
     def __init__(self, dataset: Samples, collate: Callable[[list], Any]):
@@ -73,7 +73,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _set_up_worker(worker_id: int) -> None:
-    """Use one thread, and leave SIGINT and SIGTERM, which the whole process group may get, to the main process."""
+    """Use one thread, and ignore SIGINT and SIGTERM: if the whole process group gets them, the main process reacts."""
     cv2.setNumThreads(0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -81,11 +81,11 @@ def _set_up_worker(worker_id: int) -> None:
 
 @contextmanager
 def _deferred_sigchld() -> Iterator[Callable[[], None]]:
-    """Defer PyTorch's handler of SIGCHLD; yields a function that calls it if such a signal has arrived since.
+    """Defer PyTorch's handler of SIGCHLD. Yields a function that runs it if a signal has arrived.
 
-    The handler raises a RuntimeError if a worker has died, wherever this process is at that moment: while it writes a
-    snapshot, or inside a queue's lock, which then stays locked. Waiting for a batch remains safe, since PyTorch then
-    checks every few seconds whether the worker is alive.
+    The handler raises a RuntimeError if a worker has died, at whatever point this process is: while writing a
+    snapshot, or while holding the lock of a queue, which then stays locked. Waiting for a batch remains safe, since
+    PyTorch checks every few seconds whether the worker is alive.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
@@ -106,8 +106,8 @@ def _deferred_sigchld() -> Iterator[Callable[[], None]]:
 
 
 def _death_message(workers: list[BaseProcess], found: str) -> str:
-    """The probable cause of a worker's death, and a remedy."""
-    wait([worker.sentinel for worker in workers], timeout=1)  # one may still be dying
+    """An error message with the probable cause of a worker's death, and a remedy."""
+    wait([worker.sentinel for worker in workers], timeout=1)  # it may not have exited yet
     causes = {-worker.exitcode for worker in workers if worker.exitcode is not None and worker.exitcode < 0}
     if signal.SIGBUS in causes:
         advice = "the shared memory (/dev/shm) has probably run out: give more of it, or fewer --num-workers"
@@ -122,8 +122,8 @@ def _death_message(workers: list[BaseProcess], found: str) -> str:
 def _end_workers(iterator: Iterator[Any]) -> None:
     """End the worker processes of a DataLoader's iterator.
 
-    PyTorch does this when the iterator is garbage-collected. A kept traceback may hold it until this process exits, and
-    the exit would then hang: it sends SIGTERM to its children and joins them, and the workers ignore SIGTERM.
+    PyTorch does this when the iterator is garbage-collected. But a traceback may keep it alive until this process
+    exits, and the exit would hang: it sends SIGTERM to the workers, which they ignore, and waits for them.
     """
     getattr(iterator, "_shutdown_workers", lambda: None)()
 
@@ -135,15 +135,16 @@ def load_batches(
     collate: Callable[[list], Any] | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Any]:
-    """Iterate over the dataset's batches, made by `num_workers` processes, or in this one if 0.
+    """Iterate over batches that `num_workers` processes load, or this process if it is 0.
 
     Args:
         batches: for each batch the list of its samples' keys.
-        collate: makes a batch of a list of samples; torch's default_collate if None.
+        collate: makes a batch from a list of samples; torch's default_collate if None.
+        pin_memory: whether tensors are put in pinned memory, for asynchronous copies to a GPU.
 
     Raises:
-        DatasetError: a sample or a batch cannot be made, for any reason; the message names its files. Or a worker has
-            died.
+        DatasetError: a sample or batch cannot be made, for any reason, and the message names its files; or a worker
+            has died.
     """
     loader = DataLoader(
         _Batches(dataset, collate or torch.utils.data.default_collate),
@@ -154,9 +155,8 @@ def load_batches(
         pin_memory=pin_memory,
         worker_init_fn=_set_up_worker,
         prefetch_factor=_PREFETCHED if num_workers > 0 else None,
-        # There is only one pass, which lasts as long as the run.
-        persistent_workers=False,
-        # A generator of its own: by default the loader draws from the global one, which dropout uses.
+        persistent_workers=False,  # there is only one pass
+        # By default the loader draws from the global generator, which dropout uses.
         generator=torch.Generator(),
     )
     others = multiprocessing.active_children()

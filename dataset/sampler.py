@@ -1,4 +1,4 @@
-"""The order of the training images, and how each step's batch is divided among processes."""
+"""The order of the training images, and how the batch of a step is divided into parts and among processes."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -6,12 +6,12 @@ from functools import lru_cache
 import numpy as np
 from torch.utils.data import Sampler
 
-# A number in the seeds keeps the streams of random numbers apart.
+# Part of the seeds, so that order and augmentation draw from different streams of random numbers.
 ORDER_STREAM, AUGMENTATION_STREAM = 0, 1
 
 
 def shard(total: int, process: int, num_processes: int) -> range:
-    """The contiguous part of range(total) that a process works on; sizes of the parts differ by at most one.
+    """The contiguous part of range(total) that a process works on; the sizes of these parts differ by at most one.
 
     Raises:
         ValueError: there is no such process.
@@ -21,26 +21,41 @@ def shard(total: int, process: int, num_processes: int) -> range:
     return range(total * process // num_processes, total * (process + 1) // num_processes)
 
 
+def part_size(batch_size: int, parts: int, num_processes: int = 1) -> int:
+    """Images of each of the equal parts that a batch is divided into, of all processes together.
+
+    Raises:
+        ValueError: the parts cannot be equal, or some process would have no image of a part.
+    """
+    if parts < 1 or batch_size % parts != 0:
+        raise ValueError(f"batch_size: expected a multiple of the {parts} parts, got {batch_size}")
+    if batch_size // parts < num_processes:
+        raise ValueError(
+            f"batch_size: expected an image for each of {num_processes} processes in each of {parts} parts, "
+            f"{num_processes * parts} or more, got {batch_size}"
+        )
+    return batch_size // parts
+
+
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) keys from step `first` to step `last`, exclusive.
 
-    Each epoch is a permutation of all images. Epochs follow each other without a gap, so that an epoch neither drops
-    nor repeats an image. The batch of a step depends on (seed, step) alone, so training can resume at any step.
-    Dividing a batch into parts and among processes does not change which images it has.
+    Each epoch is a permutation of all images. A batch may end one epoch and begin the next, so that no epoch drops or
+    repeats an image. The batch of a step depends on (seed, step) alone, so training can resume at any step; dividing it
+    into parts and among processes does not change its images.
 
     Args:
-        num_images: images of an epoch.
+        num_images: size of the data set.
         batch_size: images of a step, over all parts and processes.
         first: step to begin at.
         last: step to end before.
         seed: of the permutations.
-        parts: micro-batches of equal size that make up a step's batch.
-        process: whose shard of each micro-batch is yielded; see `shard`.
+        parts: how many parts of equal size the batch of a step is yielded in; see `part_size`.
+        process: the process whose shard of each part is yielded; see `shard`.
         num_processes: number of processes.
 
     Raises:
-        ValueError: the batch cannot be divided into equal parts, a part has fewer images than there are processes, or
-            there is no such process.
+        ValueError: as `part_size` and `shard`.
     """
 
     def __init__(
@@ -54,25 +69,18 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         process: int = 0,
         num_processes: int = 1,
     ):
-        if parts < 1 or batch_size % parts != 0:
-            raise ValueError(f"batch_size: expected a multiple of the {parts} parts, got {batch_size}")
-        part_size = batch_size // parts
-        if part_size < num_processes:
-            raise ValueError(
-                f"batch_size: expected an image for each of {num_processes} processes in each of {parts} parts, "
-                f"{num_processes * parts} or more, got {batch_size}"
-            )
-        mine = shard(part_size, process, num_processes)
+        size = part_size(batch_size, parts, num_processes)
+        mine = shard(size, process, num_processes)
         self.num_images = num_images
         self.batch_size = batch_size
         self.first = first
         self.last = last
         self.seed = seed
-        # The places within a step's batch of this process's shard of each part.
-        self._offsets = [range(begin + mine.start, begin + mine.stop) for begin in range(0, batch_size, part_size)]
+        # Positions in the batch of this process's shard of each part.
+        self._offsets = [range(begin + mine.start, begin + mine.stop) for begin in range(0, batch_size, size)]
 
     def __len__(self) -> int:
-        """Number of lists that are yielded: one for each part of each step."""
+        """Number of lists yielded: one for each part of each step."""
         return max(self.last - self.first, 0) * len(self._offsets)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

@@ -34,15 +34,15 @@ def _train_id_tables(ignore_label: int) -> dict[str, np.ndarray]:
 class TrainingSet(Dataset):
     """Augmented training samples, indexed by (epoch, index).
 
-    A sample is a pure function of (seed, epoch, index), which seed its random generator.
+    A sample depends on (seed, epoch, index) alone, which seed its random generator.
 
     Args:
-        items: the images with their labels.
+        items: images with labels.
         crop_size: (height, width) of the samples.
         ignore_label: training label of void and padded pixels, 0..255.
         random_scale: scale by one of 0.7, 0.8, ... 2.1, drawn uniformly.
         random_mirror: mirror with probability 1/2.
-        seed: of all augmentation.
+        seed: seed of the augmentation.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class TrainingSet(Dataset):
         return len(self.items)
 
     def item(self, key: tuple[int, int]) -> Item:
-        """The files of the sample."""
+        """The files of a sample."""
         return self.items[key[1]]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class EvaluationSet(Dataset):
     """Whole images, normalised, in order.
 
     Args:
-        items: the images; label images are read where there are any.
+        items: images, with or without labels.
         ignore_label: label of void pixels.
     """
 
@@ -104,7 +104,7 @@ class EvaluationSet(Dataset):
         return len(self.items)
 
     def item(self, index: int) -> Item:
-        """The files of the sample."""
+        """The files of a sample."""
         return self.items[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def write_data_set(root: Path, counts: dict[str, int], height: int, width: int, 
     alone, or finished if it was interrupted; anything else in the folder is an error.
 
     Raises:
-        FileExistsError: the folder holds other things.
+        FileExistsError: the folder holds other things; hidden files are ignored.
     """
     description = {"counts": counts, "height": height, "width": width, "seed": seed, "version": 1, "complete": True}
     marker = root / "scenes.json"
@@ -161,7 +161,7 @@ def write_data_set(root: Path, counts: dict[str, int], height: int, width: int, 
             return
         if found != {**description, "complete": False}:
             raise FileExistsError(f"{root}: expected no data set or the same, found {found} and not {description}")
-    elif root.exists() and any(root.iterdir()):
+    elif root.exists() and any(root.glob("[!.]*")):
         raise FileExistsError(f"{root}: expected an empty folder or generated scenes, found other things")
     _write_json(marker, {**description, "complete": False})
     palette = np.zeros((256, 3), dtype=np.uint8)

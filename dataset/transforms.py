@@ -14,13 +14,13 @@ import numpy as np
 
 from .images import Box
 
-# Mean of the ImageNet backbone's training images: B, G, R in 0..255.
+# Mean colour of the ImageNet backbone's training images: B, G, R in 0..255.
 IMAGE_MEAN = np.array([104.00698793, 116.66876762, 122.67891434], dtype=np.float32)
 SCALE_TENTHS = range(7, 22)
 
 
 class Span(NamedTuple):
-    """The pixels [start, stop) that a crop covers, along one axis of the scaled image."""
+    """The pixels [start, stop) that a crop covers along one axis of the scaled image."""
 
     start: int
     stop: int
@@ -28,7 +28,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Crop:
-    """One draw of the augmentation: the scale in tenths, the rows and columns of the scaled image, and mirroring."""
+    """One draw of the augmentation: the scale in tenths, the crop in the scaled image, and whether it is mirrored."""
 
     tenths: int
     rows: Span
@@ -37,7 +37,7 @@ class Crop:
 
 
 def scaled_length(length: int, tenths: int) -> int:
-    """Length of an axis after scaling, rounded as OpenCV rounds it (halves to even)."""
+    """Length of an axis after scaling, rounded as by OpenCV (halves to even)."""
     return round(length * (tenths / 10))
 
 
@@ -59,7 +59,7 @@ def draw_crop(
 
 
 class _Window(NamedTuple):
-    """The source pixels [start, stop) along one axis, their length when resized, and where the span begins in that."""
+    """Source pixels [start, stop) along one axis, their number after resizing, and the offset of the span in these."""
 
     start: int
     stop: int
@@ -82,7 +82,7 @@ def _window(span: Span, tenths: int) -> _Window:
 
 
 def source_box(crop: Crop) -> Box:
-    """The part of the source image that the crop depends on; it may reach beyond the image's bottom and right."""
+    """The part of the source image that the crop depends on; it may extend beyond the image at the bottom and right."""
     rows, columns = _window(crop.rows, crop.tenths), _window(crop.columns, crop.tenths)
     return Box(rows.start, rows.stop, columns.start, columns.stop)
 

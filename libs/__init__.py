@@ -8,7 +8,7 @@ from .functional import activated_batch_norm
 from .statistics import freeze_statistics, update_statistics
 
 if native.LOADED:
-    from . import operators  # noqa: F401  tells PyTorch of the operators' shapes
+    from . import operators  # noqa: F401  registers their output shapes
 
 __all__ = [
     "ABN",

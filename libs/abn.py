@@ -14,24 +14,24 @@ from .functional import activated_batch_norm, check_invertible
 class ABN(_BatchNorm):
     """Batch norm followed by an activation: z = activation(xhat * (|weight| + eps) + bias).
 
-    It is one of torch's `_BatchNorm`, so that code which looks for batch norms finds it (docs/inplace_abn.md).
+    It is a subclass of torch's `_BatchNorm`, so that code which looks for batch norms finds it (docs/inplace_abn.md).
 
     Args:
         num_features: channels C.
-        eps: added to the variance, and to |weight|; more than 0.
+        eps: added to the variance and to |weight|; more than 0.
         momentum: weight of the new batch in the running statistics; None for the mean over all batches since the
-            module was made or its statistics were reset. The number of batches is in no state dict.
-        affine: whether there are a weight (1 at the start) and a bias (0).
+            module was created or its statistics were reset. State dicts do not contain the number of batches.
+        affine: whether it has a weight (1 at the start) and a bias (0).
         activation: leaky_relu, relu, elu, identity, or none (the same as identity).
         slope: leaky_relu's slope on the negative side.
-        device, dtype: of parameters and statistics.
-        activation_param: the name that inplace_abn has for slope. Its alpha of elu is 1 here.
+        device, dtype: those of parameters and statistics.
+        activation_param: inplace_abn's name for slope. For elu it must be 1.
 
-    Shape: [N, C, ...] to the same. In training the statistics are the batch's, and the running ones are updated
-    (running_var by the unbiased n/(n-1)); in evaluation they are the running ones.
+    Shape: [N, C, ...] to the same. In training it uses the statistics of the batch and updates the running ones
+    (running_var with the unbiased estimate); in evaluation it uses the running ones.
 
-    State dict: weight, bias, running_mean, running_var. One of torch's batch norm, which has num_batches_tracked too,
-    is loaded so that the module computes what that norm does; its weights must not be negative then.
+    State dict: weight, bias, running_mean, running_var. A state dict of torch's batch norm, recognised by its
+    num_batches_tracked, is converted so that the module computes the same; its weights must not be negative.
 
     Raises:
         ValueError: the activation or its parameter is not one of these.
@@ -78,20 +78,24 @@ class ABN(_BatchNorm):
 
     @property
     def num_batches_tracked(self) -> None:  # type: ignore[override]
-        """Torch's counter, which is not here. `convert_sync_batchnorm` reads it, and would drop the activation."""
+        """Not available. `convert_sync_batchnorm`, which would drop the activation, reads it and gets an error."""
         raise NotImplementedError(
             f"{type(self).__name__} has no num_batches_tracked and is not converted to nn.SyncBatchNorm, which would "
             "drop its activation; use InPlaceABNSync, or libs.to_batchnorm first"
         )
 
     def reset_running_stats(self) -> None:
-        """Running mean 0 and variance 1, of no batch yet."""
+        """Reset the running mean to 0, the running variance to 1, and the number of batches."""
         self.running_mean.zero_()
         self.running_var.fill_(1)
         self.batches_seen = 0
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """With a residual: activation(xhat * (|weight| + eps) + bias + residual)."""
+        """Normalise x; with a residual: activation(xhat * (|weight| + eps) + bias + residual).
+
+        Raises:
+            ValueError, NotImplementedError: as `activated_batch_norm`.
+        """
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"x: expected shape [N, {self.num_features}, ...], got {list(x.shape)}")
         return activated_batch_norm(
@@ -111,7 +115,7 @@ class ABN(_BatchNorm):
         )
 
     def _weight_of_batch(self) -> float:
-        """The batch's part in the running statistics."""
+        """The weight of the batch in the running statistics."""
         if not (self.training and self.track_running_stats):
             return 0.0
         if self.momentum is not None:
@@ -120,7 +124,7 @@ class ABN(_BatchNorm):
         return 1 / self.batches_seen
 
     def _synchronised_over(self) -> dist.ProcessGroup | None:
-        """The process group that shares its statistics; None for this process alone."""
+        """The process group whose batches are normalised together; None for this process alone."""
         return None
 
     def _load_from_state_dict(
@@ -133,7 +137,7 @@ class ABN(_BatchNorm):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # Only torch's norm, whose factor is the weight itself, keeps this counter.
+        # Only torch's norm has this counter; it multiplies by weight, not by |weight| + eps.
         if state_dict.pop(f"{prefix}num_batches_tracked", None) is not None:
             self._load_from_batchnorm(state_dict, prefix, error_msgs)
         # not _BatchNorm's, which adds the counter
@@ -142,7 +146,7 @@ class ABN(_BatchNorm):
         )
 
     def _load_from_batchnorm(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
-        """Bring the weight of torch's batch norm, and the running variance, to this module's form."""
+        """Convert the weight and running variance of torch's batch norm to this module's form."""
         weight, var = (state_dict.get(prefix + name) for name in ("weight", "running_var"))
         if weight is None or var is None or weight.is_meta or weight.shape != var.shape:
             return
@@ -164,9 +168,9 @@ class ABN(_BatchNorm):
 
 
 def numbers_of_abn(weight: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Weight and running variance with which activated batch norm computes, in evaluation, what torch's does.
+    """Weight and running variance, [C], for which activated batch norm in evaluation equals torch's batch norm.
 
-    |weight| + eps cannot be less than eps: where `weight`, 0 or more, is, a larger running_var gives the same output.
+    |weight| + eps is never less than eps. For a smaller `weight` (0 or more) a larger running_var has the same effect.
     """
     exact = weight.detach().double()
     var = (running_var.double() + eps) * (eps / exact).square() - eps
@@ -175,11 +179,11 @@ def numbers_of_abn(weight: Tensor, running_var: Tensor, eps: float) -> tuple[Ten
 
 
 class InPlaceABN(ABN):
-    """ABN that overwrites its input with its output, which must not be used afterwards.
+    """ABN that writes its output over its input, which must not be used afterwards.
 
-    The backward pass inverts the activation: it cannot be relu, and slope has to be more than 0. `activated_batch_norm`
-    says what the input has to be, and lists the errors. (The plain PyTorch form, which runs where there is no native
-    one, does not overwrite.)
+    The backward pass inverts the activation, so it cannot be relu, and slope must be more than 0. For conditions on the
+    input and errors see `activated_batch_norm`. (Plain PyTorch, used where there is no native code, does not overwrite
+    the input.)
     """
 
     _in_place = True
@@ -190,14 +194,13 @@ class InPlaceABN(ABN):
 
 
 class InPlaceABNSync(InPlaceABN):
-    """InPlaceABN whose batch is that of all processes of a torch.distributed group.
+    """InPlaceABN with statistics over the batches of all processes of a torch.distributed group.
 
     Args:
-        group: the process group; None for all processes. The others as in `ABN`.
+        group: the process group; None for all processes. Other arguments are those of `ABN`.
 
-    Every process takes part in each training step, also one with an empty batch. If one of them fails, the error of
-    the collective is raised in the others. Where torch.distributed is not initialised, or the group is of one process,
-    this is InPlaceABN.
+    Every process must take part in each training step, also with an empty batch. If one fails, the collective raises an
+    error in the others. If torch.distributed is not initialised, or the group has one process, this is InPlaceABN.
     """
 
     def __init__(self, num_features: int, *args, group: dist.ProcessGroup | None = None, **kwargs):

@@ -1,7 +1,7 @@
-"""Activated batch norm to and from torch's batch norm and activation, and into the convolution before it."""
+"""Conversion between activated batch norm and torch's batch norm, and folding into the preceding convolution."""
 
 import copy
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from .abn import ABN, InPlaceABN
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -20,20 +21,20 @@ def from_batchnorm(
     kind: type[ABN] = InPlaceABN,
     convolution: _Convolution | None = None,
 ) -> ABN:
-    """Activated batch norm that gives in evaluation what `norm` and then the activation give.
+    """An activated batch norm that in evaluation equals `norm` followed by the activation.
 
-    Its factor |weight| + eps is never negative. Where a weight of `norm` is, the output channel of the convolution
-    before it is negated instead, in place. A weight below eps cannot be represented, so running_var is enlarged to
+    Its factor |weight| + eps is never negative. For a negative weight of `norm`, the output channel of the preceding
+    convolution is negated instead, in place. A weight below eps cannot be represented, so running_var is enlarged to
     give the same output.
 
     Args:
-        norm: with running statistics.
-        activation, slope: what follows `norm`; see `ABN`.
+        norm: batch norm with running statistics.
+        activation, slope: the activation after `norm`; see `ABN`.
         kind: ABN, InPlaceABN or InPlaceABNSync.
-        convolution: what gives the input of `norm` and of nothing else; needed where weights are negative.
+        convolution: the convolution whose output only `norm` uses; needed if weights are negative.
 
     Raises:
-        ValueError: `norm` keeps no running statistics, or has negative weights and there is no convolution that fits.
+        ValueError: `norm` has no running statistics, or has negative weights but no convolution that fits.
     """
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("norm: expected running statistics, got track_running_stats=False")
@@ -54,7 +55,7 @@ def from_batchnorm(
 
 
 def _absorb_signs(state: dict[str, Tensor], prefix: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Negate, in place, what leads to a negative weight of the norm: the convolution's channel and the mean."""
+    """Where a weight of the norm is negative, negate it, the running mean and the convolution's channel, in place."""
     sign = torch.where(state[f"{prefix}weight"] < 0, -1, 1)
     weight.mul_(sign.view(-1, *[1] * (weight.dim() - 1)))
     for numbers in (bias, state[f"{prefix}running_mean"], state[f"{prefix}weight"]):
@@ -63,10 +64,10 @@ def _absorb_signs(state: dict[str, Tensor], prefix: str, weight: Tensor, bias: T
 
 
 def norms_behind_convolutions(module: nn.Module) -> dict[str, str]:
-    """Names of the activated batch norms that come directly after a convolution, with that convolution's names.
+    """The names of activated batch norms that directly follow a convolution, mapped to the name of that convolution.
 
-    After: among the children of one module, which must call them in that order, and nothing else may use what the
-    convolution gives.
+    The two are neighbours among the children of one module. That module must call them in this order, and nothing else
+    may use the output of the convolution.
     """
     pairs = {}
     for parent, container in module.named_modules():
@@ -80,18 +81,18 @@ def norms_behind_convolutions(module: nn.Module) -> dict[str, str]:
 
 @torch.no_grad()
 def absorb_negative_weights(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict with no negative weight of torch's batch norm where a convolution is before that norm.
+    """The state dict with negative weights of torch's batch norms removed, where a convolution precedes the norm.
 
-    Activated batch norm has |weight| + eps. A norm that was trained as torch's, which is one whose state dict has its
-    num_batches_tracked, may have negative weights that mean what they say: those channels of the convolution, of the
-    running mean and of the weight change their sign, which leaves the norm's output as it is.
+    Activated batch norm multiplies by |weight| + eps. The weights of torch's batch norm, recognised by its
+    num_batches_tracked, may be negative. For these channels the signs of the weight, the running mean and the
+    convolution's channel are changed, which does not change the output.
 
     Args:
-        module: that is to load it, where each norm comes directly after its convolution among its parent's children.
-        state: of that module, as torch's norms left it. It is left as it is.
+        module: the module that will load it; see `norms_behind_convolutions`.
+        state: state dict of that module with torch's batch norms; it is not changed.
 
     Returns:
-        A state dict for `module.load_state_dict`, which refuses by key what negative weights are left.
+        A state dict for `module.load_state_dict`, which refuses negative weights that remain.
     """
     state = dict(state)
     for norm, convolution in norms_behind_convolutions(module).items():
@@ -114,9 +115,9 @@ def _check_fits(convolution: nn.Module, channels: int) -> None:
 
 
 class NormActivation(nn.Module):
-    """activation(norm(x) + residual), of two modules; its state dict has the names of the norm's alone.
+    """activation(norm(x) + residual); its state dict has the norm's names, without a prefix.
 
-    The activation is a module of its own, so that what replaces or folds batch norms leaves it where it is.
+    The activation is a separate module, which code that replaces or folds batch norms leaves alone.
     """
 
     def __init__(self, norm: nn.Module, activation: nn.Module):
@@ -132,7 +133,7 @@ class NormActivation(nn.Module):
         return self.norm.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # PyTorch goes on to the children with what is in the dictionary then.
+        # PyTorch then loads the children from the same dictionary.
         for key in [key for key in state_dict if key.startswith(prefix)]:
             state_dict[f"{prefix}norm.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -151,15 +152,15 @@ _BY_DIMENSIONS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 @torch.no_grad()
 def to_batchnorm(module: nn.Module, dimensions: int = 2) -> nn.Module:
-    """A copy of the module, a whole network or one activated batch norm, made of torch's own batch norm only.
+    """A copy of a network, or of one activated batch norm, with torch's batch norms.
 
-    Each activated batch norm becomes a `NormActivation`, of torch's norm, whose weight is |weight| + eps, and the
-    activation. Results are the same in training and in evaluation, and so are the names in the state dict, to which
-    num_batches_tracked comes; statistics are no longer synchronised.
+    Each activated batch norm becomes a `NormActivation` of torch's batch norm, with weight |weight| + eps, and the
+    activation. Results are the same in training and in evaluation. The state dict has the same names and, in addition,
+    num_batches_tracked. Statistics are no longer synchronised.
 
     Args:
-        module: it is left as it is.
-        dimensions: of the images, 1, 2 or 3: whether BatchNorm1d (for [N, C] too), BatchNorm2d or BatchNorm3d.
+        module: the network or norm; it is not changed.
+        dimensions: spatial dimensions, which choose BatchNorm1d (for [N, C] too), BatchNorm2d or BatchNorm3d.
     """
     if not isinstance(module, ABN):
         module = copy.copy(module)
@@ -179,12 +180,12 @@ def to_batchnorm(module: nn.Module, dimensions: int = 2) -> nn.Module:
 
 @torch.no_grad()
 def fold(convolution: _Convolution, abn: ABN) -> nn.Sequential:
-    """The convolution and activated batch norm in evaluation as one convolution, with a bias, and the activation.
+    """A convolution and an activated batch norm in evaluation as one convolution, with bias, and the activation.
 
-    Both are left as they are. For deployment: what comes out is of torch's own modules and has no statistics.
+    The arguments are not changed. The result consists of torch's own modules and has no statistics.
 
     Raises:
-        ValueError: the convolution is of another kind or its channels do not fit.
+        ValueError: the convolution is of another kind, or its output channels differ from the norm's.
     """
     _check_fits(convolution, abn.num_features)
     scale = (abn.running_var.double() + abn.eps).rsqrt()
@@ -204,7 +205,7 @@ def fold(convolution: _Convolution, abn: ABN) -> nn.Sequential:
 
 
 class FoldedNorm(nn.Module):
-    """What a convolution leaves of the activated batch norm that it has taken in: activation(x + residual), over x."""
+    """What remains of an activated batch norm folded into a convolution: activation(x + residual), in place."""
 
     def __init__(self, activation: nn.Module):
         super().__init__()
@@ -217,15 +218,15 @@ class FoldedNorm(nn.Module):
 
 
 @torch.no_grad()
-def fold_norms(module: nn.Module) -> nn.Module:
-    """A copy of the network in evaluation, where convolutions have taken in the activated batch norms behind them.
+def fold_norms(module: _Module) -> _Module:
+    """A copy of the network in evaluation mode, with activated batch norms folded into the convolutions before them.
 
-    Those are the norms of `norms_behind_convolutions`; others stay.
+    Only the norms that `norms_behind_convolutions` finds are folded.
     """
     return _fold_norms(module, {module.get_submodule(name) for name in norms_behind_convolutions(module)}).eval()
 
 
-def _fold_norms(module: nn.Module, foldable: set[nn.Module]) -> nn.Module:
+def _fold_norms(module: _Module, foldable: set[nn.Module]) -> _Module:
     module = copy.copy(module)
     module._parameters, module._buffers = copy.deepcopy((module._parameters, module._buffers))
     children: dict[str, nn.Module | None] = {}

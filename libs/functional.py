@@ -1,6 +1,6 @@
-"""Activated batch norm as a function: inputs are checked here, then handed to native code or to the reference.
+"""Activated batch norm as a function: it checks its inputs and calls native code or the reference.
 
-Native code saves for the backward pass the result z and not the input x: activation and affine map are inverted there
+Native code saves the result z for the backward pass, not the input x, and inverts the activation and the affine map
 (Rota Bulo et al., "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", arXiv 1712.02616).
 """
 
@@ -40,27 +40,29 @@ def activated_batch_norm(
     """z = activation(xhat * (|weight| + eps) + bias + residual), xhat = (x - mean) / sqrt(var + eps).
 
     Args:
-        x: [N, C, ...] in float32, float64, bfloat16 or float16, of any strides; contiguous and channels_last tensors
+        x: [N, C, ...] in float32, float64, bfloat16 or float16, with any strides; contiguous and channels_last tensors
             are not copied. N may be 0.
-        weight, bias: [C] in the dtype of x, or float32 for x of 16 bits. None for 1 and 0.
-        running_mean, running_var: [C]. In training, `momentum` of the batch's is mixed into them, the variance as its
-            unbiased estimate; otherwise they are used as constants.
+        weight, bias: [C] in the dtype of x, or float32 if x has 16 bits. None for 1 and 0.
+        running_mean, running_var: [C] in the same dtypes. In training they are updated in place with those of the
+            batch, weighted by `momentum`, the variance as its unbiased estimate; otherwise they are used as constants.
         eps: more than 0.
         activation, slope: leaky_relu (with that slope), elu, identity, none, or relu, which only the reference has.
-        group: processes whose batches make one batch, in training. One collective each way.
-        in_place: whether z is written over x, which must not be used afterwards. x must then not be a leaf that
-            requires a gradient, nor hold elements that share memory; and PyTorch raises an error in the backward pass
-            if what made x needs it unchanged. The reference has the same conditions and does not overwrite.
-        residual: of the shape, dtype and device of x; None for 0. It is kept for the backward pass beside z, and y is
-            recovered as the difference of the two: to the accuracy of their dtype, not of y.
+        group: process group whose batches are normalised together in training, with one collective in the forward and
+            one in the backward pass.
+        in_place: whether z is written over x, which must not be used afterwards. Then x must not be a leaf that
+            requires a gradient, and its elements must not share memory; and PyTorch raises an error in the backward
+            pass if the operation that produced x needs it. The reference has the same conditions, but does not
+            overwrite x.
+        residual: same shape, dtype and device as x; None for 0. The backward pass keeps it, and recovers the sum
+            without it as a difference, to the absolute accuracy of the larger numbers.
 
     Returns:
-        z, of the shape and dtype of x.
+        z, with the shape and dtype of x.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, there is one element a channel to train on, or in-place
+        ValueError: shapes, dtypes or devices do not fit, training has a single element per channel, or in-place
             computation is not possible; the message names the argument.
-        NotImplementedError: a second derivative, one in forward mode, or vmap is asked for, of native code.
+        NotImplementedError: second or forward-mode derivatives, or vmap, are requested of native code.
     """
     _check(x, weight, bias, running_mean, running_var)
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
@@ -88,11 +90,11 @@ def activated_batch_norm(
             if group is not None:
                 statistics = _of_all(statistics, group)
             _update_running(running_mean, running_var, statistics, momentum)
-        else:  # as of a batch of one
+        else:  # running statistics in the form of `abn_statistics`, with a count of 1
             mean = running_mean.double()
             statistics = torch.stack([torch.ones_like(mean), mean, running_var.double()])
-    # Compiled, x may be an input of the graph, and PyTorch 2.14 loses the gradient of one that is written to: z gets
-    # memory of its own there, and the compiler frees that of x.
+    # In compiled code x may be an input of the graph, and PyTorch 2.14 loses the gradient of an input that is
+    # overwritten. So z gets its own memory there; the compiler frees that of x.
     in_place = in_place and not torch.compiler.is_compiling()
     accumulated_in = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = (p if p is None else p.to(accumulated_in) for p in (weight, bias))
@@ -101,7 +103,7 @@ def activated_batch_norm(
 
 
 class _ActivatedBatchNorm(torch.autograd.Function):
-    """Normalises by given statistics; where they are those of x, its gradient goes through them too."""
+    """Normalise with given statistics. If they are those of the batch, the gradient of x accounts for that."""
 
     @staticmethod
     def forward(
@@ -139,10 +141,10 @@ class _ActivatedBatchNorm(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """The gradients of `_ActivatedBatchNorm`, as a function of their own, whose derivative is an error.
+    """The gradients of `_ActivatedBatchNorm`, as a separate function, so that their derivative raises an error.
 
-    They depend on z, the result, as much as on its gradient. `once_differentiable` looks at the latter only, so that a
-    second derivative of a loss that is linear in z would silently be 0.
+    They depend on both z and its gradient. `once_differentiable` considers only the latter, so that a second derivative
+    of a loss that is linear in z would silently be 0.
     """
 
     @staticmethod
@@ -172,7 +174,7 @@ class _Gradients(torch.autograd.Function):
             if not of_batch:
                 sums = None
             elif group is not None:
-                sums = sums.clone()  # those of weight and bias stay this process's own
+                sums = sums.clone()  # the gradients of weight and bias are those of this process
                 dist.all_reduce(sums, group=group)
             grad_x, grad_residual = call(
                 torch.ops.ccnet.abn_backward, z, grad_z, statistics, sums, *tensors, *constants
@@ -193,9 +195,9 @@ class _Gradients(torch.autograd.Function):
 
 
 def _of_all(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Statistics [3, C], of `abn_statistics`, of the batches of all processes together.
+    """The statistics [3, C] (see `abn_statistics`) of this process's batch to those of all processes together.
 
-    The parts' means may differ much: their squares are taken as deviations from the mean of all.
+    The squared deviations are converted to the common mean, which is accurate even if the means differ much.
     """
     parts = statistics.new_empty([dist.get_world_size(group), *statistics.shape])
     dist.all_gather(list(parts.unbind()), statistics, group=group)
@@ -238,9 +240,9 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: 
 
 
 def _check_transforms(*tensors: Tensor | None) -> None:
-    """Native operators know no forward-mode derivatives: PyTorch would take their results for constants.
+    """Raise NotImplementedError under forward-mode derivatives, for which results would be constants, and vmap.
 
-    Compiled code need not look: PyTorch itself refuses forward mode and vmap there.
+    Compiled code need not check: there PyTorch itself refuses both.
     """
     if torch.compiler.is_compiling():
         return
@@ -265,7 +267,7 @@ def _check_in_place(x: Tensor, activation: str, slope: float) -> None:
 
 
 def check_invertible(activation: str, slope: float) -> None:
-    """The activation can be computed in place: its input is recovered from its output."""
+    """Raise a ValueError if the activation is not invertible, as in-place computation requires."""
     if activation == "relu":
         raise ValueError("activation: relu cannot be inverted in place; use leaky_relu, or ABN")
     if activation == "leaky_relu" and not slope > 0:
@@ -273,10 +275,10 @@ def check_invertible(activation: str, slope: float) -> None:
 
 
 def _shares_memory(x: Tensor) -> bool:
-    """Whether two of the elements may be one in memory, as after expand."""
+    """Whether two elements may have the same address, as after expand."""
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return False
-    reach = 0  # the farthest element so far, along the dimensions of smaller strides
+    reach = 0  # offset of the last element along the dimensions with smaller strides
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:
             if stride <= reach:

@@ -1,6 +1,6 @@
-"""Shapes that the native operators of activated batch norm (csrc/abn.cpp) give, as PyTorch has to know them.
+"""Registers with PyTorch the output shapes of the native operators of activated batch norm (csrc/abn.cpp).
 
-Imported where the operators are loaded. Their gradients are those of libs/functional.py.
+Imported if the operators are loaded. Their gradients are in libs/functional.py.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def _empty_as(x: Tensor) -> Tensor:
-    """Of the strides of x if memory holds it contiguous or channels last, otherwise contiguous."""
+    """An empty tensor with the strides of x if it is contiguous or channels_last, otherwise contiguous."""
     dimensions = range(x.dim())
     if x.numel() == 0 or any(_is_in_order(x, order) for order in ([*dimensions], [0, *dimensions[2:], 1])):
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)

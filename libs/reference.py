@@ -1,9 +1,9 @@
 """Activated batch norm by its definition, in plain PyTorch.
 
-This is what every faster implementation is compared with. Rota Bulo et al., "In-Place Activated BatchNorm for
+Faster implementations are tested against it. Rota Bulo et al., "In-Place Activated BatchNorm for
 Memory-Optimized Training of DNNs", arXiv 1712.02616: y = xhat * (|weight| + eps) + bias, z = activation(y). The
-in-place form writes z over x and recovers x from z in the backward pass; this one leaves x alone, so it gives the
-same numbers and saves no memory.
+in-place form writes z over x and recovers x from z in the backward pass. This one does not overwrite x: it gives the
+same numbers but saves no memory.
 """
 
 import torch
@@ -15,7 +15,7 @@ ACTIVATIONS = ("leaky_relu", "relu", "elu", "identity", "none")
 
 
 def activate(y: Tensor, activation: str, slope: float) -> Tensor:
-    """Apply the activation called `activation`; `slope` is leaky_relu's."""
+    """Apply one of ACTIVATIONS to a tensor; `slope` is for leaky_relu. Raises ValueError for another name."""
     if activation == "leaky_relu":
         return F.leaky_relu(y, slope)
     if activation == "relu":
@@ -39,7 +39,7 @@ def _synchronised_batch_norm(
 ) -> Tensor:
     """Training batch norm over the batches of all processes, which may differ in size or be empty.
 
-    The variance is taken about the mean of all, which is numerically stable.
+    The variance is computed around the common mean, which is numerically stable.
     """
     from torch.distributed.nn.functional import all_reduce  # differentiable; importing it needs a distributed build
 
@@ -76,10 +76,10 @@ def activated_batch_norm(
     group: dist.ProcessGroup | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Batch norm, then the activation, of the sum with `residual` if there is one.
+    """Batch norm, plus `residual` if there is one, then the activation.
 
-    x, residual: [N, C, ...]; weight, bias (both or none) and the running statistics: [C]. In training the statistics
-    are those of the batch, over all processes of `group` if there is one, and the running ones are updated in place.
+    x, residual: [N, C, ...]; weight, bias (both or neither) and the running statistics: [C]. Training uses the
+    statistics of the batch, over all processes of `group` if there is one, and updates the running ones in place.
     """
     scale = None if weight is None else weight.abs() + eps
     if training and group is not None:

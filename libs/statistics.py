@@ -1,4 +1,4 @@
-"""What is done with the running statistics of all batch norms of a network, activated or torch's own."""
+"""Operations on the running statistics of all batch norms of a network, activated or torch's own."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Let every batch norm use its running statistics as constants, until the next `model.train()`."""
+    """Make every batch norm use its running statistics as constants, until the next `model.train()`."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
@@ -18,15 +18,15 @@ def freeze_statistics(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_statistics(batches: Iterable[Any], model: nn.Module) -> None:
-    """Let the running statistics of every batch norm be the means over these batches, as averaged weights need them.
+    """Recompute the running statistics of every batch norm as means over these batches, as averaged weights need it.
 
-    The network runs in training mode, dropout included, and every module is put back to the mode that it had.
+    The network runs in training mode, dropout included. Afterwards every module has its former mode again.
 
     Args:
-        batches: what the model is called with; of a tuple or list, its first element. On the model's device.
+        batches: inputs of the model, on its device; of a tuple or list, the first element is the input.
 
     Raises:
-        ValueError: there is no batch norm that keeps running statistics, or no batch. The statistics are as they were.
+        ValueError: there is no batch norm with running statistics, or no batch. Nothing is changed then.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:

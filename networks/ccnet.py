@@ -14,7 +14,7 @@ from .resnet import DilatedResNet
 
 
 class CCNet(DilatedResNet):
-    """The whole network. The backbone is inherited, not held, so that state-dict names are the original's.
+    """The whole network. The backbone is the base class, not a member, so that state-dict names are the original's.
 
     Shape: images [N, 3, H, W], BGR with the mean subtracted, to [main, auxiliary] logits, each
     [N, num_classes, h, w] with h and w about an eighth of H and W (97 for 769).
@@ -36,7 +36,7 @@ class CCNet(DilatedResNet):
         return [self.head(layer4), self.dsn(layer3)]
 
     def main_logits(self, images: Tensor) -> Tensor:
-        """The first of the results alone, without computing the other."""
+        """The main logits alone, [N, num_classes, h, w], without computing the auxiliary ones."""
         return self.head(self.features(images)[1])
 
 
@@ -49,12 +49,11 @@ def build_model(
     """Build CCNet, in channels_last memory format.
 
     Args:
-        backbone: its name; or a NetworkConfig, which says everything, in place of all arguments.
-
-    The arguments are the attributes of NetworkConfig.
+        backbone: its name; or a NetworkConfig, in place of all arguments.
+        num_classes, recurrence, backbone_activation: as in NetworkConfig.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: an argument is out of range, and the message names it; or there are others beside a NetworkConfig.
     """
     config = NetworkConfig(NetworkConfig.backbone, backbone_activation, recurrence, num_classes)
     if isinstance(backbone, str):

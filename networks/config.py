@@ -1,4 +1,4 @@
-"""Which network it is: the settings that weights do not tell by themselves."""
+"""The configuration of a network: the settings that a state dict does not contain."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from .resnet import BACKBONE_ACTIVATIONS, BACKBONES
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Everything that `build_model` has to know. The defaults are the paper's network.
+    """The arguments of `build_model`. The defaults are the paper's network.
 
     Attributes:
         backbone: resnet18, resnet34, resnet50 or resnet101.
-        backbone_activation: of the backbone's batch norms: identity, each followed by ReLU (the original's), or
-            leaky_relu, which saves memory. State dicts have the same names for both, and fit only the one that they
-            were trained with.
-        recurrence: R, how many times criss-cross attention is applied, 0 or more. State dicts fit every R.
+        backbone_activation: activation of the backbone's batch norms: identity, each followed by ReLU (the original's),
+            or leaky_relu, which saves memory. State dicts have the same names for both, but are right only for the one
+            that they were trained with.
+        recurrence: R, how many times criss-cross attention is applied, 0 or more. A state dict loads for every R.
         num_classes: channels of the logits.
 
     Raises:
-        ValueError: a setting is out of range or of another type; the message names it.
+        ValueError: a setting is out of range or has another type; the message names it.
     """
 
     backbone: str = "resnet101"

@@ -13,10 +13,10 @@ class RCCAModule(nn.Module):
     """Reduce the channels, apply criss-cross attention `recurrence` times with shared weights, fuse, classify.
 
     Args:
-        in_channels: channels of the features; the attention works on a quarter of them.
+        in_channels: channels of the features; the attention has a quarter of that.
         num_classes: channels of the logits.
-        recurrence: R >= 0. With 0 there is no attention; the parameters are there nevertheless, so that state dicts
-            of every R fit.
+        recurrence: R >= 0. With 0 attention is not applied, but has its parameters, so that a state dict loads for
+            every R.
 
     Shape: [N, in_channels, H, W] to [N, num_classes, H, W].
     """

@@ -1,7 +1,7 @@
-"""Dilated residual networks: ResNets whose last two stages keep 1/8 of the input's resolution.
+"""Dilated residual networks: ResNets whose last two stages have 1/8 of the input's resolution.
 
-He et al., arXiv 1512.03385, with the three-convolution stem and the dilation of the CCNet paper (section 4.2). The
-names of the parameters are those of the ImageNet models that the original starts from.
+He et al., arXiv 1512.03385, with the three-convolution stem and the dilation of the CCNet paper (section 4.2).
+Parameters have the names of the ImageNet models that the original starts from.
 """
 
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from libs import InPlaceABNSync
 
 from .layers import conv3x3
 
-# The activation within the backbone's batch norms. identity: none, and a ReLU follows, which keeps a second tensor for
-# the backward pass. leaky_relu: one tensor is kept (docs/inplace_abn.md).
+# Activation of the backbone's batch norms. identity: none, and a separate ReLU follows, which keeps a second tensor for
+# the backward pass. leaky_relu: only one tensor is kept (docs/inplace_abn.md).
 BACKBONE_ACTIVATIONS = ("identity", "leaky_relu")
 
 
@@ -20,11 +20,18 @@ def _norm(channels: int, activation: str = "identity") -> InPlaceABNSync:
 
 
 def _relu_unless(activation: str, inplace: bool = False) -> nn.Module:
-    """What follows a batch norm with that activation.
+    """The module after a batch norm with that activation.
 
-    It must not run in place right after InPlaceABN, whose backward pass reads its own output.
+    It must not run in place directly after InPlaceABN, whose backward pass needs its own output.
     """
     return nn.ReLU(inplace) if activation == "identity" else nn.Identity()
+
+
+def _norm_and_sum(norm: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
+    """norm(x) + shortcut, with the norm's activation applied to the sum."""
+    if isinstance(norm, InPlaceABNSync) and norm.activation == "identity":
+        return norm(x) + shortcut  # norm(x, shortcut) would keep the shortcut for the backward pass
+    return norm(x, shortcut)
 
 
 class BasicBlock(nn.Module):
@@ -47,15 +54,12 @@ class BasicBlock(nn.Module):
         self.conv2 = conv3x3(channels, channels, dilation=dilation)
         self.bn2 = _norm(channels, activation)
         self.relu_of_sum = _relu_unless(activation, inplace=True)
-        self.activates_sum = activation != "identity"
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.conv2(out)
-        out = self.bn2(out, shortcut) if self.activates_sum else self.bn2(out) + shortcut
-        return self.relu_of_sum(out)
+        return self.relu_of_sum(_norm_and_sum(self.bn2, self.conv2(out), shortcut))
 
 
 class Bottleneck(nn.Module):
@@ -80,16 +84,13 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = _norm(channels * self.expansion, activation)
         self.relu_of_sum = _relu_unless(activation, inplace=True)
-        self.activates_sum = activation != "identity"
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.relu2(self.bn2(self.conv2(out)))
-        out = self.conv3(out)
-        out = self.bn3(out, shortcut) if self.activates_sum else self.bn3(out) + shortcut
-        return self.relu_of_sum(out)
+        return self.relu_of_sum(_norm_and_sum(self.bn3, self.conv3(out), shortcut))
 
 
 BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {

@@ -1,4 +1,4 @@
-"""State dicts of the original's generations, brought to this network's names and loaded without silent gaps."""
+"""Loading of state dicts of all versions of the original, under this network's names and without silent gaps."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from libs import absorb_negative_weights
 _HEADS = ("head.", "dsn.")
 _CLASSIFIERS = ("head.bottleneck.3.", "dsn.3.")
 _RENAMED = {"head.conv1a.": "head.conva.", "head.conv1b.": "head.convb."}
-# Names under which DataParallel, AveragedModel, torch.compile, FSDP and checkpointing hold the module that they wrap
+# Attributes in which DataParallel, AveragedModel, torch.compile, FSDP and checkpointing hold the wrapped module
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _COUNTER = "num_batches_tracked"
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -20,7 +20,7 @@ class StateDictError(ValueError):
 
 
 def _rename(key: str) -> str:
-    """This network's name for a key: the models of December 2018 say conv1a/conv1b."""
+    """This network's name for a key; the models of December 2018 have conv1a and conv1b."""
     for old, new in _RENAMED.items():
         if key.startswith(old):
             return new + key.removeprefix(old)
@@ -28,9 +28,9 @@ def _rename(key: str) -> str:
 
 
 def _in_names_of(model: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The state dict under the model's names: a prefix that all keys have, `model.` say, is taken off as well.
+    """The state dict under the model's names, without names of wrappers and prefixes of all keys, such as `model.`.
 
-    AveragedModel's counter, n_averaged, is left out.
+    AveragedModel's counter, n_averaged, is dropped.
     """
     keys = {
         key: ".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in state if key != "n_averaged"
@@ -58,20 +58,20 @@ def load_state(
     restore_last: bool = True,
     allow_backbone: bool = False,
 ) -> None:
-    """Load a state dict of any of the original's generations, in place.
+    """Load a state dict of any version of the original into the model.
 
-    Prefixes of wrappers are removed and old names renamed. Nothing may be missing or left over, except fc.* too many
-    and head.*, dsn.* missing in an ImageNet backbone. Norms with num_batches_tracked are torch's: they are converted
-    to activated batch norm, with the convolutions before them where weights are negative.
+    Prefixes of wrappers are removed and old names renamed. No key may be missing or unexpected, except that an ImageNet
+    backbone has fc.* and lacks head.* and dsn.*. Norms with num_batches_tracked are torch's and are converted to
+    activated batch norm; if their weights are negative, the convolutions before them are changed too.
 
     Args:
         state: names to tensors.
-        source: what the messages call it, its path.
-        restore_last: whether to load the two last, classifying layers; if not, they may also have other shapes.
-        allow_backbone: whether an ImageNet backbone will do, which leaves the heads as they are.
+        source: its path, for messages.
+        restore_last: whether to load the two classifying layers; if not, their shapes may differ.
+        allow_backbone: whether an ImageNet backbone is accepted; the heads then stay as they are.
 
     Raises:
-        StateDictError: keys are missing or unexpected, shapes differ, numbers are not finite, a tensor is no plain
+        StateDictError: keys are missing or unexpected, shapes differ, numbers are not finite, a tensor is not a plain
             floating-point one, or a negative weight has no convolution before it. The model is unchanged then.
     """
     state = _in_names_of(model, state, source)
@@ -128,7 +128,7 @@ def load_state(
 
 
 def _why_unusable(tensor: Tensor) -> str | None:
-    """What keeps the tensor from being a weight or statistic, if anything does."""
+    """Why the tensor cannot be a weight or statistic; None if it can."""
     if tensor.is_quantized:
         return f"expected a plain tensor, found a quantised one, {tensor.dtype}"
     if tensor.is_nested or tensor.layout != torch.strided:

@@ -1,4 +1,4 @@
-"""What tests of the native attention share: inputs, and comparison with the reference."""
+"""Shared by the tests of native attention: inputs, and comparison with the reference."""
 
 from contextlib import nullcontext
 
@@ -7,7 +7,7 @@ from layouts import laid_out
 
 from cc_attention import ca_map, ca_weight, criss_cross_attention, reference
 
-# Largest error over the largest number, of results and of gradients
+# Largest error, relative to the largest number, of results and gradients
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 DTYPES = list(TOLERANCE)
 
@@ -21,7 +21,7 @@ def random_inputs(n, c, cv, *pixels, scale=1.0):
 
 
 def run(function, inputs, upstream):
-    """The result and every gradient by name."""
+    """The result and all gradients, by name."""
     inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     out = function(**inputs)
     gradients = torch.autograd.grad(out, list(inputs.values()), upstream.to(out.dtype))
@@ -33,13 +33,13 @@ def assert_close(actual, expected, tolerance):
         assert actual[name].shape == wanted.shape, name
         if wanted.numel():
             largest = wanted.abs().max()
-            # Gradients of energies are differences of numbers about 1, and vanish on a path of one pixel.
+            # Gradients of energies are differences of numbers of about 1, and are 0 for a path of one pixel.
             error = (actual[name].double() - wanted).abs().max() / (largest if largest > 1e-3 else 1)
             assert error <= tolerance, f"{name}: error {error:.1e} of the largest number, expected {tolerance:.0e}"
 
 
 def assert_as_reference(function, expected_function, inputs, dtype, ways=(nullcontext,)):
-    """The function of inputs rounded to dtype is that of the same numbers in float64, in each of the ways to run it."""
+    """Compare the function, with inputs rounded to dtype, with the expected one in float64, in each way to run it."""
     rounded = {name: x.to(dtype) for name, x in inputs.items()}
     exact = {name: x.double() for name, x in rounded.items()}
     upstream = torch.randn_like(expected_function(**exact)).to(dtype)
@@ -54,7 +54,7 @@ def assert_attention_as_reference(inputs, dtype, ways=(nullcontext,)):
 
 
 def assert_explicit_form_as_reference(inputs, dtype, layout="contiguous", ways=(nullcontext,)):
-    """Both halves, the second with the weights that the first should give."""
+    """Compare `ca_weight`, and `ca_map` of the weights that `ca_weight` should give."""
     query_and_key = {name: inputs[name] for name in ("query", "key")}
     assert_as_reference(ca_weight, reference.ca_weight, query_and_key, dtype, ways)
     weight = laid_out(reference.ca_weight(**query_and_key).softmax(1), layout)
@@ -62,7 +62,7 @@ def assert_explicit_form_as_reference(inputs, dtype, layout="contiguous", ways=(
 
 
 def everything(inputs, in_3d):
-    """(name, tensor) of all results and gradients; what else they depend on is always the same."""
+    """Yield (name, tensor) of all results and gradients; their random upstream gradients are always the same."""
     torch.manual_seed(0)
     query_and_key = {name: inputs[name] for name in ("query", "key")}
     n, _, h, w = inputs["query"].shape

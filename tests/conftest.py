@@ -1,4 +1,4 @@
-"""Shared data: generated scenes in the Cityscapes layout, and real ones where CCNET_CAMVID says where they are."""
+"""Shared fixtures: generated scenes, real ones if CCNET_CAMVID names their folder, and devices."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from hypothesis import settings
 from targets import TARGETS, needs_gpu, running_on
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# The same examples in every run: a failure is one of the change under test.
+# The same examples in every run, so that a failure is due to the change under test.
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
 
@@ -41,19 +41,19 @@ class _NoHostCopies(TorchDispatchMode):
 
 @pytest.fixture
 def no_host_copies():
-    """A context that fails on what makes the host wait for the device, such as reading a value."""
+    """A context that fails on operations for which the host waits for the device, such as reading a value."""
     return _NoHostCopies()
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    """Every test begins with the same random numbers, whichever ran before."""
+    """Every test starts with the same random numbers, whatever ran before."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(params=TARGETS)
 def each_target(request):
-    """The test runs once with every instruction set of this CPU, once on the emulated GPU and once on the GPU."""
+    """Run the test with each instruction set of this CPU, on the emulated GPU, and on the GPU."""
     with running_on(request.param):
         yield
 

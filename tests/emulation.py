@@ -1,8 +1,9 @@
-"""The CUDA kernels on the CPU: compiled with the emulator (cuda_emulator/), behind the native operators."""
+"""The native CUDA operators on the CPU, compiled with the emulator (cuda_emulator/)."""
 
 import ctypes
 import fcntl
 import hashlib
+import importlib
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,26 +25,30 @@ ORDERS = ("forward", "reverse", "random")
 COMPILE = "g++ -std=c++17 -O1 -g1 -Wall -Werror -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -fPIC"
 SANITIZERS = {
     "": "",
-    # What a kernel leaves unset is a pattern that shows, not what happened to lie there.
+    # Uninitialised variables get a pattern that is noticed, instead of arbitrary numbers.
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=all -ftrivial-auto-var-init=pattern",
     "thread": "-fsanitize=thread",
 }
 
 
 @cache
+def setup_py() -> ModuleType:
+    """setup.py as a module."""
+    sys.path.insert(0, str(ROOT))
+    return importlib.import_module("setup")
+
+
+@cache
 def cuda_headers() -> Path | None:
     """CUDA's headers: of the toolkit that setup.py finds, or of PyTorch's wheels."""
-    sys.path.insert(0, str(ROOT))
-    import setup
-
-    nvcc = setup.find_nvcc()
+    nvcc = setup_py().find_nvcc()
     folders = [nvcc.parent.parent / "include"] if nvcc else []
-    folders += [path for folder in setup.site_packages() for path in Path(folder).glob("nvidia/**/include")]
+    folders += [path for folder in setup_py().site_packages() for path in Path(folder).glob("nvidia/**/include")]
     return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
 
 
 def compile_with_emulator(name: str, sources: list[Path], sanitizer: str = "", flags: str = "", link: str = "") -> Path:
-    """An executable, or what `link` makes of it; kept in build/ until something that it is made of changes."""
+    """Compile an executable, or what the flags `link` make; cached in build/ until sources or flags change."""
     headers = cuda_headers()
     if headers is None:
         pytest.skip("needs CUDA's headers: a toolkit, or pip install nvidia-cuda-runtime")
@@ -55,7 +61,7 @@ def compile_with_emulator(name: str, sources: list[Path], sanitizer: str = "", f
     folder = ROOT / "build" / "emulator" / f"{name}-{sanitizer or 'plain'}-{content.hexdigest()[:16]}"
     target = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # of several test processes one compiles, the others wait for it
+    with (folder / "lock").open("w") as lock:  # one test process compiles, the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             _compile(target, sources, flags, SANITIZERS[sanitizer], link)
@@ -75,7 +81,7 @@ def _compile(target: Path, sources: list[Path], flags: str, sanitizer: str, link
 
 
 CUDA_FOLDERS = (ROOT / "cc_attention" / "csrc" / "cuda", ROOT / "libs" / "csrc" / "cuda")
-# What launches kernels, and the operators that call it
+# Sources of the launchers of kernels, and of the operators that call them
 KERNELS = sorted(path for folder in CUDA_FOLDERS for path in folder.glob("*_*.cu") if path.name != "criss_cross.cu")
 OPERATOR_SOURCES = [CUDA_FOLDERS[0] / "criss_cross.cu", CUDA_FOLDERS[1] / "abn.cu"]
 OPERATORS = [name for path in OPERATOR_SOURCES for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())]
@@ -110,8 +116,7 @@ def _library() -> ctypes.CDLL:
     path = compile_with_emulator(
         "emulated.so",
         [EMULATOR / "emulated.cpp", *OPERATOR_SOURCES, *KERNELS],
-        flags=f"{includes} -DTORCH_TARGET_VERSION=0x020a000000000000 -DCCNET_CUDA_LIBRARY=ccnet_emulated "
-        "-DCCNET_CUDA_KEY=CPU",
+        flags=f"{includes} {setup_py().STABLE_ABI[0]} -DCCNET_CUDA_LIBRARY=ccnet_emulated -DCCNET_CUDA_KEY=CPU",
         link=f"-shared -L{library_paths()[0]} -ltorch -ltorch_cpu -lc10",
     )
     definitions = torch.library.Library("ccnet_emulated", "DEF")
@@ -120,7 +125,7 @@ def _library() -> ctypes.CDLL:
         definitions.define(schema.removeprefix("ccnet::"))
     library = ctypes.CDLL(str(path))
     library.emulator_launches.restype = ctypes.c_char_p
-    library.definitions = definitions  # they go when nobody has them
+    library.definitions = definitions  # keeps them alive
     return library
 
 
@@ -131,9 +136,9 @@ ALL_BLOCKS = 2**63 - 1
 def emulated_gpu(
     order="forward", seed=1, shared_bytes=163 * 1024, has_bfloat16=True, counting=False, last_blocks=ALL_BLOCKS
 ):
-    """The operators run, for tensors on the CPU, on a device like that, with threads and blocks in that order.
+    """A context in which operators on CPU tensors run on an emulated GPU with these properties.
 
-    Gives the function that takes counters.
+    Threads and blocks run in the given order. Yields a function that returns the counters and resets them.
     """
     library = _library()
 
@@ -165,6 +170,6 @@ def emulated_gpu(
 
 
 def launches() -> dict[str, tuple[int, int]]:
-    """Threads a block and bytes of shared memory of every kernel launched so far, by name."""
+    """Threads per block and bytes of shared memory of every kernel launched so far, by name."""
     lines = _library().emulator_launches().decode().splitlines()
     return {name: (int(threads), int(shared)) for name, threads, shared in (line.split("|") for line in lines)}

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def assert_same_gradients(result: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> None:
-    """Both depend on every input in the same way; a failure names the input."""
+    """Assert that the gradients of both for every input are equal; a failure names the input."""
     upstream = torch.randn_like(expected)
     gradients = torch.autograd.grad(result, list(inputs.values()), upstream)
     wanted = torch.autograd.grad(expected, list(inputs.values()), upstream)

@@ -1,10 +1,10 @@
-"""Tensors of the same elements with other strides."""
+"""Tensors with the same elements and other strides."""
 
 import torch
 
 
 def laid_out(x, layout):
-    """x as contiguous, channels_last, sliced (every other element of memory) or transposed (of the last two)."""
+    """x contiguous, channels_last, sliced (every other element of memory) or transposed (last two dimensions)."""
     if layout == "channels_last":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "sliced":

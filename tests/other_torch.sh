@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Run the operators' tests under another release of PyTorch, on the native code that run_tests.sh has built and without
-# building it again. What PyTorch has to do with is tested: dispatch, gradients, autocast, compiling. What the kernels
-# compute, with each instruction set, has nothing to do with it.
+# Run the operators' tests under another release of PyTorch, with the native code that run_tests.sh has built. Only the
+# integration with PyTorch is tested: dispatch, gradients, autocast, compiling; not each instruction set.
 #
 #   tests/other_torch.sh 2.13.0 [flags of pytest]
 set -euo pipefail

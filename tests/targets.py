@@ -1,4 +1,4 @@
-"""Where the native operators run: on the CPU with each instruction set, in the emulator of a GPU, on a GPU."""
+"""The targets that the native operators run on: each instruction set of the CPU, the emulated GPU, the GPU."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ def needs_gpu() -> None:
 
 @contextmanager
 def running_on(target: str) -> Iterator[None]:
-    """The operators run there, and tensors are made there."""
+    """A context in which operators run on the target and tensors are created there; skips the test if there is none."""
     if target == "cuda":
         needs_gpu()
         with torch.device("cuda"):
@@ -67,9 +67,9 @@ def running_on(target: str) -> Iterator[None]:
 
 @contextmanager
 def running_on_device(name: str) -> Iterator[list[Callable[[], AbstractContextManager]]]:
-    """Tensors are made there, and each of the contexts given is one of the ways that the operators run there.
+    """A context in which tensors are created on the device. Yields contexts, one for each way to run operators there.
 
-    On the CPU those are the instruction sets that it has. A test works out what it expects once and goes through them.
+    On the CPU these are its instruction sets. A test computes the expected result once, and compares each of them.
     """
     if name == "cpu":
         yield [partial(running_on, capability) for capability in ALL_CAPABILITIES if _is_supported(capability)]

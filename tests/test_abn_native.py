@@ -478,7 +478,7 @@ def test_the_whole_network_compiled():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
-    """The convolution's dtype goes on; parameters stay float32."""
+    """The result has the convolution's dtype; parameters stay float32."""
     module = nn.Sequential(nn.Conv2d(3, 8, 3), InPlaceABN(8))
     x = torch.randn(2, 3, 16, 16)
     with torch.autocast("cpu", dtype=dtype):

@@ -43,9 +43,16 @@ def nvcc_of(release: str) -> str:
 # ---- PyTorch ----
 
 
+def test_the_oldest_pytorch_is_the_same_everywhere(setup_py):
+    assert setup_py.TORCH_REQUIREMENT == "torch>=2.10"
+    assert setup_py.STABLE_ABI == ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    assert f'dependencies = ["{setup_py.TORCH_REQUIREMENT}"]' in (ROOT / "pyproject.toml").read_text()
+    assert setup_py.TORCH_REQUIREMENT in (ROOT / "requirements.txt").read_text().splitlines()
+
+
 def test_old_pytorch_is_named(setup_py, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__="2.9.1+cu126"))
-    with pytest.raises(SystemExit, match=r"expected PyTorch 2\.10 or newer, found 2\.9\.1\+cu126"):
+    with pytest.raises(SystemExit, match=r"expected torch>=2\.10, found 2\.9\.1\+cu126"):
         setup_py.import_torch()
 
 

@@ -93,7 +93,7 @@ def test_state_dicts_that_were_kept_go_when_fewer_are_wanted(tmp_path):
 
 @pytest.mark.parametrize("keep", [None, 1, 2])
 def test_later_snapshots_push_out_none_and_stay(tmp_path, keep):
-    """A run that was taken up again from before snapshots that are refused."""
+    """A run that resumed from before snapshots that are refused."""
     model, optimizer = trained()
     save_snapshot(model, optimizer, tmp_path, 10, {}, keep)
     for step in (20, 30):
@@ -238,7 +238,7 @@ def test_other_contents_are_named(tmp_path):
         with pytest.raises(CheckpointError, match=found):
             read_state_dict(path)
     torch.save({"weight": torch.zeros(3)}, training_path(tmp_path, 3))
-    with pytest.raises(CheckpointError, match="expected a training state of version 1 or 2, found none"):
+    with pytest.raises(CheckpointError, match="expected a training state of version 2, found none"):
         read_training(tmp_path, 3)
 
 
@@ -375,21 +375,10 @@ def test_incomplete_training_states_are_refused(saved):
         torch.save(whole | {name: [1.5]}, path)
         with pytest.raises(CheckpointError, match=rf"1.training.pth: expected .*{name}.*, found (list|\[1.5\])"):
             read_training(saved, 1)
-    torch.save(whole | {"version": 3}, path)
-    with pytest.raises(CheckpointError, match="version 1 or 2, found 3"):
-        read_training(saved, 1)
-
-
-def test_training_states_of_version_1_are_read_without_the_check(saved):
-    path = training_path(saved, 1)
-    whole = torch.load(path, weights_only=True)
-    torch.save(
-        {name: whole[name] for name in whole if name not in ("scaler", "state_dict_sha256")} | {"version": 1}, path
-    )
-    torch.save(trained(seed=1)[0].state_dict(), snapshot_path(saved, 1))
-    training = read_snapshot(saved, 1).training
-    assert training["scaler"] is None
-    assert equal(training["optimizer"], whole["optimizer"])
+    for version in (1, 3):
+        torch.save(whole | {"version": version}, path)
+        with pytest.raises(CheckpointError, match=f"expected a training state of version 2, found {version}"):
+            read_training(saved, 1)
 
 
 def test_the_newest_is_found_with_nothing_to_report(tmp_path):
@@ -404,7 +393,7 @@ def test_the_newest_is_found_with_nothing_to_report(tmp_path):
     assert equal(dict(state_dict), dict(trained(seed=100)[0].state_dict()))
 
 
-def test_a_refused_snapshot_is_reported_and_the_one_before_it_is_gone_on_from(tmp_path):
+def test_a_refused_snapshot_is_reported_and_the_one_before_it_is_resumed_from(tmp_path):
     for step in (1, 2, 3, 4):
         save_snapshot(*trained(seed=step), tmp_path, step, {}, keep=4)
     files = set(tmp_path.iterdir())
@@ -413,7 +402,7 @@ def test_a_refused_snapshot_is_reported_and_the_one_before_it_is_gone_on_from(tm
     lines = []
     assert newest_snapshot(tmp_path, lines.append).step == 2
     assert [Path(line.split(":")[0]).name for line in lines] == ["CS_scenes_4.training.pth", "CS_scenes_3.pth"]
-    assert all(line.endswith("; going on from step 2, before it") for line in lines)
+    assert all(line.endswith("; resuming from step 2 instead") for line in lines)
     assert "truncated or damaged" in lines[0]
     assert set(tmp_path.iterdir()) == files
     snapshot_path(tmp_path, 2).unlink()
@@ -422,7 +411,7 @@ def test_a_refused_snapshot_is_reported_and_the_one_before_it_is_gone_on_from(tm
     assert "CS_scenes_2.pth: expected a checkpoint, there is no such file" in lines[2]
 
 
-def test_none_that_can_be_gone_on_from(tmp_path):
+def test_none_that_can_be_resumed_from(tmp_path):
     for step in (1, 2):
         save_snapshot(*trained(), tmp_path, step, {})
     training_path(tmp_path, 2).write_bytes(b"PK")
@@ -432,7 +421,7 @@ def test_none_that_can_be_gone_on_from(tmp_path):
     with pytest.raises(CheckpointError) as error:
         newest_snapshot(tmp_path, lines.append)
     first, second, third = str(error.value).splitlines()
-    assert first == f"{tmp_path}: cannot go on from any of its snapshots:"
+    assert first == f"{tmp_path}: cannot resume from any of its snapshots:"
     assert second.startswith(f"    {training_path(tmp_path, 2)}: ")
     assert third == f"    {snapshot_path(tmp_path, 1)}: expected a checkpoint, there is no such file"
     assert lines == []

@@ -143,7 +143,7 @@ def test_resumed_with_other_numbers_of_processes(scenes, tmp_path):
     assert training(tmp_path, scenes, "through", flags, IN_FLOAT64).returncode == 0
     first = training(tmp_path, scenes, "cut", [*flags, "--procs", 2], IN_FLOAT64 + at_step(1, _TERMINATE, rank=1))
     assert first.returncode == 128 + signal.SIGTERM, first.stderr
-    assert "stopped by SIGTERM at step 2; go on with --resume" in first.stdout
+    assert "stopped by SIGTERM at step 2; resume it with --resume" in first.stdout
     assert "rror" not in first.stderr
     second = training(tmp_path, scenes, "cut", flags, IN_FLOAT64 + at_step(3, _TERMINATE, rank=0))
     assert "stopped by SIGTERM at step 4" in second.stdout, second.stderr
@@ -334,10 +334,10 @@ def test_torchrun_says_which_process_this_is(monkeypatch):
 
 
 def test_batches_that_cannot_be_cut():
-    for size, accumulate, message in (
-        (2, 4, "--batch-size 6: expected a multiple of --accumulate 4"),
-        (3, 3, "--batch-size 6: expected 9 or more, an image for each of 3 processes in each of --accumulate 3 parts"),
+    for num_processes, accumulate, message in (
+        (1, 4, "--batch-size 6, --accumulate 4: batch_size: expected a multiple of the 4 parts, got 6"),
+        (3, 3, "--batch-size 6, --accumulate 3: .*an image for each of 3 processes in each of 3 parts, 9 or more"),
     ):
         args = train.parse_flags(["--batch-size", "6", "--accumulate", str(accumulate)])
         with pytest.raises(CommandError, match=message):
-            train.check_batch(args, World(torch.device("cpu"), 0, size))
+            train.images_per_part(args, num_processes)

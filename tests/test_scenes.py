@@ -71,6 +71,12 @@ def test_other_peoples_folders_are_not_written_to(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["leftImg8bit"]
 
 
+def test_hidden_files_are_ignored(tmp_path):
+    (tmp_path / ".DS_Store").write_text("")
+    write_data_set(tmp_path, {"train": 1}, 48, 64, seed=3)
+    assert len(scan(tmp_path, "train")) == 1
+
+
 def test_the_labels_are_readable_by_the_pipeline(scenes):
     sample = EvaluationSet(scan(scenes, "val"))[0]
     assert sample["image"].shape == (3, 48, 64)

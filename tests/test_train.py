@@ -1,4 +1,4 @@
-"""train.py: what its flags do, what it writes, its errors, and going on after being killed."""
+"""train.py: what its flags do, what it writes, its errors, and resuming after being killed."""
 
 import importlib
 import os
@@ -22,13 +22,12 @@ import train
 from dataset import scan
 from libs import ABN
 from networks import BatchDropout2d, NetworkConfig, build_model
-from utils.commandline import CommandError, with_network
+from utils.commandline import CommandError, find_items, with_network
 from utils.criterion import CriterionDSN
 from utils.distributed import World
 from utils.launch import launch
 from utils.network_file import network_path, read_network
-from utils.schedule import poly_learning_rate
-from utils.training import Part, TrainingStep, make_optimizer
+from utils.training import Part, TrainingStep, make_optimizer, poly_learning_rate
 
 ROOT = Path(train.__file__).parent
 SMALL = [
@@ -132,7 +131,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(scenes, tmp_pat
     assert not torch.equal(weights(tmp_path / "a", 2)["conv1.weight"], weights(tmp_path / "c", 2)["conv1.weight"])
 
 
-def test_going_on_equals_going_through(scenes, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(scenes, tmp_path, monkeypatch):
     """A run that is stopped by SIGTERM after its third step, against one that is not."""
     flags = ["--num-steps", 6, "--random-mirror", "--random-scale", "--ohem", "--ohem-keep", "640"]
     assert run_training(scenes, tmp_path / "through", *flags) == 0
@@ -319,9 +318,9 @@ def test_is_training_and_ft_decide_over_the_statistics(scenes, tmp_path):
 
 
 def test_ft_trains_on_trainval(scenes, tmp_path):
-    items = {name: train.find_items(parse(scenes, tmp_path, *flags)) for name, flags in
-             {"plain": [], "ft": ["--ft"], "split": ["--ft", "--split", "val"]}.items()}  # fmt: skip
-    assert [len(found) for found in items.values()] == [6, 9, 3]
+    for flags, count in (([], 6), (["--ft"], 9), (["--ft", "--split", "val"], 3)):
+        args = parse(scenes, tmp_path, *flags)
+        assert len(find_items(args, train.training_split(args), need_labels=True)) == count
 
 
 def test_restore_from_not_restore_last_and_start_iters(scenes, tmp_path):
@@ -403,7 +402,7 @@ def test_every_flag_is_read():
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision(scenes, tmp_path, amp):
-    """The weights stay float32, and what scales float16's gradients goes on with the run."""
+    """The weights stay float32, and the state of the gradient scaler is saved and restored."""
     flags = ["--input-size", "16,16", "--num-steps", 2, "--amp", amp, "--save-pred-every", 1, "--keep", 1]
     assert run_training(scenes, tmp_path, *flags, "--clip-grad-norm", 10) == 0
     assert [path.name for path in sorted(tmp_path.glob("*.pth"))] == ["CS_scenes_2.pth", "CS_scenes_2.training.pth"]
@@ -499,7 +498,7 @@ def test_a_damaged_snapshot_is_refused_and_the_one_before_it_used(scenes, tmp_pa
     path.write_bytes(content)
     assert run_training(scenes, tmp_path, *flags, "--resume") == 0
     output = capsys.readouterr()
-    assert re.search(r"warning: \S+CS_scenes_3.pth: .*damaged.*; going on from step 2, before it", output.err)
+    assert re.search(r"warning: \S+CS_scenes_3.pth: .*damaged.*; resuming from step 2 instead", output.err)
     assert "steps 2 to 3" in output.out
     assert_bitwise_equal(weights(tmp_path, 3), expected)
 
@@ -617,7 +616,7 @@ def test_a_file_in_the_way_of_the_snapshots_is_named(scenes, tmp_path, capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(scenes, tmp_path):
-    """It trains, goes on, and saves what loads where there is no GPU."""
+    """It trains, and its snapshots load where there is no GPU."""
     flags = ["--device", "cuda", "--num-workers", 1, "--ohem", "--ohem-keep", 640]
     assert run_training(scenes, tmp_path, *flags, "--num-steps", 3) == 0
     assert {tensor.device.type for tensor in weights(tmp_path, 3).values()} == {"cpu"}

@@ -1,1 +1,1 @@
-"""What training and evaluation share: losses, metrics, inference, schedule, checkpoints, pictures, logs."""
+"""The engine of train.py and evaluate.py: flags, processes, training, inference, checkpoints, logs, pictures."""

@@ -1,10 +1,10 @@
-"""Parsing of command lines: the parser of every script, and the types of its values."""
+"""Parsing of command lines: the parser that all scripts use, and types of values."""
 
 import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
-# More than anybody needs, and less than what would fill a machine's memory with counters alone.
+# More than anybody needs, and small enough that counters alone do not fill the memory.
 MOST_STEPS = 10**9
 MOST_IMAGES = 2**16
 MOST_PROCESSES = 1024
@@ -12,14 +12,15 @@ _LONGEST_SIDE = 2**15
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
+    """Shows defaults, but not those of flags that are off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        is_switch = action.default in (None, False) or isinstance(action, argparse._StoreFalseAction)
+        return action.help if is_switch else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with errors of one line that name --help, and no abbreviated flags."""
+    """argparse's parser, with one-line errors that mention --help, and without abbreviated flags."""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
@@ -42,7 +43,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def pixel(text: str) -> tuple[int, int]:
-    """Parse "y,x"."""
+    """Parse "y,x" in pixels."""
     try:
         y, x = (int(part) for part in text.split(","))
     except ValueError:
@@ -51,7 +52,7 @@ def pixel(text: str) -> tuple[int, int]:
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """A parser of int or float within [low, high]."""
+    """A parser of an int or float within [low, high]."""
 
     def parse(text: str):
         try:

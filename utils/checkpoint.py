@@ -1,12 +1,12 @@
-"""Snapshots: a plain state dict a step, and beside it the state that training goes on from.
+"""Snapshots: for each saved step a plain state dict and, beside it, the state that training resumes from.
 
     CS_scenes_<step>.pth            the network's state dict, what evaluate.py and other people's code read
     CS_scenes_<step>.training.pth   optimiser, step, random generators, flags, and the state dict file's SHA-256
 
-Both files are written to temporary ones, synced to the disk, and then renamed, the state dict first. So a file that is
-there was written whole, a .training.pth that is there has its state dict, and a state dict whose .training.pth is not
-yet renamed has a temporary file beside it. Damage since then, by the disk or by a copy that was cut short, is found
-when a file is read.
+Both files are written under temporary names, synced to the disk, and then renamed, the state dict first. So a file
+under its final name is complete, a .training.pth always has its state dict, and between the two renames a temporary
+file shows that the snapshot is unfinished. Later damage, by the disk or an incomplete copy, is found when a file is
+read.
 """
 
 import hashlib
@@ -28,8 +28,6 @@ _PREFIX = "CS_scenes_"
 _SUFFIX = ".pth"
 _TRAINING_SUFFIX = ".training.pth"
 _TRAINING_VERSION = 2
-# What a training state of version 1 lacks.
-_SINCE_VERSION_1 = {"state_dict_sha256": None, "scaler": None}
 _TRAINING_TYPES: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "flags": dict,
@@ -37,13 +35,13 @@ _TRAINING_TYPES: dict[str, type | tuple[type, ...]] = {
     "scaler": (dict, NoneType),
     "cpu_generator": Tensor,
     "cuda_generator": (Tensor, NoneType),
-    "state_dict_sha256": (str, NoneType),
+    "state_dict_sha256": str,
 }
-# The attribute of a directory in a zip, MS-DOS's.
+# The bit that marks a directory in the attributes of a zip entry (MS-DOS's).
 _DIRECTORY = 0x10
 # Prefix of the temporary files.
 _WRITING = ".writing-"
-# How many .training.pth files are kept where every state dict is: the newest, and one to fall back on.
+# How many .training.pth files are kept if all state dicts are: the newest, and one to fall back on.
 _TRAINING_KEPT = 2
 
 
@@ -52,7 +50,7 @@ class CheckpointError(RuntimeError):
 
 
 class Snapshot(NamedTuple):
-    """What a run goes on from: the network's state dict and the training state that belongs to it."""
+    """What a run resumes from: the network's state dict and the training state saved with it."""
 
     step: int
     state_dict: dict[str, Tensor]
@@ -68,14 +66,14 @@ def training_path(folder: Path, step: int) -> Path:
 
 
 def _steps(folder: Path, suffix: str) -> list[int]:
-    """Steps of which there is a file with this suffix, ascending."""
+    """Steps that have a file with this suffix, ascending."""
     pattern = re.compile(re.escape(_PREFIX) + "(0|[1-9][0-9]*)" + re.escape(suffix))
     matches = (pattern.fullmatch(path.name) for path in folder.glob("*.pth"))
     return sorted(int(match[1]) for match in matches if match)
 
 
 def training_steps(folder: Path) -> list[int]:
-    """Steps of which there is a training state, ascending."""
+    """Steps that have a training state, ascending."""
     return _steps(folder, _TRAINING_SUFFIX)
 
 
@@ -90,10 +88,10 @@ def _sha256(file: IO[bytes]) -> str:
 
 @contextmanager
 def written_aside(path: Path, write: Callable[[IO[bytes]], object]) -> Iterator[tuple[Path, str]]:
-    """Write a file to a temporary one beside it, synced to the disk; yields it and its SHA-256. `put` renames it.
+    """Write a temporary file beside `path` and sync it to the disk. Yields its path and SHA-256; `put` renames it.
 
     Raises:
-        CheckpointError: it cannot be written, or something within the context cannot. Nothing is left of it then.
+        CheckpointError: it, or a file within the context, cannot be written. The temporary file is removed.
     """
     temporary = None
     try:
@@ -115,7 +113,7 @@ def written_aside(path: Path, write: Callable[[IO[bytes]], object]) -> Iterator[
 
 
 def put(temporary: Path, path: Path) -> None:
-    """Rename a file that was written aside, so that at any moment the old one, none, or the whole new one is there."""
+    """Rename a file of `written_aside` to its final name, atomically, and sync the folder."""
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -125,21 +123,21 @@ def put(temporary: Path, path: Path) -> None:
 
 
 def _check_zip(file: IO[bytes]) -> None:
-    """Compare the contents of a zip with its checksums, which torch.load does not look at.
+    """Verify a zip against its checksums, which torch.load ignores.
 
     Raises:
-        zipfile.BadZipFile: they differ, it is no whole zip, or it would be read as something else.
+        zipfile.BadZipFile: it is truncated or damaged.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
             entries = archive.infolist()
-    except Exception as error:  # zipfile too meets arbitrary bytes with arbitrary errors
+    except Exception as error:  # on arbitrary bytes zipfile raises arbitrary errors
         raise zipfile.BadZipFile(f"it is truncated or damaged: {error}") from error
     if damaged is not None:
         raise zipfile.BadZipFile(f"it is damaged: wrong checksum of {damaged}")
     for entry in entries:
-        # PyTorch reads nothing of what is marked as a directory, and leaves the tensor's memory as it finds it.
+        # PyTorch skips an entry that is marked as a directory, and leaves the tensor uninitialised.
         if entry.external_attr & _DIRECTORY and entry.file_size > 0:
             raise zipfile.BadZipFile(f"it is damaged: {entry.filename} is marked as a directory")
 
@@ -147,14 +145,14 @@ def _check_zip(file: IO[bytes]) -> None:
 def _load(path: Path) -> Any:
     try:
         with path.open("rb") as file:
-            # What PyTorch wrote before 1.6 is no zip and has no checksums.
+            # Files of PyTorch before 1.6 are not zips and have no checksums.
             if file.read(2) == b"PK":
                 _check_zip(file)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: expected a checkpoint, there is no such file") from error
-    except Exception as error:  # the unpickler meets arbitrary bytes with arbitrary errors
+    except Exception as error:  # on arbitrary bytes the unpickler raises arbitrary errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if pickled := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
             reason = f"it holds a pickled {pickled[1]}, which would run code; save model.state_dict(), not the model"
@@ -170,24 +168,23 @@ def save_snapshot(
     keep: int | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Path:
-    """Write both files for the step, then remove older ones; returns the path of the state dict.
+    """Write both files of the step, then remove older snapshots. Returns the path of the state dict.
 
-    At every moment one snapshot is whole, unless the only one there is of this same step: its files are replaced one
-    after the other.
+    At every moment one snapshot is complete, except while the only one is replaced by another of the same step.
 
     Args:
-        flags: what has to be the same when training goes on; numbers, strings, booleans, lists or None.
-        keep: how many snapshots are kept, this one included, 1 or more; if None, every state dict and the training
-            states of two.
-        scaler: of the gradients, if training uses one.
+        flags: flags that must be the same on resuming; numbers, strings, booleans, lists or None.
+        keep: how many snapshots to keep, this one included, 1 or more; None keeps all state dicts and the newest two
+            training states.
+        scaler: gradient scaler, if training uses one.
 
     Raises:
-        CheckpointError: the disk is full, say. Earlier snapshots are as they were.
+        CheckpointError: a file cannot be written, for instance because the disk is full. Earlier snapshots remain.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep: expected 1 or more, got {keep}")
     path = snapshot_path(folder, step)
-    # On the CPU, so that the file loads where there is no such GPU.
+    # On the CPU, so that the file loads on a machine without this GPU.
     state_dict = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     device = next(model.parameters()).device
     training = {
@@ -210,10 +207,10 @@ def save_snapshot(
 
 
 def _remove_older(folder: Path, step: int, keep: int | None) -> None:
-    """Leave the newest snapshots up to the step.
+    """Keep the newest snapshots up to the step.
 
-    Later ones are neither counted nor removed: they are of a run that was taken up again from before them, because they
-    could not be read, say.
+    Later ones are neither counted nor removed. They exist if the run resumed from an earlier snapshot, for instance
+    because they are damaged.
     """
     until_now = [other for other in training_steps(folder) if other <= step]
     kept = until_now[-(keep or _TRAINING_KEPT) :]
@@ -222,16 +219,16 @@ def _remove_older(folder: Path, step: int, keep: int | None) -> None:
             training_path(folder, old).unlink()
     if keep is None:
         return
-    # The training state went first: one that is there has its state dict.
+    # Training states are removed first, so that each one left has its state dict.
     for old in _steps(folder, _SUFFIX):
         if old <= step and old not in kept:
             snapshot_path(folder, old).unlink()
 
 
 def _remove_interrupted(folder: Path, current: Path) -> None:
-    """Remove what a process that was killed while it wrote has left.
+    """Remove temporary files of a process that was killed while writing, all but the current one.
 
-    Not before there is a new temporary file: `lone_weights` knows an interrupted run by them.
+    Call it after writing a new temporary file: `lone_weights` recognises an interrupted run by them.
     """
     for path in folder.glob(f"{_WRITING}*"):
         if path.name != current.name:
@@ -239,9 +236,9 @@ def _remove_interrupted(folder: Path, current: Path) -> None:
 
 
 def lone_weights(folder: Path) -> Path | None:
-    """The newest state dict of a folder that holds state dicts and no training state, from which no run can resume.
+    """The newest state dict of a folder that has state dicts but no training state, so that no run can resume.
 
-    None where a run was killed while it saved its first snapshot: nothing of it counts yet.
+    None for other folders, and where a run was killed while it saved its first snapshot.
     """
     steps = _steps(folder, _SUFFIX)
     if not steps or training_steps(folder) or any(folder.glob(f"{_WRITING}*")):
@@ -250,15 +247,15 @@ def lone_weights(folder: Path) -> Path | None:
 
 
 def newest_snapshot(folder: Path, report: Callable[[str], None]) -> Snapshot | None:
-    """The newest snapshot that can be read and whose two files belong together; None if there is no training state.
+    """The newest snapshot that is readable and whose two files belong together; None if there is no training state.
 
-    Nothing is removed.
+    Removes nothing.
 
     Args:
-        report: is called with a line for each newer snapshot that was refused, which says why.
+        report: called with one line for each newer snapshot that was refused, with the reason.
 
     Raises:
-        CheckpointError: there are training states, and none can be gone on from; the message says why for each.
+        CheckpointError: there are training states, but a run can resume from none; the message has the reasons.
     """
     refused: list[str] = []
     for step in reversed(training_steps(folder)):
@@ -268,47 +265,41 @@ def newest_snapshot(folder: Path, report: Callable[[str], None]) -> Snapshot | N
             refused.append(str(error))
             continue
         for reason in refused:
-            report(f"{reason}; going on from step {step}, before it")
+            report(f"{reason}; resuming from step {step} instead")
         return snapshot
     if refused:
         raise CheckpointError(
-            f"{folder}: cannot go on from any of its snapshots:" + "".join(f"\n    {reason}" for reason in refused)
+            f"{folder}: cannot resume from any of its snapshots:" + "".join(f"\n    {reason}" for reason in refused)
         )
     return None
 
 
 def read_snapshot(folder: Path, step: int) -> Snapshot:
-    """Both files of the step.
+    """Read both files of the step.
 
     Raises:
-        CheckpointError: one of them is missing, unreadable or something else, or they do not belong together.
+        CheckpointError: one of them is missing, unreadable or of another kind, or they do not belong together.
     """
     training = read_training(folder, step)
     path = snapshot_path(folder, step)
     state_dict = read_state_dict(path)
-    expected = training["state_dict_sha256"]
-    if expected is not None:
-        with path.open("rb") as file:
-            if _sha256(file) != expected:
-                raise CheckpointError(f"{path}: is not the file that {training_path(folder, step).name} was saved with")
+    with path.open("rb") as file:
+        if _sha256(file) != training["state_dict_sha256"]:
+            raise CheckpointError(f"{path}: is not the file that {training_path(folder, step).name} was saved with")
     return Snapshot(step, state_dict, training)
 
 
 def read_training(folder: Path, step: int) -> dict[str, Any]:
-    """The content of CS_scenes_<step>.training.pth, in the form of the present version.
-
-    In one of version 1 there is no SHA-256 of the state dict file and no state of a scaler: these are None.
+    """Read CS_scenes_<step>.training.pth.
 
     Raises:
-        CheckpointError: it is missing, unreadable, of another kind, version or step.
+        CheckpointError: it is missing, unreadable, or of another kind, version or step.
     """
     path = training_path(folder, step)
     training = _load(path)
     version = training.get("version", "none") if isinstance(training, dict) else type(training).__name__
-    if not isinstance(version, int) or version not in (1, _TRAINING_VERSION):
-        raise CheckpointError(f"{path}: expected a training state of version 1 or {_TRAINING_VERSION}, found {version}")
-    if version == 1:
-        training = {**_SINCE_VERSION_1, **training}
+    if not isinstance(version, int) or version != _TRAINING_VERSION:
+        raise CheckpointError(f"{path}: expected a training state of version {_TRAINING_VERSION}, found {version}")
     for name, kind in _TRAINING_TYPES.items():
         if name not in training or not isinstance(training[name], kind):
             found = type(training[name]).__name__ if name in training else "none"
@@ -319,16 +310,16 @@ def read_training(folder: Path, step: int) -> dict[str, Any]:
 
 
 def restore_generators(training: dict[str, Any], device: torch.device) -> None:
-    """Put torch's random generators, the CPU's and the device's, back to where they were at the snapshot."""
+    """Restore the states of torch's random generators, the CPU's and the device's, from a snapshot."""
     torch.set_rng_state(training["cpu_generator"])
     if device.type == "cuda" and training["cuda_generator"] is not None:
         torch.cuda.set_rng_state(training["cuda_generator"], device)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict: a mapping of names to tensors, without running any code in the file.
+    """Read a state dict, a mapping of names to tensors, without running any code in the file.
 
-    It may lie among other things, as in {"state_dict": ..., "epoch": ...}, if it is the only one there.
+    It may be nested, as in {"state_dict": ..., "epoch": ...}, if it is the only one in the file.
 
     Raises:
         CheckpointError: the file is missing, no checkpoint, or holds none or several state dicts.
@@ -349,8 +340,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _state_dicts(content: dict, name: str = "") -> dict[str, dict[str, Tensor]]:
-    """The state dicts in a dictionary, itself or in entries of entries, by where they are."""
-    if not content or not all(isinstance(key, str) for key in content):  # an optimiser counts its parameters
+    """All state dicts nested in a dictionary, by their dotted path; "" is the dictionary itself."""
+    if not content or not all(isinstance(key, str) for key in content):  # an optimiser state has integer keys
         return {}
     if all(isinstance(value, Tensor) for value in content.values()):
         return {name: content}

@@ -1,6 +1,6 @@
-"""The processes of a run: starting them, what they tell each other, and ending them all when one fails.
+"""The processes of a run: starting them, communication between them, and ending all of them when one fails.
 
-A run is of one process per GPU, or of several on CPUs. They are started by torchrun, or by `spawn` here.
+A run has one process per GPU, or one or several on the CPU. torchrun starts them, or `spawn` here does.
 """
 
 import atexit
@@ -21,20 +21,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-# How long a process waits for the others: rank 0 writes snapshots and the last one may have images left to evaluate.
-# One that has died is noticed at once.
+# How long a collective waits for the other processes: rank 0 may write a snapshot, others may have more images to
+# evaluate. A process that has died is noticed at once.
 _TIMEOUT = timedelta(hours=1)
-# Seconds that the others get to end by themselves when one has failed, before SIGTERM and again before SIGKILL.
+# Seconds that the others get to end by themselves when a process has failed, before SIGTERM and again before SIGKILL.
 _GRACE = 2
-# No signal has this number.
+# Larger than the number of every signal.
 _NO_SIGNAL = 1000
 
 
 class ProcessError(RuntimeError):
-    """A process of the run has failed; the message says which and why.
+    """A process of the run has failed; the message says which one and why.
 
     Attributes:
-        status: exit status of the run.
+        status: exit status for the run.
     """
 
     def __init__(self, message: str, status: int):
@@ -44,12 +44,12 @@ class ProcessError(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, as one of them sees them. Its methods are called by all of them, in the same order.
+    """This process and its place among those of the run. All processes must call its methods in the same order.
 
     Attributes:
-        device: of this process.
-        rank: its number, from 0.
-        size: how many there are.
+        device: device of this process.
+        rank: number of this process, from 0.
+        size: number of processes.
         received: signals that asked this process to stop; see `stop_requests`.
     """
 
@@ -60,11 +60,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether it is this process that prints and writes what is of the whole run."""
+        """Whether this process, of rank 0, prints and writes files for the run."""
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's value, which can be pickled."""
+        """The main process's value; it must be picklable."""
         if self.size == 1:
             return value
         values = [value]
@@ -72,13 +72,13 @@ class World:
         return values[0]
 
     def broadcast_(self, tensors: list[Tensor]) -> None:
-        """Overwrite tensors, on the device, with the main process's."""
+        """Overwrite tensors on the device with those of the main process."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, which can be pickled, in order of their ranks."""
+        """The values of all processes, in order of rank; they must be picklable."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -86,15 +86,15 @@ class World:
         return values
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of the processes' tensors, of one shape, dtype and type of device."""
+        """The sum of the tensors of all processes, which must have the same shape, dtype and device type."""
         if self.size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
 
     def stop_signal(self) -> int | None:
-        """A signal that any of the processes has received, or None: the same in all of them. No GPU is waited for."""
-        number = min(self.received, default=_NO_SIGNAL)  # of Ctrl-C and the SIGTERM that follows it, the first cause
+        """A signal that some process has received, the same in all processes, or None. Does not wait for a GPU."""
+        number = min(self.received, default=_NO_SIGNAL)  # Ctrl-C (SIGINT, 2) rather than the SIGTERM (15) that follows
         if self.size > 1:
             lowest = torch.tensor(number)
             dist.all_reduce(lowest, dist.ReduceOp.MIN)
@@ -108,28 +108,28 @@ class World:
 
 @contextmanager
 def joined(world: World, store: str) -> Iterator[None]:
-    """The process group of the run, for as long as the context lasts.
+    """Initialise the process group of the run, and destroy it at the end of the context.
 
     Args:
-        store: where the processes meet, an `init_method` of torch.distributed.
+        store: the rendezvous of the processes, an `init_method` of torch.distributed.
     """
     if world.size == 1:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
-    yield  # after an error the others are not there for a farewell
+    yield  # not in try/finally: after an error the others would not reach the barrier
     world.wait()
     dist.destroy_process_group()
 
 
-def wait_for_the_one_that_failed(world: World) -> None:
-    """After an error that may only tell that another process has failed: leave it to that one to be reported.
+def wait_for_failed_process(world: World) -> None:
+    """After an error of a collective, which may only mean that another process failed: let that one be reported first.
 
-    Whoever started the processes, torchrun or `spawn`, ends this one meanwhile if it is so.
+    In that case torchrun or `spawn`, whichever started the processes, ends this one while it waits.
 
     Raises:
-        SystemExit: it has done so already.
+        SystemExit: it has already asked this process to end.
     """
     if world.received:
         sys.exit(128 + world.received[0])
@@ -137,13 +137,13 @@ def wait_for_the_one_that_failed(world: World) -> None:
 
 
 def spawn(main: Callable[..., int], devices: list[torch.device], *arguments: Any) -> int:
-    """Run main(world, store, report, *arguments) in a process for each device, and return the exit status.
+    """Run main(world, store, report, *arguments) in a new process for each device, and return the exit status.
 
-    main has to be importable. Its processes meet at `store` and exit with what it returns. One that fails writes why
-    to the file `report`, or raises. SIGINT and SIGTERM are passed on, as SIGTERM.
+    main must be importable. It gets the rendezvous `store` (see `joined`) and returns the exit status of its process.
+    If it fails, it writes the reason to the file `report`, or raises. SIGINT and SIGTERM are passed on as SIGTERM.
 
     Raises:
-        ProcessError: one of them has failed. The others have been ended.
+        ProcessError: a process has failed. The others have been ended.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(devices), 1)))
     processes: list[Any] = []
@@ -156,7 +156,7 @@ def spawn(main: Callable[..., int], devices: list[torch.device], *arguments: Any
     with tempfile.TemporaryDirectory(prefix="ccnet-") as folder, stop_requests(received, pass_on):
         context = mp.start_processes(_run_one, (main, devices, folder, arguments), len(devices), join=False)
         processes += context.processes
-        if received:  # while they were started
+        if received:  # a signal that arrived while the processes were being started
             pass_on(received[0])
         try:
             while not context.join(grace_period=_GRACE):
@@ -174,11 +174,11 @@ def _run_one(rank: int, main: Callable[..., int], devices: list[torch.device], f
 
 
 def end_process(status: int) -> NoReturn:
-    """Exit, without taking the interpreter apart.
+    """Exit without finalising the interpreter.
 
-    Threads of the process group may be about to let go of Python objects just then, and would abort the process.
+    Threads of the process group may release Python objects during finalisation, which aborts the process.
     """
-    atexit._run_exitfuncs()  # as any exit begins
+    atexit._run_exitfuncs()  # as a regular exit does first
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -195,26 +195,26 @@ def _name(rank: int, devices: list[torch.device]) -> str:
 def _exit_status(
     error: mp.ProcessExitedException, devices: list[torch.device], folder: str, received: list[int]
 ) -> int:
-    """The run's, after its first process has ended with another one than 0.
+    """The exit status of the run, after a process has ended with a status other than 0.
 
     Raises:
         ProcessError: that process has failed.
     """
     name, status = _name(error.error_index, devices), error.exit_code
     if status < 0:
-        if received and -status in (signal.SIGINT, signal.SIGTERM):  # it was not yet ready to be asked
+        if received and -status in (signal.SIGINT, signal.SIGTERM):  # it had not yet installed its handlers
             return 128 - status
         hint = ": the machine's memory may not suffice" if -status == signal.SIGKILL else ""
         raise ProcessError(f"{name} was killed by {error.signal_name}{hint}", 128 - status)
     report = _report(folder, error.error_index)
     if report.exists():
         raise ProcessError(f"{name} failed: {report.read_text()}", status)
-    return status  # it was asked to stop, and has
+    return status  # it was asked to stop, and did
 
 
 @contextmanager
 def stop_requests(received: list[int], on_signal: Callable[[int], None] = lambda number: None) -> Iterator[None]:
-    """Collect SIGINT and SIGTERM in `received` instead of dying of them; a second SIGINT (Ctrl-C) is as ever."""
+    """Append SIGINT and SIGTERM to `received` instead of ending; a second SIGINT (Ctrl-C) has its usual effect."""
 
     def receive(number: int, frame: object) -> None:
         received.append(number)

@@ -1,4 +1,4 @@
-"""Prediction of whole images: sliding window or all at once, at several scales, mirrored."""
+"""Prediction of whole images: at once or by sliding window, at several scales, with the mirror image."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ Predictor = Callable[[Tensor], Tensor]
 
 
 def whole_predictor(model: Network) -> Predictor:
-    """Images [N, 3, H, W] to main logits [N, K, H, W], the whole image at once."""
+    """A predictor of images [N, 3, H, W] to main logits [N, K, H, W], each image at once."""
 
     def predict(images: Tensor) -> Tensor:
         return upsample(model(images)[0], images.shape[2:])
@@ -21,16 +21,16 @@ def whole_predictor(model: Network) -> Predictor:
 
 
 def tile_starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin along an axis of tile <= length: steps of two thirds of a tile, the last flush with the end."""
+    """Starts of tiles along an axis, tile <= length: in steps of two thirds of a tile, the last flush with the end."""
     stride = math.ceil(tile * 2 / 3)
     count = math.ceil((length - tile) / stride) + 1
     return [min(i * stride, length - tile) for i in range(count)]
 
 
 def sliding_predictor(model: Network, tile_size: tuple[int, int]) -> Predictor:
-    """Images [N, 3, H, W] to main logits [N, K, H, W], by tiles of (height, width) that overlap by a third.
+    """A predictor of images [N, 3, H, W] to main logits [N, K, H, W], by tiles of (height, width).
 
-    Logits are averaged where tiles overlap. The tile is cut to the image where the image is smaller.
+    Tiles overlap by about a third or more, and logits are averaged there. A tile is no larger than the image.
     """
     whole = whole_predictor(model)
 
@@ -43,7 +43,7 @@ def sliding_predictor(model: Network, tile_size: tuple[int, int]) -> Predictor:
             for left in tile_starts(columns, width):
                 tile = (..., slice(top, top + height), slice(left, left + width))
                 logits = whole(images[tile])
-                if total.dim() == 0:  # now the number of classes is known
+                if total.dim() == 0:  # the first tile: now the number of classes is known
                     total = logits.new_zeros(*logits.shape[:2], rows, columns)
                 total[tile] += logits
                 count[tile] += 1
@@ -53,7 +53,7 @@ def sliding_predictor(model: Network, tile_size: tuple[int, int]) -> Predictor:
 
 
 def multi_scale(predict: Predictor, scales: Sequence[float], flip: bool) -> Predictor:
-    """Average a predictor's logits over scales of the image and, with `flip`, over its mirror image (left-right)."""
+    """A predictor that averages another's logits over scales and, with `flip`, over the image and its mirror image."""
 
     def averaged(images: Tensor) -> Tensor:
         size = images.shape[2:]

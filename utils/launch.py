@@ -1,4 +1,4 @@
-"""Starting a script's processes on its devices, and ending them with one message for what the user can mend."""
+"""Starts the processes of a script on its devices. Errors that the user can correct end it with a single message."""
 
 import argparse
 import os
@@ -14,17 +14,17 @@ from networks import StateDictError
 
 from .checkpoint import CheckpointError
 from .commandline import CommandError
-from .distributed import ProcessError, World, end_process, joined, spawn, wait_for_the_one_that_failed
+from .distributed import ProcessError, World, end_process, joined, spawn, wait_for_failed_process
 
 
 def find_devices(device: str, gpu: str, procs: int | None, max_processes: int | None) -> list[torch.device]:
-    """The device of each process that --device, --gpu and --procs ask for.
+    """The device of each process, as --device, --gpu and --procs select them.
 
     Args:
-        max_processes: that --gpu all may start.
+        max_processes: limit for --gpu all; None for none.
 
     Raises:
-        CommandError: a device is not there, or the flags contradict each other.
+        CommandError: a device does not exist, or the flags contradict each other.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() or gpu not in ("None", "all") else "cpu"
@@ -49,7 +49,7 @@ def find_devices(device: str, gpu: str, procs: int | None, max_processes: int | 
 
 
 def torchrun_world(args: argparse.Namespace) -> World:
-    """This process's place in the run, by what torchrun says in environment variables."""
+    """The World of a process that torchrun started, from torchrun's environment variables."""
     if args.procs is not None:
         raise CommandError(f"--procs {args.procs}: torchrun starts the processes, with --nproc_per_node")
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -62,19 +62,22 @@ def torchrun_world(args: argparse.Namespace) -> World:
 Main = Callable[[argparse.Namespace, World], int]
 
 
-def launch(main: Main, args: argparse.Namespace, max_processes: int | None = None) -> int:
-    """Run main(args, world) in this process if it is the only one or torchrun started it, or in several new ones.
+def launch(
+    main: Main, args: argparse.Namespace, max_processes: Callable[[argparse.Namespace], int] | None = None
+) -> int:
+    """Run main(args, world) in this process, if it is the only one or torchrun started it, or in new processes.
 
-    What the user can mend becomes one message, and exit status 2, instead of stack traces.
+    Errors that the user can correct become a single message and exit status 2, without a traceback.
 
     Args:
-        main: importable by the new processes.
-        max_processes: that --gpu all may start.
+        main: importable by the new processes; returns the exit status.
+        max_processes: of the command line: how many processes --gpu all may start; None for no limit.
     """
     try:
         if dist.is_torchelastic_launched():
             end_process(_run(torchrun_world(args), "env://", None, main, args))
-        devices = find_devices(args.device, args.gpu, args.procs, max_processes)
+        limit = None if max_processes is None else max_processes(args)
+        devices = find_devices(args.device, args.gpu, args.procs, limit)
         if len(devices) == 1:
             return _run(World(devices[0]), "", None, main, args)
         return spawn(_run, devices, main, args)
@@ -87,10 +90,10 @@ def launch(main: Main, args: argparse.Namespace, max_processes: int | None = Non
 
 
 def _run(world: World, store: str, report: Path | None, main: Main, args: argparse.Namespace) -> int:
-    """Run main in this process, one of the world's; an error is written to `report`, or else printed."""
+    """Run main in this process of the world; an error is written to the file `report`, or printed if it is None."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-        torch.backends.cudnn.benchmark = True  # crops and tiles are all of one size
+        torch.backends.cudnn.benchmark = True  # crops and tiles all have one size
     try:
         with joined(world, store):
             return main(args, world)
@@ -100,7 +103,7 @@ def _run(world: World, store: str, report: Path | None, main: Main, args: argpar
         _say(f"the GPU's memory does not suffice; a smaller --batch-size or --input-size may help: {error}", report)
     except RuntimeError:
         if world.size > 1:
-            wait_for_the_one_that_failed(world)
+            wait_for_failed_process(world)
         raise
     return 2
 

@@ -1,4 +1,4 @@
-"""network.json beside the snapshots: which network their weights belong to, which a state dict does not tell.
+"""network.json beside the snapshots: the configuration of their network, which a state dict does not contain.
 
 {"backbone": "resnet101", "backbone_activation": "identity", "recurrence": 2, "num_classes": 19}
 """
@@ -20,7 +20,7 @@ def network_path(folder: Path) -> Path:
 
 
 def save_network(config: NetworkConfig, folder: Path) -> None:
-    """Write the folder's network.json, whole or not at all.
+    """Write the folder's network.json atomically.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -32,10 +32,10 @@ def save_network(config: NetworkConfig, folder: Path) -> None:
 
 
 def read_network(folder: Path) -> NetworkConfig | None:
-    """The folder's network.json; None if there is none.
+    """Read the folder's network.json; None if there is none.
 
     Raises:
-        CheckpointError: it cannot be read, or a key is missing, unknown or has a wrong value.
+        CheckpointError: it cannot be read, or a key is missing, unknown or has an invalid value.
     """
     path = network_path(folder)
     try:

@@ -9,13 +9,13 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def in_mixed_precision(model: nn.Module, device: torch.device, amp: str) -> Callable[[Tensor], list[Tensor]]:
-    """The network, images to logits, under autocast as --amp asks for.
+    """The network, images to logits, run under autocast as --amp says.
 
-    The logits are float32, and so are losses computed of them. Activated batch norm accumulates its statistics in
-    float64 whatever its input.
+    The logits, and so the losses computed from them, are float32. Activated batch norm accumulates its statistics in
+    float64 for every input dtype.
 
     Args:
-        amp: one of AMP_DTYPES.
+        amp: a key of AMP_DTYPES; with "off" the model itself is returned.
     """
     dtype = AMP_DTYPES[amp]
     if dtype is None:

@@ -1,4 +1,4 @@
-"""How a run of training starts: with new weights, with those of a file, or from the newest snapshot of its folder."""
+"""The start of training: from scratch, from a file of weights, or resuming from the newest snapshot of a folder."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ from .checkpoint import (
 )
 from .commandline import CommandError, plain_flags, with_network
 from .distributed import World
-from .schedule import poly_learning_rate
+from .training import poly_learning_rate
 
 # Flags that may differ on --resume: they affect devices, speed and logging, not what is learnt.
 _FREE_FLAGS = {
@@ -30,17 +30,17 @@ _FREE_FLAGS = {
 
 
 def run_flags(args: argparse.Namespace) -> dict:
-    """What defines the run, and has to be the same on --resume."""
+    """The flags that must be the same on --resume."""
     return {name: value for name, value in plain_flags(args).items() if name not in _FREE_FLAGS}
 
 
 def run_network(args: argparse.Namespace, world: World) -> argparse.Namespace:
-    """The command line with every network flag: those that are not given are as network.json says.
+    """The command line with all network flags set: those not given are taken from network.json.
 
-    That is the one of the run to be resumed, or else the one beside --restore-from. The main process reads it.
+    It is that of the run to resume, or else the one beside --restore-from. Only the main process reads it.
 
     Raises:
-        CommandError: a flag contradicts the file.
+        CommandError: a flag contradicts network.json.
     """
     if not world.is_main:
         return world.broadcast(None)
@@ -61,10 +61,10 @@ def start_or_resume(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> tuple[int, bool]:
-    """Load the weights and, on resuming, the rest of the training state; the main process reads, all of them get it.
+    """Load the weights and, on resuming, the training state. The main process reads them and broadcasts them to all.
 
     Args:
-        defaults: the flags of a command line without any: the value that a flag newer than the run had there.
+        defaults: all flags at their defaults, for flags that did not exist yet when a run was started.
 
     Returns the step, and whether the run is resumed.
     """
@@ -86,7 +86,7 @@ def restore(
     steps = training_steps(args.snapshot_dir)
     if steps and not args.resume:
         raise CommandError(
-            f"--snapshot-dir {args.snapshot_dir}: holds a run at step {steps[-1]}; add --resume to go on with it, "
+            f"--snapshot-dir {args.snapshot_dir}: holds a run at step {steps[-1]}; add --resume to resume it, "
             "or give another folder"
         )
     weights = lone_weights(args.snapshot_dir)
@@ -94,8 +94,8 @@ def restore(
         missing = weights.with_suffix(".training.pth").name
         raise CommandError(
             f"--snapshot-dir {args.snapshot_dir}: holds {weights.name} but no {missing} (step, optimiser, random "
-            "generators), without which no run can be resumed, and a new one would overwrite the weights; to begin a "
-            f"new run with them, give --restore-from {weights} and another --snapshot-dir"
+            "generators), without which no run can be resumed, and a new one would overwrite the weights; to start a "
+            f"new run from them, give --restore-from {weights} and another --snapshot-dir"
         )
     snapshot = newest_snapshot(args.snapshot_dir, lambda reason: print(f"warning: {reason}", file=sys.stderr))
     if snapshot is not None:
@@ -117,9 +117,9 @@ def resume(
     optimizer: torch.optim.Optimizer,
     snapshot: Snapshot,
 ) -> dict:
-    """Load a snapshot of the run in --snapshot-dir. Returns its training state, without the optimiser's."""
+    """Load a snapshot of the run in --snapshot-dir. Returns its training state without the optimiser's state."""
     training = dict(snapshot.training)
-    # A flag that did not exist yet when the run began is as if it had not been given.
+    # A flag that did not exist yet when the run was started has its default.
     before, now = run_flags(defaults) | training["flags"], run_flags(args)
     changed = [name for name in sorted(now) if before.get(name) != now.get(name)]
     if "num_steps" in changed and before["num_steps"] < now["num_steps"]:
@@ -128,7 +128,7 @@ def resume(
     if changed:
         lines = [f"    --{name.replace('_', '-')}: was {before.get(name)}, is {now.get(name)}" for name in changed]
         raise CommandError(
-            f"--resume: the run in {args.snapshot_dir} was begun with other flags; go on with the same, or give "
+            f"--resume: the run in {args.snapshot_dir} was started with other flags; resume with the same, or give "
             "another --snapshot-dir:\n" + "\n".join(lines)
         )
     path = snapshot_path(args.snapshot_dir, snapshot.step)
@@ -141,19 +141,19 @@ def resume(
 
 
 def _extension(args: argparse.Namespace, step: int, num_steps: int) -> str:
-    """What a larger --num-steps does to the learning rate."""
+    """A message on how a larger --num-steps changes the learning rate."""
     old, new = (
         poly_learning_rate(args.learning_rate, step, steps, args.power) for steps in (num_steps, args.num_steps)
     )
     return (
         f"--num-steps {args.num_steps}: was {num_steps}; the schedule is stretched over all of them, so that the "
-        f"learning rate at step {step} is {new:.3g} and not {old:.3g}; the run is not the one that had "
-        f"{args.num_steps} steps from its beginning"
+        f"learning rate at step {step} is {new:.3g} and not {old:.3g}; the result differs from that of a run with "
+        f"{args.num_steps} steps from the start"
     )
 
 
 def broadcast_momentum(world: World, optimizer: torch.optim.Optimizer) -> None:
-    """Give all processes the main one's momentum, each buffer in the layout of its parameter, as SGD expects it."""
+    """Broadcast the main process's momentum; each buffer gets the memory layout of its parameter, as SGD needs it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     has_momentum = [optimizer.state[parameter].get("momentum_buffer") is not None for parameter in parameters]
     for parameter, has in zip(parameters, world.broadcast(has_momentum), strict=True):

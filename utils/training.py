@@ -1,9 +1,9 @@
-"""One step of training: forward and backward passes of a batch's parts, and the update; and what the losses were."""
+"""A step of training: schedule, forward and backward passes over the parts of a batch, update, and its losses."""
 
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,46 +11,49 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset import shard
-from networks import BatchDropout2d, CCNet
+from networks import BatchDropout2d, BatchShard, CCNet
 
-from .criterion import BatchShare, CriterionDSN
+from .criterion import CriterionDSN, Losses
 from .distributed import World
 from .precision import in_mixed_precision
 
-LOSSES = ("total", "main", "auxiliary")
+
+def poly_learning_rate(base: float, step: int, num_steps: int, power: float) -> float:
+    """base * (1 - step / num_steps) ** power, for step in 0..num_steps-1 (paper, section 4.2)."""
+    return base * (1 - step / num_steps) ** power
 
 
-def batch_share(world: World, part_size: int) -> BatchShare | None:
-    """The images of a batch (or part of one) that this process has; None if it has them all."""
-    return None if world.size == 1 else BatchShare(shard(part_size, world.rank, world.size), part_size)
+def batch_shard(world: World, batch_size: int) -> BatchShard | None:
+    """The images of a batch (or of a part of one) that this process has; None if it is the only process."""
+    return None if world.size == 1 else BatchShard(shard(batch_size, world.rank, world.size), batch_size)
 
 
-def distribute(model: CCNet, world: World, images: BatchShare | None) -> nn.Module:
-    """The network with gradients that are means over the processes, whose weights are alike already."""
+def distribute(model: CCNet, world: World, shard: BatchShard | None) -> nn.Module:
+    """The network, whose gradients are averaged over the processes. All processes must have the same weights."""
     for module in model.modules():
         if isinstance(module, BatchDropout2d):
-            module.images = images
+            module.shard = shard
     if world.size == 1:
         return model
     with warnings.catch_warnings():
-        # The newest PyTorch has another name for broadcast_buffers, which older ones do not know.
+        # Newer versions of PyTorch deprecate broadcast_buffers for a name that older ones do not know.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(
             model,
             device_ids=[world.device] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,  # the statistics are those of all processes
+            broadcast_buffers=False,  # statistics are synchronised by the batch norms
             gradient_as_bucket_view=True,
-            find_unused_parameters=model.head.recurrence == 0,  # the attention's, which are there and not used
+            find_unused_parameters=model.head.recurrence == 0,  # then those of the attention are unused
         )
 
 
 def make_optimizer(
     model: nn.Module, learning_rate: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """SGD as one kernel, to which a GradScaler's scale is a tensor that the host does not wait for.
+    """SGD as one fused kernel, which reads a GradScaler's scale on the device, so that the host does not wait.
 
-    Its momentum begins as zeros instead of being made in the first step: if a GradScaler leaves that step out, PyTorch
-    2.14 goes on with uninitialised memory.
+    Momentum starts as zeros instead of being created in the first step: if a GradScaler skips that step, PyTorch 2.14
+    continues with uninitialised memory.
     """
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, learning_rate, momentum, weight_decay=weight_decay, fused=True)
@@ -61,7 +64,10 @@ def make_optimizer(
 
 
 class Part(NamedTuple):
-    """Images of a step's batch that go through the network together: [N, 3, H, W], labels [N, H, W], and names."""
+    """Images of a batch that go through the network together.
+
+    images: float32 [N, 3, H, W]; labels: uint8 [N, H, W] training ids; names: of the N images.
+    """
 
     images: Tensor
     labels: Tensor
@@ -69,27 +75,30 @@ class Part(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Result of one step: this rank's part of the losses, LOSSES, [3] on the device; whether the update was skipped."""
+    """Result of one step.
+
+    losses: [3] on the device, this process's part of the `Losses` of the batch; logits: [N, K, h, w], main logits of
+    the last part; skipped: whether the update was skipped.
+    """
 
     losses: Tensor
     logits: Tensor
-    """main, of the last part"""
     skipped: bool
 
 
 class TrainingStep:
-    """One step of SGD. Called with the parts of a batch, one after the other; returns the step's Outcome.
+    """One step of SGD. Called with the parts of a batch; returns the Outcome.
 
     The gradient is the mean over the parts.
 
     Args:
-        model: from `distribute`.
-        criterion: its share has to be that of a part.
-        scaler: of the gradients, for float16; not enabled otherwise.
+        model: the network, from `distribute`.
+        criterion: the loss of a part.
+        scaler: gradient scaler for float16; otherwise disabled.
         amp: mixed precision, one of AMP_DTYPES.
         max_norm: global gradient-norm limit; None: no clipping.
-        skip_nonfinite: leave the network as it was, statistics included, if the loss is not finite or, without a
-            scaler, which does so itself, the gradient. It waits for the device in each step.
+        skip_nonfinite: skip the update and restore the statistics if the loss or the gradient is not finite (a scaler
+            itself skips the update for the gradient). Every step then waits for the device.
     """
 
     def __init__(
@@ -115,28 +124,26 @@ class TrainingStep:
     def __call__(self, parts: list[Part]) -> Outcome:
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.skip_nonfinite else []
         self.optimizer.zero_grad(set_to_none=True)
-        losses = torch.zeros(len(LOSSES), device=self.world.device)
+        losses = torch.zeros(len(Losses._fields), device=self.world.device)
         for number, part in enumerate(parts, start=1):
-            with self._gradients_stay_here(number < len(parts)):
+            is_last = number == len(parts)
+            with nullcontext() if is_last else self._no_sync():
                 part_losses, logits = self._forward_and_backward(part, len(parts))
             losses += part_losses
         return Outcome(losses, logits, self._update(losses, buffers))
 
-    def _gradients_stay_here(self, more_parts_follow: bool):
-        """The processes' gradients are summed once a step, with the last part."""
-        if more_parts_follow and isinstance(self.model, DistributedDataParallel):
-            return self.model.no_sync()
-        return nullcontext()
+    def _no_sync(self) -> AbstractContextManager[object]:
+        """No gradients are synchronised: that is done once a step, with the last part."""
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def _forward_and_backward(self, part: Part, num_parts: int) -> tuple[Tensor, Tensor]:
         logits = self.network(part.images)
-        main, auxiliary = self.criterion.components(logits, part.labels)
-        total = self.criterion.combine(main, auxiliary)
-        self.scaler.scale(total / num_parts).backward()
-        return torch.stack([total, main, auxiliary]).detach() / num_parts, logits[0].detach()
+        losses = self.criterion.losses(logits, part.labels)
+        self.scaler.scale(losses.total / num_parts).backward()
+        return torch.stack(losses).detach() / num_parts, logits[0].detach()
 
     def _update(self, losses: Tensor, buffers: list[Tensor]) -> bool:
-        """Step, unless it is to be skipped, which is returned."""
+        """Update the weights unless the step is to be skipped; returns whether it was skipped."""
         norm = losses.new_zeros(())
         if self.max_norm is not None or self.skip_nonfinite:
             self.scaler.unscale_(self.optimizer)
@@ -152,13 +159,13 @@ class TrainingStep:
         return skip
 
     def _is_finite(self, losses: Tensor, norm: Tensor) -> bool:
-        """The same in all processes."""
+        """Whether the losses and, without a scaler, the gradient are finite; the same in all processes."""
         finite = self.world.sum(losses).isfinite().all()
         return bool(finite) if self.scaler.is_enabled() else bool(finite & norm.isfinite())
 
 
 class StepRecord(NamedTuple):
-    """Losses of a step, those of the whole batch, and the names of this process's images."""
+    """Losses of a step, over the whole batch, by their names in `Losses`; and the names of this process's images."""
 
     step: int
     losses: dict[str, float]
@@ -170,7 +177,7 @@ class StepRecord(NamedTuple):
 
 
 class PendingLosses:
-    """The losses of the steps since the last `drain`, on the device."""
+    """The losses of the steps since the last `drain`, kept on the device."""
 
     def __init__(self, world: World):
         self.world = world
@@ -182,12 +189,15 @@ class PendingLosses:
         self._steps.append((step, list(names)))
 
     def drain(self) -> list[StepRecord]:
-        """All steps since the last call, the same in all processes but for the names. Waits for the device."""
+        """Return and forget the records of all steps since the last call. Waits for the device.
+
+        All processes call it together; only the names differ among them.
+        """
         if not self._steps:
             return []
         rows = (self.world.sum(torch.stack(self._losses)) / self.world.size).tolist()
         records = [
-            StepRecord(step, dict(zip(LOSSES, row, strict=True)), names)
+            StepRecord(step, dict(zip(Losses._fields, row, strict=True)), names)
             for (step, names), row in zip(self._steps, rows, strict=True)
         ]
         self._losses, self._steps = [], []

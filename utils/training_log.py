@@ -1,4 +1,4 @@
-"""What one sees of a run: the progress bar, and the scalars and pictures in TensorBoard."""
+"""The output of a run: the progress bar, and scalars and pictures for TensorBoard."""
 
 import math
 import time
@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 
 class TrainingLog:
-    """Progress bar and TensorBoard of a run that goes from step `first` to `last`.
+    """Progress bar and TensorBoard log of a run from step `first` to `last`.
 
     Args:
-        folder: of the TensorBoard events; when a run goes on, what it had logged after `first` is dropped. None for a
-            process that shows and writes nothing, since another one does.
-        batch_size: images a step, for images/s.
+        folder: folder of the TensorBoard events. On resuming, what was logged after `first` is dropped. None: show and
+            write nothing, in processes other than the main one.
+        batch_size: images per step, for images/s.
     """
 
     def __init__(self, folder: Path | None, first: int, last: int, batch_size: int):
@@ -29,7 +29,7 @@ class TrainingLog:
         self.bar.update()
 
     def scalars(self, step: int, learning_rate: float, losses: dict[str, float]) -> None:
-        """Log a step's losses ("total" and its parts, or none), learning rate, and the images/s since the last call."""
+        """Log a step's losses by name, if any, its learning rate, and the images/s since the last call."""
         now = time.perf_counter()
         images = (step - self._since[0]) * self.batch_size
         images_per_second = images / (now - self._since[1])
@@ -42,7 +42,7 @@ class TrainingLog:
             self.writer.add_scalar(f"loss/{name}", loss, step)
 
     def skipped(self, step: int, names: list[str]) -> None:
-        """Count a step that was left out because its loss or gradient was not finite."""
+        """Count and report a step that was skipped because its loss or gradient was not finite."""
         self.num_skipped += 1
         self.message(
             f"step {step}: skipped, its loss or gradient is not finite, of the images {', '.join(names)} "

@@ -1,4 +1,4 @@
-"""Pictures: coloured predictions, image/label/prediction panels, and where criss-cross attention looks."""
+"""Pictures: coloured predictions, panels of image, label and prediction, and figures of the attention."""
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ _TITLE_HEIGHT = 18
 
 
 def palette_image(train_ids: np.ndarray) -> Image.Image:
-    """uint8 [H, W] training ids to a PNG-ready palette image: the ids as pixels, Cityscapes' colours to look at."""
+    """uint8 [H, W] training ids to a palette image: its pixels are the ids, shown in Cityscapes' colours."""
     image = Image.fromarray(train_ids)
     image.putpalette(PALETTE.tobytes())
     return image
@@ -28,8 +28,8 @@ def palette_image(train_ids: np.ndarray) -> Image.Image:
 def training_panel(image: Tensor, label: Tensor, logits: Tensor) -> np.ndarray:
     """Image, label and prediction side by side: uint8 [H, 3W, 3] RGB.
 
-    image: float32 [3, H, W] as the network gets it; label: [H, W] training ids; logits: [K, h, w]. Void is black in
-    label and prediction.
+    image: float32 [3, H, W], normalised as for the network; label: [H, W] training ids; logits: [K, h, w]. Void pixels
+    are black in label and prediction.
     """
     prediction = upsample(logits[None].float(), label.shape)[0].argmax(0)
     label_pixels = label.cpu().numpy()
@@ -39,9 +39,9 @@ def training_panel(image: Tensor, label: Tensor, logits: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def attention_passes(model: CCNet, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Run the network on one image [1, 3, H, W]: its main logits [1, K, h, w], and each pass's attention weights.
+    """Run the network on one image [1, 3, H, W]. Returns the main logits [1, K, h, w] and the attention weights.
 
-    The weights are [1, h+w-1, h, w] for each of the R passes in order, in the order of `ca_weight` along dim 1.
+    There is one tensor of weights for each of the R passes: [1, h+w-1, h, w], in the order of `ca_weight` along dim 1.
     """
     cca = model.head.cca
     inputs: list[Tensor] = []
@@ -54,17 +54,17 @@ def attention_passes(model: CCNet, image: Tensor) -> tuple[Tensor, list[Tensor]]
 
 
 def composed_influence(passes: list[Tensor], row: int, column: int) -> list[Tensor]:
-    """How much each position contributes to one, through the last pass, the last two, ... all R of them.
+    """How much each position contributes to the output at (row, column) through the last pass, the last two, ... all R.
 
-    With A_r the attention of pass r as a matrix (position by position), entry k of the result is the row of the
-    position in the product A_R ... A_(R-k): exactly, over all paths. Each is [h, w] and sums to 1.
+    With A_r the attention of pass r as a matrix (position by position), entry k of the result is the row of that
+    position in the product A_R ... A_(R-k), computed exactly. Each entry is [h, w] and sums to 1.
     """
     height, width = passes[0].shape[2:]
     mass = passes[0].new_zeros(1, 1, height, width)
     mass[0, 0, row, column] = 1
     influences = []
     for weight in reversed(passes):
-        # The transpose of `ca_map`: its derivative, as it is linear in the values.
+        # Multiply by the transpose of `ca_map`: since that is linear in the values, its gradient.
         with torch.enable_grad():
             value = torch.zeros_like(mass, requires_grad=True)
             (mass,) = torch.autograd.grad(ca_map(weight, value), value, mass)
@@ -73,11 +73,17 @@ def composed_influence(passes: list[Tensor], row: int, column: int) -> list[Tens
 
 
 def attention_figure(model: CCNet, image: Tensor, pixels: list[tuple[int, int]]) -> Image.Image:
-    """The paper's figure of the attention, a line a pixel: the image with the pixel as a green cross, where it looks
-    with R=1, R=2, ..., and the prediction.
+    """The paper's figure of the attention, one row for each pixel.
 
-    image: float32 [1, 3, H, W] as the network gets it; pixels: (y, x) in it. The influence is shown relative to its
-    largest value, by its square root, so that small contributions can be seen.
+    A row shows the image with the pixel as a green cross, the influence on it with R=1, R=2, ..., and the prediction.
+    The colour is the square root of the influence over its maximum, so that small contributions are visible.
+
+    Args:
+        image: float32 [1, 3, H, W], normalised as for the network.
+        pixels: (y, x) of each pixel in the image.
+
+    Raises:
+        ValueError: the network has R=0.
     """
     logits, passes = attention_passes(model, image)
     if not passes:
@@ -89,7 +95,7 @@ def attention_figure(model: CCNet, image: Tensor, pixels: list[tuple[int, int]])
     titles = ["image", *(f"R={r}" for r in range(1, len(passes) + 1)), "prediction"]
     lines = [_title_line(titles, size[0])]
     for y, x in pixels:
-        # Corners are aligned between the image and the map that attention works on.
+        # The corners of the image and of the feature map are aligned.
         row = round(y * (passes[0].shape[2] - 1) / max(height - 1, 1))
         column = round(x * (passes[0].shape[3] - 1) / max(width - 1, 1))
         heats = [_heat(influence, photograph) for influence in composed_influence(passes, row, column)]

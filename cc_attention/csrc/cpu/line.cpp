@@ -1,7 +1,5 @@
 #include "cc_attention/csrc/cpu/line.h"
 
-#include "libs/csrc/cpu/capability.h"
-
 namespace ccnet {
 CCNET_DEFINE_KERNELS(LineKernels, line_kernels)
 }  // namespace ccnet

@@ -1,12 +1,13 @@
-// Attention along one line of pixels, of which criss-cross attention is made: what the compiled instruction sets offer
-// (line_attention.h), and what calls it (criss_cross.cpp).
+// Attention along one line of pixels: the interface between the kernels, compiled for each instruction set
+// (line_attention.h), and criss-cross attention, which calls them for every row and column (criss_cross.cpp).
 //
-// A pixel's channels follow each other. Numbers that there is one of a pixel, in [N, (D,) H, W], lie `step` apart from one
-// pixel of the line to the next.
+// The channels of a pixel are contiguous. In arrays with one number per pixel, [N, (D,) H, W], the numbers of neighbouring
+// pixels of the line are `step` apart.
 #pragma once
 
 #include <cstdint>
 
+#include "libs/csrc/cpu/capability.h"
 #include "libs/csrc/cpu/scalar_types.h"
 
 namespace ccnet {
@@ -16,25 +17,25 @@ struct Line {
   int64_t step;
   int64_t query_channels;
   int64_t value_channels;
-  // The axes of a criss-cross path follow each other: the first one's lines have the pixel itself, later ones leave it
-  // out and merge into what is there. After the last, what is there is the result.
+  // A criss-cross path is processed axis by axis. Lines of the first axis include the pixel itself. Those of later axes
+  // leave it out and are merged into the partial result, which is complete after the last axis.
   bool first_axis;
   bool last_axis;
 };
 
-// A tensor along the line: pixel i's first channel is data[i * stride]. In the explicit form the channels of energies and
-// weights are the line's part of the path.
+// A tensor along the line: the first channel of pixel i is data[i * stride]. The channels of energies and weights are the
+// positions of the path that are on this line.
 template <class T>
 struct Along {
   T* data;
   int64_t stride;
-  int64_t next;  // numbers to this thread's next line, which is fetched ahead; 0: there is none
+  int64_t next;  // offset of this thread's next line, for prefetching; 0 if there is none
   __attribute__((always_inline)) Along from(int64_t pixel) const { return {data + pixel * stride, stride, next}; }
   __attribute__((always_inline)) operator Along<const T>() const { return {data, stride, next}; }
 };
 
-// Of each pixel's energies so far, as numbers a pixel: the largest, and the sum of exp(energy - largest). Their
-// logarithm in one number, largest + log(sum), would lose what float32 cannot hold beside a large energy.
+// The running softmax of each pixel: the largest energy so far, and the sum of exp(energy - largest). They are kept apart
+// because in one number, largest + log(sum), float32 would round away the logarithm beside a large energy.
 template <class Real>
 struct PathSum {
   Real* largest;
@@ -46,14 +47,13 @@ template <class T>
 struct LineKernels {
   using Real = Accumulate<T>;
 
-  // Bytes of scratch that any of the others needs.
+  // Bytes of scratch memory that is enough for each of the other kernels
   int64_t (*scratch_bytes)(const Line&);
 
-  // out and path take in this line's keys and values.
+  // Merges the keys and values of this line into out and path.
   void (*attention)(const Line&, Along<const T> query, Along<const T> key, Along<const T> value, Along<T> out,
                     PathSum<Real> path, char* scratch);
-  // The gradients of what `attention` wrote. delta is written on the first axis, which alone reads out, and read on the
-  // others.
+  // The gradients of `attention`. The first axis reads out and writes delta; later axes only read delta.
   void (*attention_backward)(const Line&, Along<const T> query, Along<const T> key, Along<const T> value,
                              Along<const T> out, Along<const T> grad_out, PathSum<const Real> path, Real* delta,
                              Along<T> grad_query, Along<T> grad_key, Along<T> grad_value, char* scratch);
@@ -61,41 +61,16 @@ struct LineKernels {
   void (*energy)(const Line&, Along<const T> query, Along<const T> key, Along<T> energy, char* scratch);
   void (*energy_backward)(const Line&, Along<const T> query, Along<const T> key, Along<const T> grad_energy,
                           Along<T> grad_query, Along<T> grad_key, char* scratch);
-  // out takes in weight * value.
+  // Adds weight * value to out, or on the first axis overwrites out with it.
   void (*map)(const Line&, Along<const T> weight, Along<const T> value, Along<T> out, char* scratch);
   void (*map_backward)(const Line&, Along<const T> weight, Along<const T> value, Along<const T> grad_out,
                        Along<T> grad_weight, Along<T> grad_value, char* scratch);
 
-  // Not of a line, but compiled with it: y [columns, rows] from x [rows, columns], x_row and y_row numbers from row to row
+  // Transposes x [rows, columns] to y [columns, rows], whose rows are x_row and y_row numbers apart. Not an operation on a
+  // line, but compiled for the same instruction sets.
   void (*transpose)(const T* x, int64_t x_row, int64_t rows, int64_t columns, T* y, int64_t y_row);
 };
 
-// For the instruction set that cpu_capability() names
-template <class T>
-const LineKernels<T>& line_kernels();
-
-// clang-format off
-namespace baseline {
-const LineKernels<float>& line_kernels(const float*);
-const LineKernels<double>& line_kernels(const double*);
-const LineKernels<Half>& line_kernels(const Half*);
-const LineKernels<BFloat16>& line_kernels(const BFloat16*);
-}
-namespace avx2 {
-const LineKernels<float>& line_kernels(const float*);
-const LineKernels<double>& line_kernels(const double*);
-const LineKernels<Half>& line_kernels(const Half*);
-const LineKernels<BFloat16>& line_kernels(const BFloat16*);
-}
-namespace avx512 {
-const LineKernels<float>& line_kernels(const float*);
-const LineKernels<double>& line_kernels(const double*);
-const LineKernels<Half>& line_kernels(const Half*);
-const LineKernels<BFloat16>& line_kernels(const BFloat16*);
-}
-namespace avx512_bf16 {
-const LineKernels<BFloat16>& line_kernels(const BFloat16*);
-}
-// clang-format on
+CCNET_DECLARE_KERNELS(LineKernels, line_kernels)
 
 }  // namespace ccnet

@@ -1,7 +1,5 @@
 #include "libs/csrc/cpu/abn_kernels.h"
 
-#include "libs/csrc/cpu/capability.h"
-
 namespace ccnet {
 CCNET_DEFINE_KERNELS(AbnKernels, abn_kernels)
 }  // namespace ccnet

@@ -1,16 +1,18 @@
-// The kernels of activated batch norm that the compiled instruction sets offer (abn_vectors.h), and what calls them
-// (abn.cpp). Each works on one block of elements that lie side by side.
+// The interface between the kernels of activated batch norm, compiled for each instruction set (abn_vectors.h), and the
+// operators that call them (abn.cpp). A kernel works on one block of contiguous elements.
 #pragma once
 
 #include <cstdint>
 
 #include "libs/csrc/activation.h"
+#include "libs/csrc/cpu/capability.h"
 #include "libs/csrc/cpu/scalar_types.h"
 
 namespace ccnet {
 
-// [rows, length] elements. They are of one channel, whose number is the first of each array of numbers, or column i is
-// of the channel of number i. Arrays of numbers to read then end with kNumbersBeyond more.
+// [rows, length] elements. Either all belong to one channel, and kernels read only the first element of arrays with one
+// number per channel; or column i has its own number i. These arrays then have kNumbersBeyond more elements at the end, so
+// that kernels can read whole vectors.
 struct Block {
   int64_t rows;
   int64_t length;
@@ -18,8 +20,8 @@ struct Block {
 };
 constexpr int64_t kNumbersBeyond = 16;
 
-// y = (x - shift) * scale + offset. Taking off the mean first, rounded to shift, loses nothing where x is near it; what
-// the rounding left out is in offset.
+// y = (x - shift) * scale + offset. shift is the mean rounded to Real: subtracting it first is exact where x is near the
+// mean. offset accounts for the rounding.
 template <class Real>
 struct AffineNumbers {
   const Real *shift, *scale, *offset;
@@ -39,44 +41,18 @@ template <class T>
 struct AbnKernels {
   using Real = Accumulate<T>;
 
-  // Of each channel's elements: the mean, and the sum of squared deviations from it
+  // For each channel: the mean of its elements, and the sum of squared deviations from that mean
   void (*statistics)(const Block&, const T* x, double* mean, double* squares);
-  // z = activation(y + residual); z may be x. Here and below residual may be null, for 0.
+  // z = activation(y + residual); z may be x. Here and below, residual is null if there is none.
   void (*forward)(const Block&, ActivationOf, const T* x, AffineNumbers<Real>, const T* residual, T* z);
-  // Of each channel's elements: the sums of dy and of dy * (y - bias)
+  // For each channel: the sums over its elements of dy and of dy * (y - bias)
   void (*backward_sums)(const Block&, ActivationOf, const T* z, const T* grad_z, const T* residual, const Real* bias,
                         double* sum, double* product_sum);
-  // past_caches: the gradients are too large to be read from a cache afterwards.
+  // past_caches: write the gradients with non-temporal stores, because they are larger than the caches.
   void (*backward)(const Block&, ActivationOf, const T* z, const T* grad_z, const T* residual, GradientNumbers<Real>,
                    T* grad_x, T* grad_residual, bool past_caches);
 };
 
-// For the instruction set that cpu_capability() names
-template <class T>
-const AbnKernels<T>& abn_kernels();
-
-// clang-format off
-namespace baseline {
-const AbnKernels<float>& abn_kernels(const float*);
-const AbnKernels<double>& abn_kernels(const double*);
-const AbnKernels<Half>& abn_kernels(const Half*);
-const AbnKernels<BFloat16>& abn_kernels(const BFloat16*);
-}
-namespace avx2 {
-const AbnKernels<float>& abn_kernels(const float*);
-const AbnKernels<double>& abn_kernels(const double*);
-const AbnKernels<Half>& abn_kernels(const Half*);
-const AbnKernels<BFloat16>& abn_kernels(const BFloat16*);
-}
-namespace avx512 {
-const AbnKernels<float>& abn_kernels(const float*);
-const AbnKernels<double>& abn_kernels(const double*);
-const AbnKernels<Half>& abn_kernels(const Half*);
-const AbnKernels<BFloat16>& abn_kernels(const BFloat16*);
-}
-namespace avx512_bf16 {
-const AbnKernels<BFloat16>& abn_kernels(const BFloat16*);
-}
-// clang-format on
+CCNET_DECLARE_KERNELS(AbnKernels, abn_kernels)
 
 }  // namespace ccnet

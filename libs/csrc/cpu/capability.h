@@ -1,47 +1,73 @@
-// Which of the compiled instruction sets the kernels use, decided at run time.
+// The choice, at run time, among the instruction sets that the kernels are compiled for.
 #pragma once
 
 #include <type_traits>
+
+#include "libs/csrc/cpu/scalar_types.h"
 
 namespace ccnet {
 
 enum class Capability { baseline, avx2, avx512, avx512_bf16 };
 
-// The best that this CPU has, or what the environment variable CCNET_CPU_CAPABILITY names. Throws when that is not one
-// of baseline, avx2, avx512, avx512_bf16, or is beyond this CPU.
+// The best instruction set of this CPU, or the one that the environment variable CCNET_CPU_CAPABILITY names. Throws if that
+// is none of baseline, avx2, avx512, avx512_bf16, or one that this CPU does not have.
 Capability cpu_capability();
 
 const char* name_of(Capability capability);
 
-// Defines `const Table<T>& kernels<T>()`: the table of kernels for elements of type T that the namespace of the instruction
-// set named by cpu_capability() gives. avx512_bf16 has one for BFloat16 only; the other types use that of avx512.
+// Every instruction set is a namespace, which defines `kernels(const T*)`: its table of kernels for elements of type T. (The
+// pointer is null and only chooses the overload.) avx512_bf16 has one for BFloat16 only; other types use that of avx512.
+//
+// CCNET_DECLARE_KERNELS declares these functions, and `kernels<T>()`, which returns the table of the instruction set that
+// cpu_capability() names. CCNET_DEFINE_KERNELS defines the latter.
+#define CCNET_DECLARE_KERNELS_OF_ALL_TYPES(Table, kernels) \
+  const Table<float>& kernels(const float*);               \
+  const Table<double>& kernels(const double*);             \
+  const Table<Half>& kernels(const Half*);                 \
+  const Table<BFloat16>& kernels(const BFloat16*);
+#define CCNET_DECLARE_KERNELS(Table, kernels)           \
+  template <class T>                                    \
+  const Table<T>& kernels();                            \
+  namespace baseline {                                  \
+  CCNET_DECLARE_KERNELS_OF_ALL_TYPES(Table, kernels)    \
+  }                                                     \
+  namespace avx2 {                                      \
+  CCNET_DECLARE_KERNELS_OF_ALL_TYPES(Table, kernels)    \
+  }                                                     \
+  namespace avx512 {                                    \
+  CCNET_DECLARE_KERNELS_OF_ALL_TYPES(Table, kernels)    \
+  }                                                     \
+  namespace avx512_bf16 {                               \
+  const Table<BFloat16>& kernels(const BFloat16*);      \
+  }
+
 #if defined(__x86_64__)
-#define CCNET_CHOOSE_KERNELS(kernels)                  \
-  if constexpr (std::is_same_v<T, BFloat16>) {         \
-    if (capability == Capability::avx512_bf16) {       \
-      return avx512_bf16::kernels(type);               \
-    }                                                  \
-  }                                                    \
-  if (capability >= Capability::avx512) {              \
-    return avx512::kernels(type);                      \
-  }                                                    \
-  if (capability == Capability::avx2) {                \
-    return avx2::kernels(type);                        \
+#define CCNET_RETURN_KERNELS_OF_X86(kernels)         \
+  if constexpr (std::is_same_v<T, BFloat16>) {       \
+    if (capability == Capability::avx512_bf16) {     \
+      return avx512_bf16::kernels(type);             \
+    }                                                \
+  }                                                  \
+  if (capability >= Capability::avx512) {            \
+    return avx512::kernels(type);                    \
+  }                                                  \
+  if (capability == Capability::avx2) {              \
+    return avx2::kernels(type);                      \
   }
 #else
-#define CCNET_CHOOSE_KERNELS(kernels) (void)capability;
+#define CCNET_RETURN_KERNELS_OF_X86(kernels)
 #endif
-#define CCNET_DEFINE_KERNELS(Table, kernels)           \
-  template <class T>                                   \
-  const Table<T>& kernels() {                          \
-    const Capability capability = cpu_capability();    \
-    const T* type = nullptr;                           \
-    CCNET_CHOOSE_KERNELS(kernels)                      \
-    return baseline::kernels(type);                    \
-  }                                                    \
-  template const Table<float>& kernels();              \
-  template const Table<double>& kernels();             \
-  template const Table<Half>& kernels();               \
+#define CCNET_DEFINE_KERNELS(Table, kernels)                             \
+  template <class T>                                                     \
+  const Table<T>& kernels() {                                            \
+    [[maybe_unused]] const Capability capability = cpu_capability();     \
+    const T* type = nullptr;                                             \
+    CCNET_RETURN_KERNELS_OF_X86(kernels)                                 \
+    return baseline::kernels(type);                                      \
+  }                                                                      \
+  template const Table<float>& kernels();                                \
+  template const Table<double>& kernels();                               \
+  template const Table<Half>& kernels();                                 \
   template const Table<BFloat16>& kernels();
 
 }  // namespace ccnet

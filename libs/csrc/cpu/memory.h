@@ -1,4 +1,4 @@
-// Memory of the CPU kernels' callers.
+// Memory allocation for the CPU kernels.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace ccnet {
 
-// This thread's block of that number, of at least that many bytes, kept for its next call; null when there is no memory.
+// A block of at least `bytes` bytes that this thread keeps and reuses, one for each kNumber; null if memory runs out.
 template <int kNumber = 0>
 char* thread_block(int64_t bytes) {
   struct Block {
@@ -28,8 +28,8 @@ char* thread_block(int64_t bytes) {
   return block.data;
 }
 
-// Large fresh memory is written to in 4 KB pages, each a fault that costs more than filling the page: ask for 2 MB ones.
-inline void prefer_huge_pages(void* data, int64_t bytes) {
+// Asks for pages of 2 MB in large new memory: with pages of 4 KB, the page faults cost more than writing the data.
+inline void prefer_huge_pages([[maybe_unused]] void* data, int64_t bytes) {
   constexpr int64_t large = 4 << 20;
   if (bytes < large) {
     return;
@@ -39,11 +39,8 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
   if (begin < end) {
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: if refused, nothing is lost
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: it may fail
   }
-#else
-  (void)data;
-  (void)bytes;
 #endif
 }
 

@@ -34,7 +34,7 @@ struct Pieces {
 inline Pieces Pieces::cut(bool planes, int64_t channels, int64_t rows, int64_t row_length, int element_bytes,
                           std::initializer_list<const void*> data) {
   constexpr int64_t threads = 256, most_columns = 32, enough_blocks = 1024;
-  constexpr int64_t fewest_steps = 4, most_steps = 64;  // sums in float32 stay exact enough, and go on in float64
+  constexpr int64_t fewest_steps = 4, most_steps = 64;  // that float32 sums are accurate for; their sum is in float64
   const int whole = 16 / element_bytes;
   const bool aligned = row_length % whole == 0 && std::all_of(data.begin(), data.end(), [](const void* p) {
                          return reinterpret_cast<uintptr_t>(p) % 16 == 0;
