@@ -71,6 +71,10 @@ def get_parser() -> ArgumentParser:
         "--compare-recurrence", type=number(int, 0, 64), nargs="+", default=[], metavar="R",
         help="also evaluate the same weights with these numbers of passes of attention",
     )  # fmt: skip
+    add(
+        "--compare-with", type=Path, nargs="+", default=[], metavar="RESULT.JSON",
+        help="also show what other evaluations of the same images measured, each by its result.json",
+    )  # fmt: skip
 
     add = parser.add_argument_group("results").add_argument
     add(
@@ -89,6 +93,33 @@ def check_names(args: argparse.Namespace, items: list[Item]) -> None:
     (name, count), *_ = Counter(item.frame if args.submit else item.name for item in items).most_common(1)
     if count > 1:
         raise CommandError(f"{args.data_list or args.data_dir}: expected every image once, found {count} named {name}")
+
+
+def class_names(num_classes: int) -> list[str]:
+    return [*CLASS_NAMES, *(f"class {k}" for k in range(len(CLASS_NAMES), num_classes))]
+
+
+def read_others(paths: list[Path], num_classes: int) -> dict[str, dict]:
+    """What the evaluations of --compare-with measured, by the names of their checkpoints' folders.
+
+    Raises:
+        CommandError: one is no result.json, of other classes, or of a folder of the same name as another.
+    """
+    others: dict[str, dict] = {}
+    for path in paths:
+        try:
+            result = json.loads(path.read_text())
+            name, classes = Path(result["flags"]["restore_from"]).resolve().parent.name, list(result["classes"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CommandError(f"--compare-with {path}: expected an evaluation's result.json: {error!r}") from error
+        if classes != class_names(num_classes):
+            raise CommandError(
+                f"--compare-with {path}: expected the {num_classes} classes measured here, found {classes}"
+            )
+        if name in others:
+            raise CommandError(f"--compare-with {path}: two evaluations of checkpoints in folders named {name}")
+        others[name] = result
+    return others
 
 
 def find_attention_item(args: argparse.Namespace, items: list[Item]) -> Item:
@@ -194,17 +225,19 @@ def attention_picture(model: CCNet, item: Item, pixels: list[tuple[int, int]], f
     return path
 
 
-def percent(value: float) -> str:
-    return "absent" if math.isnan(value) else f"{100 * value:.2f}"
+def percent(value: float | None) -> str:
+    return "absent" if value is None else f"{100 * value:.2f}"
 
 
-def iou_table(results: dict[str, ConfusionMatrix], names: list[str]) -> str:
+def iou_table(results: dict[str, dict]) -> str:
     """A Markdown table of IoUs, their mean and the pixel accuracy, in percent, with a column for each result."""
-    rows = list(zip(names, *(confusion.iou().tolist() for confusion in results.values()), strict=True))
-    rows.append(("**mean IoU**", *(confusion.mean_iou() for confusion in results.values())))
-    rows.append(("pixel accuracy", *(confusion.pixel_accuracy() for confusion in results.values())))
+    columns = [
+        [*result["classes"].items(), ("**mean IoU**", result["meanIU"]), ("pixel accuracy", result["pixel_accuracy"])]
+        for result in results.values()
+    ]
     lines = [f"| class | {' | '.join(results)} |", "|:--" + "|--:" * len(results) + "|"]
-    lines += [f"| {name} | {' | '.join(map(percent, values))} |" for name, *values in rows]
+    for row in zip(*columns, strict=True):
+        lines.append(f"| {row[0][0]} | {' | '.join(percent(value) for _, value in row)} |")
     return "\n".join(lines)
 
 
@@ -223,6 +256,7 @@ def save_report(
     args: argparse.Namespace,
     confusion: ConfusionMatrix,
     compared: dict[int, ConfusionMatrix],
+    others: dict[str, dict],
     gamma: float,
     num_images: int,
     output_dir: Path,
@@ -231,19 +265,21 @@ def save_report(
 
     Args:
         compared: results of the same weights with other numbers of passes.
+        others: results of other evaluations, from `read_others`.
         gamma: gamma of the attention.
         num_images: number of images with a label.
     """
-    names = [*CLASS_NAMES, *(f"class {k}" for k in range(len(CLASS_NAMES), args.num_classes))]
+    names = class_names(args.num_classes)
     flags = plain_flags(args)
     result = measures(confusion, names) | {
-        "recurrence": {str(r): measures(other, names) for r, other in compared.items()},
+        "recurrence": {str(r): measures(passes, names) for r, passes in compared.items()},
         "gamma": gamma,
         "images": num_images,
         "flags": flags,
     }
     (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = iou_table({"IoU, %": confusion, **{f"R={r}": other for r, other in compared.items()}}, names)
+    passes = {f"R={r}": result["recurrence"][str(r)] for r in compared}
+    table = iou_table({"IoU, %": result, **passes, **others})
     settings = "\n".join(f"- {name}: {value}" for name, value in flags.items())
     (output_dir / "report.md").write_text(
         f"# {args.restore_from}\n\n{num_images} images, gamma {gamma:.4g}\n\n{table}\n\n{settings}\n"
@@ -272,6 +308,7 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
     check_labels(items)
     check_memory(f"--batch-size {args.batch_size}", min(args.batch_size, len(items)), ImageFile(items[0].image).size)
     attention_item = find_attention_item(args, items) if args.attention else None
+    others = read_others(args.compare_with, args.num_classes)
     model = build_model(network_config(args))
     load_state(model, read_state_dict(args.restore_from), str(args.restore_from))
     model.to(world.device).eval()
@@ -292,7 +329,7 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
     labelled = sum(item.label is not None for item in items)
     gamma = model.head.cca.gamma.item()
     if labelled:
-        print(save_report(args, confusion, compared, gamma, labelled, output_dir))
+        print(save_report(args, confusion, compared, others, gamma, labelled, output_dir))
         print(f"gamma of the attention: {gamma:.4g} (with 0 it adds nothing)\n")
         print(f"report:       {output_dir / 'report.md'}, {output_dir / 'result.json'}")
     print(f"checkpoint:   {args.restore_from}")

@@ -50,14 +50,14 @@ else
     SCENES=1
     CS_PATH=data/scenes
     BACKBONE=${BACKBONE:-resnet18}
-    INPUT_SIZE=${INPUT_SIZE:-96,192}
+    INPUT_SIZE=${INPUT_SIZE:-64,128}
     BS=${BS:-8}
     STEPS=${STEPS:-300}
-    SAVE_EVERY=${SAVE_EVERY:-50}
+    SAVE_EVERY=${SAVE_EVERY:-100}
     SNAPSHOT_DIR=${SNAPSHOT_DIR:-snapshots/scenes}
     RESTORE_FROM=${RESTORE_FROM-}
     OHEM=${OHEM:-1}
-    OHEM_KEEP=${OHEM_KEEP:-8000}
+    OHEM_KEEP=${OHEM_KEEP:-2000}
 fi
 LR=${LR:-} # train.py's: the recipe's 1e-2, or the fine-tuning stage's
 WD=${WD:-1e-4}
@@ -80,6 +80,7 @@ last_value() { # flag, default, arguments...: the last value given for the flag
 # A flag wins over the variable.
 BACKBONE=$(last_value --backbone "$BACKBONE" "$@")
 RESTORE_FROM=$(last_value --restore-from "$RESTORE_FROM" "$@")
+RECURRENCE=$(last_value --recurrence "$RECURRENCE" "$@")
 STEPS=$(last_value --num-steps "$STEPS" "$@")
 SNAPSHOT_DIR=$(last_value --snapshot-dir "$SNAPSHOT_DIR" "$@")
 if [[ $RESTORE_FROM == dataset/resnet101-imagenet.pth ]]; then
@@ -96,12 +97,14 @@ TRAIN=(
 )
 [[ -z $LR ]] || TRAIN+=(--learning-rate "$LR")
 [[ -z $RESTORE_FROM ]] || TRAIN+=(--restore-from "$RESTORE_FROM")
-[[ -n $SCENES ]] || TRAIN+=(--random-scale) # not for scenes, of which a crop could lose the sign that tells the class
+if [[ -n $SCENES ]]; then
+    TRAIN+=(--initial-gamma 1) # from the paper's 0 the attention does not get going in a run of minutes
+else
+    TRAIN+=(--random-scale) # a crop of a scene could lose the sign that tells the class
+fi
 TRAIN+=("$@") # the last value of a flag counts
 BOTH=$(python -m utils.commandline "${TRAIN[@]}")
 mapfile -t EVALUATE <<<"$BOTH"
-# On the first image: its vehicle, and a building.
-[[ -z $SCENES ]] || EVALUATE+=(--attention 78,160 --attention 35,150)
 
 # SIGTERM to this script alone is passed on, so that training saves before it ends; Ctrl-C reaches it anyway.
 train() {
@@ -120,11 +123,15 @@ train() {
 
 if [[ -n $SCENES ]]; then
     python -m dataset.scenes --output "$CS_PATH"
-    echo "== the network before training"
-    train --num-steps 0 --snapshot-dir "$SNAPSHOT_DIR/untrained"
-    python evaluate.py "${EVALUATE[@]}" --restore-from "$SNAPSHOT_DIR/untrained/CS_scenes_0.pth"
-    echo "== training"
-    EVALUATE+=(--compare-recurrence 0 1 2 3)
+    echo "== the same network without attention, to compare with"
+    WITHOUT=$SNAPSHOT_DIR/without_attention
+    train --recurrence 0 --num-steps "$STEPS" --snapshot-dir "$WITHOUT"
+    python evaluate.py "${EVALUATE[@]}" --recurrence 0 --restore-from "$WITHOUT/CS_scenes_$STEPS.pth" --output-dir "$WITHOUT/val"
+    echo "== with attention"
+    EVALUATE+=(--compare-with "$WITHOUT/val/result.json")
+    if [[ $RECURRENCE -gt 0 ]]; then # of one vehicle, and of a building
+        EVALUATE+=(--compare-recurrence 0 1 2 3 --attention-image hafen_000004_000019 --attention 48,104 --attention 28,60)
+    fi
 fi
 train --num-steps "$STEPS" --snapshot-dir "$SNAPSHOT_DIR"
 python evaluate.py "${EVALUATE[@]}" --restore-from "$SNAPSHOT_DIR/CS_scenes_$STEPS.pth"

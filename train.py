@@ -116,6 +116,10 @@ def get_parser() -> ArgumentParser:
         "--restore-from", type=Path,
         help="weights to start with: ImageNet backbone or whole network; from scratch if not given",
     )  # fmt: skip
+    add(
+        "--initial-gamma", type=number(float, -1e3, 1e3), default=0,
+        help="initial weight of the attention's result, where no whole network is restored; the paper's is 0",
+    )  # fmt: skip
     add("--not-restore-last", action="store_true", help="do not load the classifying layers, for other classes")
     add(
         "--is-training", action=argparse.BooleanOptionalAction, default=True,
@@ -226,6 +230,7 @@ def set_up(args: argparse.Namespace, world: World) -> Run:
     check_labels(items)
     torch.manual_seed(args.random_seed)
     model = build_model(network_config(args)).to(world.device)
+    nn.init.constant_(model.head.cca.gamma, args.initial_gamma)
     optimizer = make_optimizer(model, args.learning_rate, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
     defaults = with_network(get_parser().parse_args([]), None)

@@ -258,7 +258,7 @@ def test_reference_has_the_native_dtypes_under_autocast(monkeypatch):
 
 
 def test_importing_does_not_import_the_compiler():
-    """It takes as long as PyTorch itself; the compiler is told of a constant in the way that PyTorch's decorator does."""
+    """It takes as long as PyTorch itself; what is marked for it has the mark of PyTorch's decorator."""
     code = "import sys, cc_attention, libs; assert 'torch._dynamo' not in sys.modules, 'torch._dynamo'"
     subprocess.run([sys.executable, "-c", code], check=True)
     decorated = torch.compiler.assume_constant_result(lambda: None)

@@ -16,8 +16,10 @@ import evaluate
 import train
 from dataset import CLASS_NAMES, scan
 from dataset.labels import LABEL_IDS, TRAIN_ID_TO_ID
+from evaluate import read_others
 from networks import NetworkConfig, build_model
 from utils.checkpoint import CheckpointError
+from utils.commandline import CommandError
 from utils.launch import launch
 from utils.network_file import read_network, save_network
 
@@ -302,6 +304,36 @@ def test_other_numbers_of_passes_are_compared(scenes, checkpoint, tmp_path, caps
     assert "gamma of the attention: 0.5" in output
     two, none = (f"{100 * result['meanIU']:.2f}" for result in (both, zero))
     assert f"| **mean IoU** | {two} | {none} | {two} |" in output
+
+
+def test_other_evaluations_stand_beside(scenes, checkpoint, tmp_path, capsys):
+    other = tmp_path / "other" / "result.json"
+    assert evaluation(scenes, checkpoint, other.parent, "--recurrence", 0) == 0
+    capsys.readouterr()
+    assert evaluation(scenes, checkpoint, tmp_path / "both", "--compare-with", other) == 0
+    mine, beside = (json.loads((tmp_path / name / "result.json").read_text())["meanIU"] for name in ("both", "other"))
+    output = capsys.readouterr().out
+    assert f"| class | IoU, % | {checkpoint.parent.name} |" in output
+    assert f"| **mean IoU** | {100 * mine:.2f} | {100 * beside:.2f} |" in output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("[]", "expected an evaluation's result.json"),
+        (
+            '{"flags": {"restore_from": "a/b.pth"}, "classes": {"road": 1}}',
+            r"the 19 classes measured here, found \['road'\]",
+        ),
+    ],
+)
+def test_what_is_no_other_evaluation_is_refused(tmp_path, content, message):
+    path = tmp_path / "result.json"
+    if content:
+        path.write_text(content)
+    with pytest.raises(CommandError, match=rf"--compare-with {path}: .*{message}"):
+        read_others([path], 19)
 
 
 # ---- where results go

@@ -44,18 +44,19 @@ def test_without_arguments_it_trains_and_evaluates_on_generated_scenes(checkout)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = checkout / "snapshots" / "scenes"
     tables = re.findall(r"\*\*mean IoU\*\* \| (\d+\.\d+)", done.stdout)
-    assert len(tables) == 2  # before training, and after
+    assert len(tables) == 2  # without attention, and with it
     for path in (
         "CS_scenes_2.pth",
         "network.json",
         "outputs/CS_scenes_2/val/report.md",
         "outputs/CS_scenes_2/val/result.json",
         "outputs/CS_scenes_2/val/predictions/hafen_000000_000019_leftImg8bit.png",
-        "outputs/CS_scenes_2/val/attention/hafen_000000_000019_leftImg8bit.png",
-        "untrained/CS_scenes_0.pth",
+        "outputs/CS_scenes_2/val/attention/hafen_000004_000019_leftImg8bit.png",
+        "without_attention/CS_scenes_2.pth",
+        "without_attention/val/result.json",
     ):
         assert (folder / path).is_file(), path
-    assert "| class | IoU, % | R=0 | R=1 | R=2 | R=3 |" in done.stdout
+    assert "| class | IoU, % | R=0 | R=1 | R=2 | R=3 | without_attention |" in done.stdout
     ending = done.stdout.splitlines()[-4:]
     assert [line.split(":")[0] for line in ending] == ["report", "checkpoint", "predictions", "attention"]
 
@@ -95,7 +96,7 @@ def test_sigterm_to_the_script_alone_saves_before_it_ends(checkout):
     done = run_local(checkout, BS="2", STEPS="100000")
     assert done.returncode == 128 + 15, done.stdout + done.stderr
     assert "stopped by SIGTERM at step" in done.stdout
-    assert list((checkout / "snapshots" / "scenes").glob("CS_scenes_*.training.pth"))
+    assert list((checkout / "snapshots" / "scenes").rglob("CS_scenes_*.training.pth"))
 
 
 def test_help_and_flags_that_do_not_go(checkout):

@@ -142,7 +142,13 @@ def find_items(args: argparse.Namespace, split: str, need_labels: bool = False) 
 
 def plain_flags(args: argparse.Namespace) -> dict:
     """The flags by name, in a form that can be saved: paths are text."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+    def plain(value: object) -> object:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in vars(args).items()}
 
 
 def check_ignore_label(ignore_label: int, num_classes: int) -> None:
