@@ -199,7 +199,7 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
 def main() -> None:
     parser = ArgumentParser("Generate street scenes in the Cityscapes layout.")
     parser.add_argument("--output", type=Path, default=Path("data/scenes"), help="folder of the data set")
-    parser.add_argument("--train", type=number(int, 0, 10**6), default=2000, help="number of training images")
+    parser.add_argument("--train", type=number(int, 0, 10**6), default=1600, help="number of training images")
     parser.add_argument("--val", type=number(int, 0, 10**6), default=40, help="number of validation images")
     parser.add_argument("--test", type=number(int, 0, 10**6), default=4, help="number of test images, without labels")
     parser.add_argument("--height", type=number(int, 48, 2**13), default=64, help="of the images, in pixels")
