@@ -8,6 +8,7 @@
 
 #include "cc_attention/csrc/cpu/each_line.h"
 #include "cc_attention/csrc/cpu/line.h"
+#include "cc_attention/csrc/cpu/planes.h"
 #include "cc_attention/csrc/criss_cross.h"
 #include "libs/csrc/cpu/dtype.h"
 #include "libs/csrc/cpu/memory.h"
@@ -18,33 +19,75 @@ namespace {
 // x, or a copy of it in a memory format of its own
 Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x, format_of(x)); }
 
-// Uninitialised, of that shape, and otherwise as `like`
-Tensor empty_as(const Tensor& like, const Shape& shape) {
-  Tensor x = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format_of(like));
+Tensor empty(const Shape& shape, const Tensor& like, MemoryFormat format) {
+  Tensor x = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
   prefer_huge_pages(x.mutable_data_ptr(), x.numel() * x.element_size());
   return x;
 }
+Tensor empty_channels_last(const Shape& shape, const Tensor& like) {
+  return empty(shape, like, shape.size() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast);
+}
 
+// A result in the memory format of `like`. One in NCHW is made in channels_last, in working memory, and transposed by
+// finish(); until then its own memory is spare.
+class Output {
+ public:
+  Output(const Tensor& like, const Shape& shape, bool path = false)
+      : tensor_(empty(shape, like, format_of(like))),
+        in_place_(is_channels_last(tensor_)),
+        made_(in_place_ ? tensor_ : empty_channels_last(shape, like)),
+        path_(path) {}
+
+  template <class T>
+  Images<T> images() const {
+    return {static_cast<T*>(made_.mutable_data_ptr()), nullptr, made_.size(1), path_};
+  }
+  template <class T>
+  void finish() const {
+    if (!in_place_ && tensor_.numel() > 0) {
+      const int64_t n = tensor_.size(0), channels = tensor_.size(1);
+      to_planes(static_cast<const T*>(made_.const_data_ptr()), n, channels, tensor_.numel() / n / channels,
+                static_cast<T*>(tensor_.mutable_data_ptr()));
+    }
+  }
+  const Tensor& tensor() const { return tensor_; }
+  bool has_spare_memory() const { return !in_place_; }
+
+ private:
+  Tensor tensor_;
+  bool in_place_;
+  Tensor made_;
+  bool path_;
+};
+
+// An input that all axes read. One in NCHW is copied to channels_last, into the spare memory of the result of its shape
+// if there is one.
+class Input {
+ public:
+  explicit Input(const Tensor& x) : Input(x, nullptr) {}
+  Input(const Tensor& x, const Output& result) : Input(x, result.has_spare_memory() ? &result.tensor() : nullptr) {}
+
+  template <class T>
+  Images<T> images() const {
+    const auto* data = static_cast<const T*>(x_.const_data_ptr());
+    return is_channels_last(x_) ? Images<T>{const_cast<T*>(data), nullptr, x_.size(1)}
+                                : Images<T>{static_cast<T*>(copy_.mutable_data_ptr()), data, x_.size(1)};
+  }
+
+ private:
+  Input(const Tensor& x, const Tensor* spare)
+      : x_(dense(x)),
+        copy_(is_channels_last(x_) ? x_ : spare != nullptr ? *spare : empty_channels_last(shape_of(x), x)) {}
+
+  Tensor x_, copy_;
+};
+
+// An input that is in NCHW not copied as a whole
 template <class T>
-Images<T> images_of(const Tensor& x, void* data, Access access, bool path = false) {
-  return {static_cast<T*>(data), x.size(1), !is_channels_last(x), path, access};
-}
-template <class T>
-Images<T> read(const Tensor& x, Access access = Access::read) {
-  return images_of<T>(x, const_cast<void*>(x.const_data_ptr()), access);
-}
-template <class T>
-Images<T> merge(const Tensor& x) {
-  return images_of<T>(x, x.mutable_data_ptr(), Access::merge);
-}
-// Energies or weights
-template <class T>
-Images<T> read_path(const Tensor& x) {
-  return images_of<T>(x, const_cast<void*>(x.const_data_ptr()), Access::read, true);
-}
-template <class T>
-Images<T> write_path(const Tensor& x) {
-  return images_of<T>(x, x.mutable_data_ptr(), Access::write, true);
+Images<T> by_lines(const Tensor& x, bool path = false, bool first_axis_only = false) {
+  auto* data = static_cast<T*>(const_cast<void*>(x.const_data_ptr()));
+  const bool planes = !is_channels_last(x);
+  return {planes ? nullptr : data, planes ? data : nullptr, x.size(1), path, first_axis_only};
 }
 // The numbers of empty_per_pixel
 template <class T>
@@ -60,19 +103,20 @@ Accumulate<T>* write_numbers(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_) {
   check_query_key_and_value(query_, key_, value_);
-  const Tensor query = dense(query_), key = dense(key_), value = dense(value_);
-  Tensor out = empty_as(value_, shape_of(value));
-  Tensor largest = empty_per_pixel(query), sum = empty_per_pixel(query);
-  for_type("query", query, [&](auto* type) {
+  const Output out(value_, shape_of(value_));
+  const Input query(query_), key(key_), value(value_, out);
+  Tensor largest = empty_per_pixel(query_), sum = empty_per_pixel(query_);
+  for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const PathSum<Accumulate<T>> path{write_numbers<T>(largest), write_numbers<T>(sum)};
-    const std::array images{read<T>(query), read<T>(key), read<T>(value), merge<T>(out)};
-    each_line<T>(query, query.size(1), value.size(1), images,
+    const std::array images{query.images<T>(), key.images<T>(), value.images<T>(), out.images<T>()};
+    each_line<T>(query_, query_.size(1), value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t u, char* scratch) {
                    kernels.attention(line, x[0], x[1], x[2], x[3], path.from(u), scratch);
                  });
+    out.finish<T>();
   });
-  return {out, largest, sum};
+  return {out.tensor(), largest, sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_out_, const Tensor& query_,
@@ -85,96 +129,107 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
   Tensor delta = empty_per_pixel(query_);
   check("largest", largest_, delta, shape_of(delta));
   check("sum", sum_, delta, shape_of(delta));
-  const Tensor query = dense(query_), key = dense(key_), value = dense(value_);
+  const Output grad_query(query_, shape_of(query_)), grad_key(key_, shape_of(key_)), grad_value(value_, shape_of(value_));
+  const Input query(query_, grad_query), key(key_, grad_key), value(value_, grad_value);
   const Tensor out = dense(out_), grad_out = dense(grad_out_);
   const Tensor largest = torch::stable::contiguous(largest_), sum = torch::stable::contiguous(sum_);
-  Tensor grad_query = empty_as(query_, shape_of(query)), grad_key = empty_as(key_, shape_of(key));
-  Tensor grad_value = empty_as(value_, shape_of(value));
-  for_type("query", query, [&](auto* type) {
+  for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const PathSum<const Accumulate<T>> path{read_numbers<T>(largest), read_numbers<T>(sum)};
     Accumulate<T>* d = write_numbers<T>(delta);
-    const std::array images{read<T>(query),
-                            read<T>(key),
-                            read<T>(value),
-                            read<T>(out, Access::read_on_first_axis),
-                            read<T>(grad_out),
-                            merge<T>(grad_query),
-                            merge<T>(grad_key),
-                            merge<T>(grad_value)};
-    each_line<T>(query, query.size(1), value.size(1), images,
+    const std::array images{query.images<T>(),
+                            key.images<T>(),
+                            value.images<T>(),
+                            by_lines<T>(out, false, true),
+                            by_lines<T>(grad_out),
+                            grad_query.images<T>(),
+                            grad_key.images<T>(),
+                            grad_value.images<T>()};
+    each_line<T>(query_, query_.size(1), value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t u, char* scratch) {
                    kernels.attention_backward(line, x[0], x[1], x[2], x[3], x[4], path.from(u), d + u, x[5], x[6], x[7],
                                               scratch);
                  });
+    grad_query.finish<T>();
+    grad_key.finish<T>();
+    grad_value.finish<T>();
   });
-  return {grad_query, grad_key, grad_value};
+  return {grad_query.tensor(), grad_key.tensor(), grad_value.tensor()};
 }
 
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
-  const Tensor query = dense(query_), key = dense(key_);
-  Tensor energy = empty_as(query_, path_shape(query));
-  for_type("query", query, [&](auto* type) {
+  const Output energy(query_, path_shape(query_), true);
+  const Input query(query_), key(key_);
+  for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{read<T>(query), read<T>(key), write_path<T>(energy)};
-    each_line<T>(query, query.size(1), 0, images,
+    const std::array images{query.images<T>(), key.images<T>(), energy.images<T>()};
+    each_line<T>(query_, query_.size(1), 0, images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
                    kernels.energy(line, x[0], x[1], x[2], scratch);
                  });
+    energy.finish<T>();
   });
-  return energy;
+  return energy.tensor();
 }
 
 std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
   check("grad_energy", grad_energy_, query_, path_shape(query_));
-  const Tensor query = dense(query_), key = dense(key_), grad_energy = dense(grad_energy_);
-  Tensor grad_query = empty_as(query_, shape_of(query)), grad_key = empty_as(key_, shape_of(key));
-  for_type("query", query, [&](auto* type) {
+  const Output grad_query(query_, shape_of(query_)), grad_key(key_, shape_of(key_));
+  const Input query(query_, grad_query), key(key_, grad_key);
+  const Tensor grad_energy = dense(grad_energy_);
+  for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{read<T>(query), read<T>(key), read_path<T>(grad_energy), merge<T>(grad_query),
-                            merge<T>(grad_key)};
-    each_line<T>(query, query.size(1), 0, images,
+    const std::array images{query.images<T>(), key.images<T>(), by_lines<T>(grad_energy, true), grad_query.images<T>(),
+                            grad_key.images<T>()};
+    each_line<T>(query_, query_.size(1), 0, images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
                    kernels.energy_backward(line, x[0], x[1], x[2], x[3], x[4], scratch);
                  });
+    grad_query.finish<T>();
+    grad_key.finish<T>();
   });
-  return {grad_query, grad_key};
+  return {grad_query.tensor(), grad_key.tensor()};
 }
 
 Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
-  const Tensor weight = dense(weight_), value = dense(value_);
-  Tensor out = empty_as(value_, shape_of(value));
-  for_type("value", value, [&](auto* type) {
+  const Output out(value_, shape_of(value_));
+  const Input value(value_, out);
+  const Tensor weight = dense(weight_);
+  for_type("value", value_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{read_path<T>(weight), read<T>(value), merge<T>(out)};
-    each_line<T>(value, 0, value.size(1), images,
+    const std::array images{by_lines<T>(weight, true), value.images<T>(), out.images<T>()};
+    each_line<T>(value_, 0, value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
                    kernels.map(line, x[0], x[1], x[2], scratch);
                  });
+    out.finish<T>();
   });
-  return out;
+  return out.tensor();
 }
 
 std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
   check("grad_out", grad_out_, value_, shape_of(value_));
-  const Tensor weight = dense(weight_), value = dense(value_), grad_out = dense(grad_out_);
-  Tensor grad_weight = empty_as(weight_, path_shape(value)), grad_value = empty_as(value_, shape_of(value));
-  for_type("value", value, [&](auto* type) {
+  const Output grad_weight(weight_, path_shape(value_), true), grad_value(value_, shape_of(value_));
+  const Input value(value_, grad_value);
+  const Tensor weight = dense(weight_), grad_out = dense(grad_out_);
+  for_type("value", value_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{read_path<T>(weight), read<T>(value), read<T>(grad_out), write_path<T>(grad_weight),
-                            merge<T>(grad_value)};
-    each_line<T>(value, 0, value.size(1), images,
+    const std::array images{by_lines<T>(weight, true), value.images<T>(), by_lines<T>(grad_out), grad_weight.images<T>(),
+                            grad_value.images<T>()};
+    each_line<T>(value_, 0, value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
                    kernels.map_backward(line, x[0], x[1], x[2], x[3], x[4], scratch);
                  });
+    grad_weight.finish<T>();
+    grad_value.finish<T>();
   });
-  return {grad_weight, grad_value};
+  return {grad_weight.tensor(), grad_value.tensor()};
 }
 
 }  // namespace
