@@ -21,7 +21,9 @@ Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) 
 
 Tensor empty(const Shape& shape, const Tensor& like, MemoryFormat format) {
   Tensor x = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
-  prefer_huge_pages(x.mutable_data_ptr(), x.numel() * x.element_size());
+  const int64_t bytes = x.numel() * x.element_size();
+  prefer_huge_pages(x.mutable_data_ptr(), bytes);
+  show_if_read(x.mutable_data_ptr(), bytes);
   return x;
 }
 Tensor empty_channels_last(const Shape& shape, const Tensor& like) {
@@ -32,15 +34,18 @@ Tensor empty_channels_last(const Shape& shape, const Tensor& like) {
 // finish(); until then its own memory is spare.
 class Output {
  public:
-  Output(const Tensor& like, const Shape& shape, bool path = false)
+  Output(const Tensor& like, const Shape& shape)
       : tensor_(empty(shape, like, format_of(like))),
         in_place_(is_channels_last(tensor_)),
-        made_(in_place_ ? tensor_ : empty_channels_last(shape, like)),
-        path_(path) {}
+        made_(in_place_ ? tensor_ : empty_channels_last(shape, like)) {}
 
   template <class T>
-  Images<T> images() const {
-    return {static_cast<T*>(made_.mutable_data_ptr()), nullptr, made_.size(1), path_};
+  Images<T> images(bool path = false) const {
+    return {static_cast<T*>(made_.mutable_data_ptr()), nullptr, made_.size(1), path};
+  }
+  template <class T>
+  Images<T> path() const {  // energies or weights
+    return images<T>(true);
   }
   template <class T>
   void finish() const {
@@ -51,43 +56,57 @@ class Output {
     }
   }
   const Tensor& tensor() const { return tensor_; }
-  bool has_spare_memory() const { return !in_place_; }
+  const Tensor* spare() const { return in_place_ ? nullptr : &tensor_; }
 
  private:
   Tensor tensor_;
   bool in_place_;
   Tensor made_;
-  bool path_;
 };
 
 // An input that all axes read. One in NCHW is copied to channels_last, into the spare memory of the result of its shape
-// if there is one.
+// if there is such.
 class Input {
  public:
   explicit Input(const Tensor& x) : Input(x, nullptr) {}
-  Input(const Tensor& x, const Output& result) : Input(x, result.has_spare_memory() ? &result.tensor() : nullptr) {}
+  Input(const Tensor& x, const Output& result) : Input(x, result.spare()) {}
 
   template <class T>
   Images<T> images() const {
-    const auto* data = static_cast<const T*>(x_.const_data_ptr());
-    return is_channels_last(x_) ? Images<T>{const_cast<T*>(data), nullptr, x_.size(1)}
-                                : Images<T>{static_cast<T*>(copy_.mutable_data_ptr()), data, x_.size(1)};
+    auto* data = static_cast<T*>(const_cast<void*>(x_.const_data_ptr()));
+    return in_place_ ? Images<T>{data, nullptr, x_.size(1)}
+                     : Images<T>{static_cast<T*>(copy_.mutable_data_ptr()), data, x_.size(1)};
   }
 
  private:
   Input(const Tensor& x, const Tensor* spare)
       : x_(dense(x)),
-        copy_(is_channels_last(x_) ? x_ : spare != nullptr ? *spare : empty_channels_last(shape_of(x), x)) {}
+        in_place_(is_channels_last(x_)),
+        copy_(in_place_          ? x_
+              : spare != nullptr ? *spare
+                                 : empty_channels_last(shape_of(x), x)) {}
 
-  Tensor x_, copy_;
+  Tensor x_;
+  bool in_place_;
+  Tensor copy_;
 };
 
-// An input that is in NCHW not copied as a whole
+// An input of which there is to be no copy
 template <class T>
-Images<T> by_lines(const Tensor& x, bool path = false, bool first_axis_only = false) {
+Images<T> by_lines(const Tensor& x, bool path = false) {
   auto* data = static_cast<T*>(const_cast<void*>(x.const_data_ptr()));
-  const bool planes = !is_channels_last(x);
-  return {planes ? nullptr : data, planes ? data : nullptr, x.size(1), path, first_axis_only};
+  return is_channels_last(x) ? Images<T>{data, nullptr, x.size(1), path} : Images<T>{nullptr, data, x.size(1), path};
+}
+template <class T>
+Images<T> path_by_lines(const Tensor& x) {
+  return by_lines<T>(x, true);
+}
+// What only the first axis reads
+template <class T>
+Images<T> by_rows(const Tensor& x) {
+  Images<T> images = by_lines<T>(x);
+  images.first_axis_only = true;
+  return images;
 }
 // The numbers of empty_per_pixel
 template <class T>
@@ -140,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
     const std::array images{query.images<T>(),
                             key.images<T>(),
                             value.images<T>(),
-                            by_lines<T>(out, false, true),
+                            by_rows<T>(out),
                             by_lines<T>(grad_out),
                             grad_query.images<T>(),
                             grad_key.images<T>(),
@@ -159,11 +178,11 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
 
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
-  const Output energy(query_, path_shape(query_), true);
+  const Output energy(query_, path_shape(query_));
   const Input query(query_), key(key_);
   for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{query.images<T>(), key.images<T>(), energy.images<T>()};
+    const std::array images{query.images<T>(), key.images<T>(), energy.path<T>()};
     each_line<T>(query_, query_.size(1), 0, images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
                    kernels.energy(line, x[0], x[1], x[2], scratch);
@@ -181,7 +200,7 @@ std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const 
   const Tensor grad_energy = dense(grad_energy_);
   for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{query.images<T>(), key.images<T>(), by_lines<T>(grad_energy, true), grad_query.images<T>(),
+    const std::array images{query.images<T>(), key.images<T>(), path_by_lines<T>(grad_energy), grad_query.images<T>(),
                             grad_key.images<T>()};
     each_line<T>(query_, query_.size(1), 0, images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
@@ -201,7 +220,7 @@ Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   const Tensor weight = dense(weight_);
   for_type("value", value_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{by_lines<T>(weight, true), value.images<T>(), out.images<T>()};
+    const std::array images{path_by_lines<T>(weight), value.images<T>(), out.images<T>()};
     each_line<T>(value_, 0, value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
                    kernels.map(line, x[0], x[1], x[2], scratch);
@@ -215,12 +234,12 @@ std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
   check("grad_out", grad_out_, value_, shape_of(value_));
-  const Output grad_weight(weight_, path_shape(value_), true), grad_value(value_, shape_of(value_));
+  const Output grad_weight(weight_, path_shape(value_)), grad_value(value_, shape_of(value_));
   const Input value(value_, grad_value);
   const Tensor weight = dense(weight_), grad_out = dense(grad_out_);
   for_type("value", value_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{by_lines<T>(weight, true), value.images<T>(), by_lines<T>(grad_out), grad_weight.images<T>(),
+    const std::array images{path_by_lines<T>(weight), value.images<T>(), by_lines<T>(grad_out), grad_weight.path<T>(),
                             grad_value.images<T>()};
     each_line<T>(value_, 0, value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {

@@ -26,8 +26,8 @@ namespace ccnet {
 // has to do with its own axis's only.
 template <class T>
 struct Images {
-  T* data;          // in channels_last; null: there is no copy of the planes
-  const T* planes;  // an input in NCHW, or null
+  T* data;          // in channels_last: the tensor itself, or where the first axis copies the planes to; null: nowhere
+  const T* planes;  // of an input in NCHW, otherwise null
   int64_t channels;
   bool path = false;
   bool first_axis_only = false;  // later axes do not read it
@@ -98,16 +98,17 @@ class Lines {
     channels_ = images.path ? axis.path_length : images.channels;
   }
 
-  // That a block of so many lines has
-  int64_t numbers(int64_t lines) const { return in_block() ? lines * axis_.length * channels_ : 0; }
-
-  bool transposed() const {
+  // Whether this axis transposes them
+  bool from_planes() const {
     return images_.planes != nullptr && (axis_.first_axis || (in_block() && !images_.first_axis_only));
   }
 
+  // That a block of so many lines has
+  int64_t numbers(int64_t lines) const { return in_block() && from_planes() ? lines * axis_.length * channels_ : 0; }
+
   // From the planes to the block [lines, pixels, channels] or, on the first axis, to the rows of the copy
   void load(const Group& group) {
-    if (!transposed()) {
+    if (!from_planes()) {
       return;
     }
     const int64_t lines = group.end - group.begin, pixel = first_pixel(axis_, group.begin);
@@ -139,7 +140,7 @@ class Lines {
   }
 
  private:
-  bool in_block() const { return images_.data == nullptr; }
+  bool in_block() const { return images_.planes != nullptr && images_.data == nullptr; }
 
   Images<T> images_;
   const Axis& axis_;
@@ -167,7 +168,7 @@ void each_line(const torch::stable::Tensor& x, int64_t query_channels, int64_t v
   std::atomic<bool> out_of_memory{false};
   for (const Axis& axis : axes_of(x, query_channels, value_channels)) {
     const bool alone = std::none_of(images.begin(), images.end(), [&](const Images<T>& some) {
-      return Lines<T>(some, axis, pixels, nullptr).transposed();
+      return Lines<T>(some, axis, pixels, nullptr).from_planes();
     });
     const Groups groups(axis, x.size(0), pixels, alone, sizeof(T));
     const auto range = [&](int64_t begin, int64_t end) {  // must not throw: it may be called on another thread
@@ -182,6 +183,7 @@ void each_line(const torch::stable::Tensor& x, int64_t query_channels, int64_t v
         out_of_memory = true;
         return;
       }
+      show_if_read(block, numbers * sizeof(T));
       for (const Images<T>& some : images) {
         lines.emplace_back(some, axis, pixels, block);
         block += lines.back().numbers(groups.largest());

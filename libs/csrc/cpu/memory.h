@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -40,6 +41,18 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
   if (begin < end) {
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: if refused, nothing is lost
+  }
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+// With AddressSanitizer, fresh memory is made NaN: what is read before it is written then shows in the results.
+inline void show_if_read(void* data, int64_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  if (bytes > 0) {
+    std::memset(data, 0xff, bytes);
   }
 #else
   (void)data;
