@@ -19,29 +19,38 @@ namespace {
 // x, or a copy of it in a memory format of its own
 Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x, format_of(x)); }
 
-Tensor empty(const Shape& shape, const Tensor& like, MemoryFormat format) {
-  Tensor x = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+// Uninitialised, of that shape, and otherwise as `like`
+Tensor empty_as(const Tensor& like, const Shape& shape) {
+  Tensor x = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format_of(like));
   const int64_t bytes = x.numel() * x.element_size();
   prefer_huge_pages(x.mutable_data_ptr(), bytes);
   show_if_read(x.mutable_data_ptr(), bytes);
   return x;
 }
-Tensor empty_channels_last(const Shape& shape, const Tensor& like) {
-  return empty(shape, like, shape.size() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast);
+
+// ---- tensors in NCHW ----
+
+// Working memory for a tensor like x, which this thread keeps
+void* working_memory(const Tensor& x, Kept what) {
+  const int64_t bytes = x.numel() * x.element_size();
+  void* memory = thread_block(what, bytes);
+  STD_TORCH_CHECK(memory != nullptr || bytes == 0, "criss-cross attention: no memory for a copy in channels_last");
+  show_if_read(memory, bytes);
+  return memory;
 }
 
-// A result in the memory format of `like`. One in NCHW is made in channels_last, in working memory, and transposed by
-// finish(); until then its own memory is spare.
+// What makes a result. One in NCHW is made in channels_last, in working memory, and transposed by finish(); until then its
+// own memory is spare.
 class Output {
  public:
-  Output(const Tensor& like, const Shape& shape)
-      : tensor_(empty(shape, like, format_of(like))),
-        in_place_(is_channels_last(tensor_)),
-        made_(in_place_ ? tensor_ : empty_channels_last(shape, like)) {}
+  Output(const Tensor& result, Kept what)
+      : result_(result),
+        in_place_(is_channels_last(result)),
+        data_(in_place_ ? result.mutable_data_ptr() : working_memory(result, what)) {}
 
   template <class T>
   Images<T> images(bool path = false) const {
-    return {static_cast<T*>(made_.mutable_data_ptr()), nullptr, made_.size(1), path};
+    return {static_cast<T*>(data_), nullptr, result_.size(1), path};
   }
   template <class T>
   Images<T> path() const {  // energies or weights
@@ -49,46 +58,40 @@ class Output {
   }
   template <class T>
   void finish() const {
-    if (!in_place_ && tensor_.numel() > 0) {
-      const int64_t n = tensor_.size(0), channels = tensor_.size(1);
-      to_planes(static_cast<const T*>(made_.const_data_ptr()), n, channels, tensor_.numel() / n / channels,
-                static_cast<T*>(tensor_.mutable_data_ptr()));
+    if (!in_place_ && result_.numel() > 0) {
+      const int64_t n = result_.size(0), channels = result_.size(1);
+      to_planes(static_cast<const T*>(data_), n, channels, result_.numel() / n / channels,
+                static_cast<T*>(result_.mutable_data_ptr()));
     }
   }
-  const Tensor& tensor() const { return tensor_; }
-  const Tensor* spare() const { return in_place_ ? nullptr : &tensor_; }
+  void* spare() const { return in_place_ ? nullptr : result_.mutable_data_ptr(); }
 
  private:
-  Tensor tensor_;
+  Tensor result_;
   bool in_place_;
-  Tensor made_;
+  void* data_;
 };
 
-// An input that all axes read. One in NCHW is copied to channels_last, into the spare memory of the result of its shape
-// if there is such.
+// An input that all axes read. One in NCHW is copied to channels_last, into what the result of its shape has to spare or
+// into working memory.
 class Input {
  public:
-  explicit Input(const Tensor& x) : Input(x, nullptr) {}
-  Input(const Tensor& x, const Output& result) : Input(x, result.spare()) {}
+  Input(const Tensor& x, Kept what, void* spare = nullptr) : x_(dense(x)), in_place_(is_channels_last(x_)), copy_(spare) {
+    if (!in_place_ && spare == nullptr) {
+      copy_ = working_memory(x_, what);
+    }
+  }
 
   template <class T>
   Images<T> images() const {
     auto* data = static_cast<T*>(const_cast<void*>(x_.const_data_ptr()));
-    return in_place_ ? Images<T>{data, nullptr, x_.size(1)}
-                     : Images<T>{static_cast<T*>(copy_.mutable_data_ptr()), data, x_.size(1)};
+    return in_place_ ? Images<T>{data, nullptr, x_.size(1)} : Images<T>{static_cast<T*>(copy_), data, x_.size(1)};
   }
 
  private:
-  Input(const Tensor& x, const Tensor* spare)
-      : x_(dense(x)),
-        in_place_(is_channels_last(x_)),
-        copy_(in_place_          ? x_
-              : spare != nullptr ? *spare
-                                 : empty_channels_last(shape_of(x), x)) {}
-
   Tensor x_;
   bool in_place_;
-  Tensor copy_;
+  void* copy_;
 };
 
 // An input of which there is to be no copy
@@ -122,9 +125,9 @@ Accumulate<T>* write_numbers(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_) {
   check_query_key_and_value(query_, key_, value_);
-  const Output out(value_, shape_of(value_));
-  const Input query(query_), key(key_), value(value_, out);
-  Tensor largest = empty_per_pixel(query_), sum = empty_per_pixel(query_);
+  Tensor result = empty_as(value_, shape_of(value_)), largest = empty_per_pixel(query_), sum = empty_per_pixel(query_);
+  const Output out(result, Kept::value);
+  const Input query(query_, Kept::query), key(key_, Kept::key), value(value_, Kept::value, out.spare());
   for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const PathSum<Accumulate<T>> path{write_numbers<T>(largest), write_numbers<T>(sum)};
@@ -135,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, c
                  });
     out.finish<T>();
   });
-  return {out.tensor(), largest, sum};
+  return {result, largest, sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_out_, const Tensor& query_,
@@ -148,8 +151,12 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
   Tensor delta = empty_per_pixel(query_);
   check("largest", largest_, delta, shape_of(delta));
   check("sum", sum_, delta, shape_of(delta));
-  const Output grad_query(query_, shape_of(query_)), grad_key(key_, shape_of(key_)), grad_value(value_, shape_of(value_));
-  const Input query(query_, grad_query), key(key_, grad_key), value(value_, grad_value);
+  Tensor query_result = empty_as(query_, shape_of(query_)), key_result = empty_as(key_, shape_of(key_));
+  Tensor value_result = empty_as(value_, shape_of(value_));
+  const Output grad_query(query_result, Kept::query), grad_key(key_result, Kept::key);
+  const Output grad_value(value_result, Kept::value);
+  const Input query(query_, Kept::query, grad_query.spare()), key(key_, Kept::key, grad_key.spare());
+  const Input value(value_, Kept::value, grad_value.spare());
   const Tensor out = dense(out_), grad_out = dense(grad_out_);
   const Tensor largest = torch::stable::contiguous(largest_), sum = torch::stable::contiguous(sum_);
   for_type("query", query_, [&](auto* type) {
@@ -173,13 +180,14 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
     grad_key.finish<T>();
     grad_value.finish<T>();
   });
-  return {grad_query.tensor(), grad_key.tensor(), grad_value.tensor()};
+  return {query_result, key_result, value_result};
 }
 
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
-  const Output energy(query_, path_shape(query_));
-  const Input query(query_), key(key_);
+  Tensor result = empty_as(query_, path_shape(query_));
+  const Output energy(result, Kept::path);
+  const Input query(query_, Kept::query), key(key_, Kept::key);
   for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const std::array images{query.images<T>(), key.images<T>(), energy.path<T>()};
@@ -189,14 +197,15 @@ Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
                  });
     energy.finish<T>();
   });
-  return energy.tensor();
+  return result;
 }
 
 std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
   check("grad_energy", grad_energy_, query_, path_shape(query_));
-  const Output grad_query(query_, shape_of(query_)), grad_key(key_, shape_of(key_));
-  const Input query(query_, grad_query), key(key_, grad_key);
+  Tensor query_result = empty_as(query_, shape_of(query_)), key_result = empty_as(key_, shape_of(key_));
+  const Output grad_query(query_result, Kept::query), grad_key(key_result, Kept::key);
+  const Input query(query_, Kept::query, grad_query.spare()), key(key_, Kept::key, grad_key.spare());
   const Tensor grad_energy = dense(grad_energy_);
   for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -209,14 +218,15 @@ std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const 
     grad_query.finish<T>();
     grad_key.finish<T>();
   });
-  return {grad_query.tensor(), grad_key.tensor()};
+  return {query_result, key_result};
 }
 
 Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
-  const Output out(value_, shape_of(value_));
-  const Input value(value_, out);
+  Tensor result = empty_as(value_, shape_of(value_));
+  const Output out(result, Kept::value);
+  const Input value(value_, Kept::value, out.spare());
   const Tensor weight = dense(weight_);
   for_type("value", value_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -227,15 +237,16 @@ Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
                  });
     out.finish<T>();
   });
-  return out.tensor();
+  return result;
 }
 
 std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
   check("grad_out", grad_out_, value_, shape_of(value_));
-  const Output grad_weight(weight_, path_shape(value_)), grad_value(value_, shape_of(value_));
-  const Input value(value_, grad_value);
+  Tensor weight_result = empty_as(weight_, path_shape(value_)), value_result = empty_as(value_, shape_of(value_));
+  const Output grad_weight(weight_result, Kept::path), grad_value(value_result, Kept::value);
+  const Input value(value_, Kept::value, grad_value.spare());
   const Tensor weight = dense(weight_), grad_out = dense(grad_out_);
   for_type("value", value_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -248,7 +259,7 @@ std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor
     grad_weight.finish<T>();
     grad_value.finish<T>();
   });
-  return {grad_weight.tensor(), grad_value.tensor()};
+  return {weight_result, value_result};
 }
 
 }  // namespace

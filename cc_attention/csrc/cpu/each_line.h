@@ -177,8 +177,8 @@ void each_line(const torch::stable::Tensor& x, int64_t query_channels, int64_t v
       for (const Images<T>& some : images) {
         numbers += Lines<T>(some, axis, pixels, nullptr).numbers(groups.largest());
       }
-      char* scratch = thread_block(kernels.scratch_bytes(axis));
-      T* block = numbers == 0 ? nullptr : reinterpret_cast<T*>(thread_block<1>(numbers * sizeof(T)));
+      char* scratch = thread_block(Kept::scratch, kernels.scratch_bytes(axis));
+      T* block = numbers == 0 ? nullptr : reinterpret_cast<T*>(thread_block(Kept::lines, numbers * sizeof(T)));
       if (scratch == nullptr || (block == nullptr && numbers > 0)) {
         out_of_memory = true;
         return;

@@ -11,24 +11,6 @@
 
 namespace ccnet {
 
-// This thread's block of that number, of at least that many bytes, kept for its next call; null when there is no memory.
-template <int kNumber = 0>
-char* thread_block(int64_t bytes) {
-  struct Block {
-    char* data = nullptr;
-    int64_t size = 0;
-    ~Block() { std::free(data); }
-  };
-  static thread_local Block block;
-  if (block.size < bytes) {
-    std::free(block.data);
-    void* data = nullptr;
-    block.size = posix_memalign(&data, 4096, bytes) == 0 ? bytes : 0;
-    block.data = block.size > 0 ? static_cast<char*>(data) : nullptr;
-  }
-  return block.data;
-}
-
 // Large fresh memory is written to in 4 KB pages, each a fault that costs more than filling the page: ask for 2 MB ones.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
   constexpr int64_t large = 4 << 20;
@@ -46,6 +28,56 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
   (void)data;
   (void)bytes;
 #endif
+}
+
+// Memory that a thread keeps for its next call. It is no part of the heap, where what is kept would part the memory that
+// large tensors leave and want again.
+class KeptBlock {
+ public:
+  KeptBlock() = default;
+  KeptBlock(const KeptBlock&) = delete;
+  ~KeptBlock() { release(); }
+
+  // At least that many bytes; null when there is no memory.
+  char* get(int64_t bytes) {
+    if (size_ < bytes) {
+      release();
+      data_ = allocate(bytes);
+      size_ = data_ == nullptr ? 0 : bytes;
+      prefer_huge_pages(data_, size_);
+    }
+    return data_;
+  }
+
+ private:
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+  void release() {
+    if (data_ != nullptr) {
+      munmap(data_, size_);
+    }
+  }
+  static char* allocate(int64_t bytes) {
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return data == MAP_FAILED ? nullptr : static_cast<char*>(data);
+  }
+#else
+  void release() { std::free(data_); }
+  static char* allocate(int64_t bytes) {
+    void* data = nullptr;
+    return posix_memalign(&data, 4096, bytes) == 0 ? static_cast<char*>(data) : nullptr;
+  }
+#endif
+
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// What this thread keeps blocks for
+enum class Kept { scratch, lines, value, query, key, path, count };
+
+inline char* thread_block(Kept what, int64_t bytes) {
+  static thread_local KeptBlock blocks[static_cast<int>(Kept::count)];
+  return blocks[static_cast<int>(what)].get(bytes);
 }
 
 // With AddressSanitizer, fresh memory is made NaN: what is read before it is written then shows in the results.
