@@ -39,8 +39,8 @@ void* working_memory(const Tensor& x, Kept what) {
   return memory;
 }
 
-// What makes a result. One in NCHW is made in channels_last, in working memory, and transposed by finish(); until then its
-// own memory is spare.
+// What makes a result. One in NCHW is made in channels_last, in working memory, and transposed by finish(); until then
+// its own memory is spare.
 class Output {
  public:
   Output(const Tensor& result, Kept what)

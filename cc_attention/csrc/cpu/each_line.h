@@ -2,10 +2,10 @@
 // The lines of an axis are shared out among threads. No two lines of an axis write to the same pixel, so the result does
 // not depend on how many threads there are.
 //
-// Kernels want a pixel's channels side by side, as channels_last memory has them. Of an input in NCHW, a thread that comes
-// to a row transposes it while it is in the cache, into a copy of the whole tensor where the later axes find it. Where
-// memory is to be saved, it does so on every axis with a few lines at a time, into a block of its own. Results are made
-// in channels_last; whoever wants them in NCHW transposes them in the end (planes.h).
+// Kernels want a pixel's channels side by side, as channels_last memory has them. Of an input in NCHW, the thread that
+// comes to a row transposes it into a copy of the whole tensor, works with it while it is in the cache, and leaves it to
+// the later axes. Where memory is to be saved, it transposes a few lines at a time on every axis instead, into a block of
+// its own. Results are made in channels_last; whoever wants them in NCHW transposes them in the end (planes.h).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -22,8 +22,8 @@
 
 namespace ccnet {
 
-// Images [N, C, (D,) H, W]. The channels of a `path` are the axes of the criss-cross path one after the other, and a line
-// has to do with its own axis's only.
+// Images [N, C, (D,) H, W]. The channels of a `path` are the axes of the criss-cross path one after the other, and a
+// line has to do with its own axis's only.
 template <class T>
 struct Images {
   T* data;          // in channels_last: the tensor itself, or where the first axis copies the planes to; null: nowhere

@@ -30,8 +30,8 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// Memory that a thread keeps for its next call. It is no part of the heap, where what is kept would part the memory that
-// large tensors leave and want again.
+// Memory that a thread keeps for its next call. It is no part of the heap, where what is kept would part the memory
+// that large tensors leave and want again.
 class KeptBlock {
  public:
   KeptBlock() = default;
