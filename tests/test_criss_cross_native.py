@@ -59,7 +59,8 @@ pytestmark = pytest.mark.skipif(not native.LOADED, reason="needs the native oper
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 
-# Sizes on, below and above the vectors' lanes (4, 8, 16, and twice that in pairs), the tiles' 64 columns and 6 rows
+# Sizes on, below and above the vectors' lanes (4, 8, 16, and twice that in pairs), the tiles' 64 columns and 6 rows;
+# and images of which every channel is whole pages of memory
 SHAPES = [
     (1, 16, 64, 16, 32),
     (2, 3, 5, 7, 17),
@@ -67,6 +68,7 @@ SHAPES = [
     (1, 33, 130, 1, 49),
     (1, 1, 1, 40, 1),
     (1, 64, 72, 9, 97),
+    (1, 33, 70, 32, 64),
 ]
 
 

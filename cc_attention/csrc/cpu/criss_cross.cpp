@@ -8,6 +8,7 @@
 
 #include "cc_attention/csrc/cpu/each_line.h"
 #include "cc_attention/csrc/cpu/line.h"
+#include "cc_attention/csrc/cpu/planes.h"
 #include "cc_attention/csrc/criss_cross.h"
 #include "libs/csrc/cpu/dtype.h"
 #include "libs/csrc/cpu/memory.h"
@@ -21,30 +22,94 @@ Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) 
 // Uninitialised, of that shape, and otherwise as `like`
 Tensor empty_as(const Tensor& like, const Shape& shape) {
   Tensor x = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format_of(like));
-  prefer_huge_pages(x.mutable_data_ptr(), x.numel() * x.element_size());
+  const int64_t bytes = x.numel() * x.element_size();
+  prefer_huge_pages(x.mutable_data_ptr(), bytes);
+  show_if_read(x.mutable_data_ptr(), bytes);
   return x;
 }
 
+// ---- tensors in NCHW ----
+
+// Working memory for a tensor like x, which this thread keeps
+void* working_memory(const Tensor& x, Kept what) {
+  const int64_t bytes = x.numel() * x.element_size();
+  void* memory = thread_block(what, bytes);
+  STD_TORCH_CHECK(memory != nullptr || bytes == 0, "criss-cross attention: no memory for a copy in channels_last");
+  show_if_read(memory, bytes);
+  return memory;
+}
+
+// What makes a result. One in NCHW is made in channels_last, in working memory, and transposed by finish(); until then
+// its own memory is spare.
+class Output {
+ public:
+  Output(const Tensor& result, Kept what)
+      : result_(result),
+        in_place_(is_channels_last(result)),
+        data_(in_place_ ? result.mutable_data_ptr() : working_memory(result, what)) {}
+
+  template <class T>
+  Images<T> images(bool path = false) const {
+    return {static_cast<T*>(data_), nullptr, result_.size(1), path};
+  }
+  template <class T>
+  Images<T> path() const {  // energies or weights
+    return images<T>(true);
+  }
+  template <class T>
+  void finish() const {
+    if (!in_place_ && result_.numel() > 0) {
+      const int64_t n = result_.size(0), channels = result_.size(1);
+      to_planes(static_cast<const T*>(data_), n, channels, result_.numel() / n / channels,
+                static_cast<T*>(result_.mutable_data_ptr()));
+    }
+  }
+  void* spare() const { return in_place_ ? nullptr : result_.mutable_data_ptr(); }
+
+ private:
+  Tensor result_;
+  bool in_place_;
+  void* data_;
+};
+
+// An input that all axes read. One in NCHW is copied to channels_last, into what the result of its shape has to spare or
+// into working memory.
+class Input {
+ public:
+  Input(const Tensor& x, Kept what, void* spare = nullptr) : x_(dense(x)), in_place_(is_channels_last(x_)), copy_(spare) {
+    if (!in_place_ && spare == nullptr) {
+      copy_ = working_memory(x_, what);
+    }
+  }
+
+  template <class T>
+  Images<T> images() const {
+    auto* data = static_cast<T*>(const_cast<void*>(x_.const_data_ptr()));
+    return in_place_ ? Images<T>{data, nullptr, x_.size(1)} : Images<T>{static_cast<T*>(copy_), data, x_.size(1)};
+  }
+
+ private:
+  Tensor x_;
+  bool in_place_;
+  void* copy_;
+};
+
+// An input of which there is to be no copy
 template <class T>
-Images<T> images_of(const Tensor& x, void* data, Access access, bool path = false) {
-  return {static_cast<T*>(data), x.size(1), !is_channels_last(x), path, access};
+Images<T> by_lines(const Tensor& x, bool path = false) {
+  auto* data = static_cast<T*>(const_cast<void*>(x.const_data_ptr()));
+  return is_channels_last(x) ? Images<T>{data, nullptr, x.size(1), path} : Images<T>{nullptr, data, x.size(1), path};
 }
 template <class T>
-Images<T> read(const Tensor& x, Access access = Access::read) {
-  return images_of<T>(x, const_cast<void*>(x.const_data_ptr()), access);
+Images<T> path_by_lines(const Tensor& x) {
+  return by_lines<T>(x, true);
 }
+// What only the first axis reads
 template <class T>
-Images<T> merge(const Tensor& x) {
-  return images_of<T>(x, x.mutable_data_ptr(), Access::merge);
-}
-// Energies or weights
-template <class T>
-Images<T> read_path(const Tensor& x) {
-  return images_of<T>(x, const_cast<void*>(x.const_data_ptr()), Access::read, true);
-}
-template <class T>
-Images<T> write_path(const Tensor& x) {
-  return images_of<T>(x, x.mutable_data_ptr(), Access::write, true);
+Images<T> by_rows(const Tensor& x) {
+  Images<T> images = by_lines<T>(x);
+  images.first_axis_only = true;
+  return images;
 }
 // The numbers of empty_per_pixel
 template <class T>
@@ -60,19 +125,20 @@ Accumulate<T>* write_numbers(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_) {
   check_query_key_and_value(query_, key_, value_);
-  const Tensor query = dense(query_), key = dense(key_), value = dense(value_);
-  Tensor out = empty_as(value_, shape_of(value));
-  Tensor largest = empty_per_pixel(query), sum = empty_per_pixel(query);
-  for_type("query", query, [&](auto* type) {
+  Tensor result = empty_as(value_, shape_of(value_)), largest = empty_per_pixel(query_), sum = empty_per_pixel(query_);
+  const Output out(result, Kept::value);
+  const Input query(query_, Kept::query), key(key_, Kept::key), value(value_, Kept::value, out.spare());
+  for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const PathSum<Accumulate<T>> path{write_numbers<T>(largest), write_numbers<T>(sum)};
-    const std::array images{read<T>(query), read<T>(key), read<T>(value), merge<T>(out)};
-    each_line<T>(query, query.size(1), value.size(1), images,
+    const std::array images{query.images<T>(), key.images<T>(), value.images<T>(), out.images<T>()};
+    each_line<T>(query_, query_.size(1), value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t u, char* scratch) {
                    kernels.attention(line, x[0], x[1], x[2], x[3], path.from(u), scratch);
                  });
+    out.finish<T>();
   });
-  return {out, largest, sum};
+  return {result, largest, sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_out_, const Tensor& query_,
@@ -85,96 +151,115 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
   Tensor delta = empty_per_pixel(query_);
   check("largest", largest_, delta, shape_of(delta));
   check("sum", sum_, delta, shape_of(delta));
-  const Tensor query = dense(query_), key = dense(key_), value = dense(value_);
+  Tensor query_result = empty_as(query_, shape_of(query_)), key_result = empty_as(key_, shape_of(key_));
+  Tensor value_result = empty_as(value_, shape_of(value_));
+  const Output grad_query(query_result, Kept::query), grad_key(key_result, Kept::key);
+  const Output grad_value(value_result, Kept::value);
+  const Input query(query_, Kept::query, grad_query.spare()), key(key_, Kept::key, grad_key.spare());
+  const Input value(value_, Kept::value, grad_value.spare());
   const Tensor out = dense(out_), grad_out = dense(grad_out_);
   const Tensor largest = torch::stable::contiguous(largest_), sum = torch::stable::contiguous(sum_);
-  Tensor grad_query = empty_as(query_, shape_of(query)), grad_key = empty_as(key_, shape_of(key));
-  Tensor grad_value = empty_as(value_, shape_of(value));
-  for_type("query", query, [&](auto* type) {
+  for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const PathSum<const Accumulate<T>> path{read_numbers<T>(largest), read_numbers<T>(sum)};
     Accumulate<T>* d = write_numbers<T>(delta);
-    const std::array images{read<T>(query),
-                            read<T>(key),
-                            read<T>(value),
-                            read<T>(out, Access::read_on_first_axis),
-                            read<T>(grad_out),
-                            merge<T>(grad_query),
-                            merge<T>(grad_key),
-                            merge<T>(grad_value)};
-    each_line<T>(query, query.size(1), value.size(1), images,
+    const std::array images{query.images<T>(),
+                            key.images<T>(),
+                            value.images<T>(),
+                            by_rows<T>(out),
+                            by_lines<T>(grad_out),
+                            grad_query.images<T>(),
+                            grad_key.images<T>(),
+                            grad_value.images<T>()};
+    each_line<T>(query_, query_.size(1), value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t u, char* scratch) {
                    kernels.attention_backward(line, x[0], x[1], x[2], x[3], x[4], path.from(u), d + u, x[5], x[6], x[7],
                                               scratch);
                  });
+    grad_query.finish<T>();
+    grad_key.finish<T>();
+    grad_value.finish<T>();
   });
-  return {grad_query, grad_key, grad_value};
+  return {query_result, key_result, value_result};
 }
 
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
-  const Tensor query = dense(query_), key = dense(key_);
-  Tensor energy = empty_as(query_, path_shape(query));
-  for_type("query", query, [&](auto* type) {
+  Tensor result = empty_as(query_, path_shape(query_));
+  const Output energy(result, Kept::path);
+  const Input query(query_, Kept::query), key(key_, Kept::key);
+  for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{read<T>(query), read<T>(key), write_path<T>(energy)};
-    each_line<T>(query, query.size(1), 0, images,
+    const std::array images{query.images<T>(), key.images<T>(), energy.path<T>()};
+    each_line<T>(query_, query_.size(1), 0, images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
                    kernels.energy(line, x[0], x[1], x[2], scratch);
                  });
+    energy.finish<T>();
   });
-  return energy;
+  return result;
 }
 
 std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
   check("grad_energy", grad_energy_, query_, path_shape(query_));
-  const Tensor query = dense(query_), key = dense(key_), grad_energy = dense(grad_energy_);
-  Tensor grad_query = empty_as(query_, shape_of(query)), grad_key = empty_as(key_, shape_of(key));
-  for_type("query", query, [&](auto* type) {
+  Tensor query_result = empty_as(query_, shape_of(query_)), key_result = empty_as(key_, shape_of(key_));
+  const Output grad_query(query_result, Kept::query), grad_key(key_result, Kept::key);
+  const Input query(query_, Kept::query, grad_query.spare()), key(key_, Kept::key, grad_key.spare());
+  const Tensor grad_energy = dense(grad_energy_);
+  for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{read<T>(query), read<T>(key), read_path<T>(grad_energy), merge<T>(grad_query),
-                            merge<T>(grad_key)};
-    each_line<T>(query, query.size(1), 0, images,
+    const std::array images{query.images<T>(), key.images<T>(), path_by_lines<T>(grad_energy), grad_query.images<T>(),
+                            grad_key.images<T>()};
+    each_line<T>(query_, query_.size(1), 0, images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
                    kernels.energy_backward(line, x[0], x[1], x[2], x[3], x[4], scratch);
                  });
+    grad_query.finish<T>();
+    grad_key.finish<T>();
   });
-  return {grad_query, grad_key};
+  return {query_result, key_result};
 }
 
 Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
-  const Tensor weight = dense(weight_), value = dense(value_);
-  Tensor out = empty_as(value_, shape_of(value));
-  for_type("value", value, [&](auto* type) {
+  Tensor result = empty_as(value_, shape_of(value_));
+  const Output out(result, Kept::value);
+  const Input value(value_, Kept::value, out.spare());
+  const Tensor weight = dense(weight_);
+  for_type("value", value_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{read_path<T>(weight), read<T>(value), merge<T>(out)};
-    each_line<T>(value, 0, value.size(1), images,
+    const std::array images{path_by_lines<T>(weight), value.images<T>(), out.images<T>()};
+    each_line<T>(value_, 0, value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
                    kernels.map(line, x[0], x[1], x[2], scratch);
                  });
+    out.finish<T>();
   });
-  return out;
+  return result;
 }
 
 std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
   check("grad_out", grad_out_, value_, shape_of(value_));
-  const Tensor weight = dense(weight_), value = dense(value_), grad_out = dense(grad_out_);
-  Tensor grad_weight = empty_as(weight_, path_shape(value)), grad_value = empty_as(value_, shape_of(value));
-  for_type("value", value, [&](auto* type) {
+  Tensor weight_result = empty_as(weight_, path_shape(value_)), value_result = empty_as(value_, shape_of(value_));
+  const Output grad_weight(weight_result, Kept::path), grad_value(value_result, Kept::value);
+  const Input value(value_, Kept::value, grad_value.spare());
+  const Tensor weight = dense(weight_), grad_out = dense(grad_out_);
+  for_type("value", value_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const std::array images{read_path<T>(weight), read<T>(value), read<T>(grad_out), write_path<T>(grad_weight),
-                            merge<T>(grad_value)};
-    each_line<T>(value, 0, value.size(1), images,
+    const std::array images{path_by_lines<T>(weight), value.images<T>(), by_lines<T>(grad_out), grad_weight.path<T>(),
+                            grad_value.images<T>()};
+    each_line<T>(value_, 0, value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t, char* scratch) {
                    kernels.map_backward(line, x[0], x[1], x[2], x[3], x[4], scratch);
                  });
+    grad_weight.finish<T>();
+    grad_value.finish<T>();
   });
-  return {grad_weight, grad_value};
+  return {weight_result, value_result};
 }
 
 }  // namespace

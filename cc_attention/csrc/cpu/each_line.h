@@ -2,9 +2,10 @@
 // The lines of an axis are shared out among threads. No two lines of an axis write to the same pixel, so the result does
 // not depend on how many threads there are.
 //
-// Kernels want a pixel's channels side by side, as channels_last memory has them. Of a tensor in NCHW, a thread copies a
-// few lines at a time into a block of its own, transposed, and copies results back: no tensor is ever converted as a
-// whole.
+// Kernels want a pixel's channels side by side, as channels_last memory has them. Of an input in NCHW, the thread that
+// comes to a row transposes it into a copy of the whole tensor, works with it while it is in the cache, and leaves it to
+// the later axes. Where memory is to be saved, it transposes a few lines at a time on every axis instead, into a block of
+// its own. Results are made in channels_last; whoever wants them in NCHW transposes them in the end (planes.h).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -21,19 +22,15 @@
 
 namespace ccnet {
 
-// What the kernels do with a tensor. The lines of every axis read or write all of it; a line of `merge` writes on the
-// first axis, and on later ones takes in what is there.
-enum class Access { read, read_on_first_axis, write, merge };
-
-// Images [N, C, (D,) H, W] that lie in memory as channels_last or, as `planes`, contiguous. The channels of a `path` are
-// the axes of the criss-cross path one after the other, and a line has to do with its own axis's only.
+// Images [N, C, (D,) H, W]. The channels of a `path` are the axes of the criss-cross path one after the other, and a
+// line has to do with its own axis's only.
 template <class T>
 struct Images {
-  T* data;
+  T* data;          // in channels_last: the tensor itself, or where the first axis copies the planes to; null: nowhere
+  const T* planes;  // of an input in NCHW, otherwise null
   int64_t channels;
-  bool planes;
-  bool path;
-  Access access;
+  bool path = false;
+  bool first_axis_only = false;  // later axes do not read it
 };
 
 namespace each_line_details {
@@ -95,31 +92,47 @@ inline int64_t first_pixel(const Line& axis, int64_t line) {
 template <class T>
 class Lines {
  public:
-  Lines(const Images<T>& images, const Axis& axis, int64_t pixels, T* copy)
-      : images_(images), axis_(axis), pixels_(pixels), copy_(copy) {
+  Lines(const Images<T>& images, const Axis& axis, int64_t pixels, T* block)
+      : images_(images), axis_(axis), pixels_(pixels), block_(block) {
     first_channel_ = images.path ? axis.path_begin : 0;
     channels_ = images.path ? axis.path_length : images.channels;
   }
 
-  // That copies of so many lines have
-  int64_t numbers(int64_t lines) const { return reads() || writes() ? lines * axis_.length * channels_ : 0; }
-
-  void load(const Group& group) {
-    if (reads()) {
-      transpose(group, true);
-    }
+  // Whether this axis transposes them
+  bool from_planes() const {
+    return images_.planes != nullptr && (axis_.first_axis || (in_block() && !images_.first_axis_only));
   }
-  void store(const Group& group) {
-    if (writes()) {
-      transpose(group, false);
+
+  // That a block of so many lines has
+  int64_t numbers(int64_t lines) const { return in_block() && from_planes() ? lines * axis_.length * channels_ : 0; }
+
+  // From the planes to the block [lines, pixels, channels] or, on the first axis, to the rows of the copy
+  void load(const Group& group) {
+    if (!from_planes()) {
+      return;
+    }
+    const int64_t lines = group.end - group.begin, pixel = first_pixel(axis_, group.begin);
+    const T* planes = images_.planes + (pixel / pixels_ * images_.channels + first_channel_) * pixels_ + pixel % pixels_;
+    T* to = in_block() ? block_ : images_.data + pixel * channels_;
+    // Rows of a group are one run of pixels; other lines are runs of one pixel of each of them.
+    const bool rows = axis_.step == 1;
+    const int64_t runs = rows ? 1 : axis_.length, run = rows ? lines * axis_.length : lines;
+    const int64_t stride = rows ? channels_ : axis_.length * channels_;  // of the pixels of a run
+    for (int64_t i = 0; i < runs; ++i) {
+      const T* from = planes + i * axis_.step;
+      for (int64_t c = 0; i + 1 < runs && c < channels_; ++c) {  // planes lie too far apart for the CPU to foresee
+        __builtin_prefetch(from + axis_.step + c * pixels_);
+        __builtin_prefetch(from + axis_.step + c * pixels_ + run - 1);
+      }
+      line_kernels<T>().transpose(from, pixels_, channels_, run, to + i * channels_, stride);
     }
   }
 
   // `next`: the line after this one in the group or, where that ends, the first of the next group, or -1
   Along<T> along(const Group& group, int64_t line, int64_t next) const {
-    if (images_.planes) {
+    if (in_block()) {
       const int64_t length = axis_.length * channels_;
-      return {copy_ + (line - group.begin) * length, channels_, line + 1 < group.end ? length : 0};
+      return {block_ + (line - group.begin) * length, channels_, line + 1 < group.end ? length : 0};
     }
     const int64_t pixel = first_pixel(axis_, line);
     return {images_.data + pixel * images_.channels + first_channel_, axis_.step * images_.channels,
@@ -127,54 +140,12 @@ class Lines {
   }
 
  private:
-  bool reads() const {
-    switch (images_.access) {
-      case Access::read:
-        return images_.planes;
-      case Access::read_on_first_axis:
-        return images_.planes && axis_.first_axis;
-      case Access::merge:
-        return images_.planes && !axis_.first_axis;
-      default:
-        return false;
-    }
-  }
-  bool writes() const {
-    return images_.planes && (images_.access == Access::write || images_.access == Access::merge);
-  }
-
-  // Between the planes and copy_ [lines, pixels, channels]
-  void transpose(const Group& group, bool to_copy) {
-    const auto transpose = line_kernels<T>().transpose;
-    const int64_t lines = group.end - group.begin, pixel = first_pixel(axis_, group.begin);
-    T* planes = images_.data + (pixel / pixels_ * images_.channels + first_channel_) * pixels_ + pixel % pixels_;
-    // Rows of a group are one run of pixels; other lines are runs of one pixel of each of them.
-    const bool rows = axis_.step == 1;
-    const int64_t runs = rows ? 1 : axis_.length, run = rows ? lines * axis_.length : lines;
-    const int64_t stride = rows ? channels_ : axis_.length * channels_;  // in copy_, of the pixels of a run
-    constexpr int64_t some = 64;                                         // channels at a time
-    for (int64_t c = 0; c < channels_; c += some) {
-      const int64_t count = std::min(some, channels_ - c);
-      for (int64_t i = 0; i < runs; ++i) {
-        T* in_planes = planes + c * pixels_ + i * axis_.step;
-        T* in_copy = copy_ + i * channels_ + c;
-        for (int64_t k = 0; i + 1 < runs && k < count; ++k) {  // rows of planes lie too far apart for the CPU to foresee
-          __builtin_prefetch(in_planes + axis_.step + k * pixels_, 1);
-          __builtin_prefetch(in_planes + axis_.step + k * pixels_ + run - 1, 1);
-        }
-        if (to_copy) {
-          transpose(in_planes, pixels_, count, run, in_copy, stride);
-        } else {
-          transpose(in_copy, stride, run, count, in_planes, pixels_);
-        }
-      }
-    }
-  }
+  bool in_block() const { return images_.planes != nullptr && images_.data == nullptr; }
 
   Images<T> images_;
   const Axis& axis_;
   int64_t pixels_;  // of an image
-  T* copy_;
+  T* block_;
   int64_t first_channel_, channels_;
 };
 
@@ -194,9 +165,11 @@ void each_line(const torch::stable::Tensor& x, int64_t query_channels, int64_t v
     return;
   }
   const LineKernels<T>& kernels = line_kernels<T>();
-  const bool alone = std::none_of(images.begin(), images.end(), [](const auto& some) { return some.planes; });
   std::atomic<bool> out_of_memory{false};
   for (const Axis& axis : axes_of(x, query_channels, value_channels)) {
+    const bool alone = std::none_of(images.begin(), images.end(), [&](const Images<T>& some) {
+      return Lines<T>(some, axis, pixels, nullptr).from_planes();
+    });
     const Groups groups(axis, x.size(0), pixels, alone, sizeof(T));
     const auto range = [&](int64_t begin, int64_t end) {  // must not throw: it may be called on another thread
       std::vector<Lines<T>> lines;
@@ -204,15 +177,16 @@ void each_line(const torch::stable::Tensor& x, int64_t query_channels, int64_t v
       for (const Images<T>& some : images) {
         numbers += Lines<T>(some, axis, pixels, nullptr).numbers(groups.largest());
       }
-      char* scratch = thread_block(kernels.scratch_bytes(axis));
-      T* copies = numbers == 0 ? nullptr : reinterpret_cast<T*>(thread_block<1>(numbers * sizeof(T)));
-      if (scratch == nullptr || (copies == nullptr && numbers > 0)) {
+      char* scratch = thread_block(Kept::scratch, kernels.scratch_bytes(axis));
+      T* block = numbers == 0 ? nullptr : reinterpret_cast<T*>(thread_block(Kept::lines, numbers * sizeof(T)));
+      if (scratch == nullptr || (block == nullptr && numbers > 0)) {
         out_of_memory = true;
         return;
       }
+      show_if_read(block, numbers * sizeof(T));
       for (const Images<T>& some : images) {
-        lines.emplace_back(some, axis, pixels, copies);
-        copies += lines.back().numbers(groups.largest());
+        lines.emplace_back(some, axis, pixels, block);
+        block += lines.back().numbers(groups.largest());
       }
       for (int64_t number = begin; number < end; ++number) {
         const Group group = groups[number];
@@ -226,9 +200,6 @@ void each_line(const torch::stable::Tensor& x, int64_t query_channels, int64_t v
             along[i] = lines[i].along(group, line, next);
           }
           run(kernels, axis, along, first_pixel(axis, line), scratch);
-        }
-        for (Lines<T>& some : lines) {
-          some.store(group);
         }
       }
     };

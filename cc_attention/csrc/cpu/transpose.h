@@ -3,21 +3,16 @@
 namespace ccnet {
 namespace CCNET_CAPABILITY {
 
-// An element's bits while it moves, in a lane of Accumulate<T>: elements of 2 bytes take up 4 on the way.
+// While they move, a lane of 4 bytes or 8 holds an element or, of 2 bytes, those of two rows that follow each other.
 template <class T>
-CCNET_INLINE auto load_bits(const T* p) {
-  if constexpr (sizeof(T) == 2) {
-    return (Vector<float>)load_halves(p);
+constexpr int kRowsOfLane = sizeof(T) == 2 ? 2 : 1;
+
+template <class T>
+CCNET_INLINE auto load_lanes(const T* p, int64_t row) {
+  if constexpr (kRowsOfLane<T> == 2) {
+    return (Vector<float>)(load_halves(p) | load_halves(p + row) << 16);
   } else {
     return load(p);
-  }
-}
-template <class T, class V>
-CCNET_INLINE void store_bits(T* p, V x) {
-  if constexpr (sizeof(T) == 2) {
-    store_halves(p, (Bits)x);
-  } else {
-    store(p, x);
   }
 }
 
@@ -25,9 +20,9 @@ CCNET_INLINE void store_bits(T* p, V x) {
 // ones overlap those before, and what is narrower than a square goes number by number.
 template <class T>
 static void transpose_matrix(const T* x, int64_t x_row, int64_t rows, int64_t columns, T* y, int64_t y_row) {
-  using Carrier = Accumulate<T>;
-  constexpr int lanes = kLanes<Carrier>;
-  if (rows < lanes || columns < lanes) {
+  using Lane = Accumulate<T>;
+  constexpr int lanes = kLanes<Lane>, square_rows = lanes * kRowsOfLane<T>;
+  if (rows < square_rows || columns < lanes) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < columns; ++j) {
         y[j * y_row + i] = x[i * x_row + j];
@@ -35,19 +30,19 @@ static void transpose_matrix(const T* x, int64_t x_row, int64_t rows, int64_t co
     }
     return;
   }
-  for (int64_t first_row = 0; first_row < rows; first_row += lanes) {
-    const int64_t i = first_row + lanes > rows ? rows - lanes : first_row;
+  for (int64_t first_row = 0; first_row < rows; first_row += square_rows) {
+    const int64_t i = first_row + square_rows > rows ? rows - square_rows : first_row;
     for (int64_t first_column = 0; first_column < columns; first_column += lanes) {
       const int64_t j = first_column + lanes > columns ? columns - lanes : first_column;
-      Vector<Carrier> square[lanes];
+      Vector<Lane> square[lanes];
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) {
-        square[k] = load_bits(x + (i + k) * x_row + j);
+        square[k] = load_lanes(x + (i + k * kRowsOfLane<T>) * x_row + j, x_row);
       }
-      transpose<Carrier>(square);
+      transpose<Lane>(square);
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) {
-        store_bits(y + (j + k) * y_row + i, square[k]);
+        std::memcpy(y + (j + k) * y_row + i, &square[k], sizeof square[k]);
       }
     }
   }
