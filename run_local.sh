@@ -50,7 +50,7 @@ else
     SCENES=1
     CS_PATH=data/scenes
     BACKBONE=${BACKBONE:-resnet18}
-    INPUT_SIZE=${INPUT_SIZE:-64,128}
+    INPUT_SIZE=${INPUT_SIZE:-48,192}
     BS=${BS:-8}
     STEPS=${STEPS:-200}
     SAVE_EVERY=${SAVE_EVERY:-50}

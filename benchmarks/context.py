@@ -4,7 +4,7 @@
 
 trains one small network with R = 0, 1 and 2 on generated scenes and measures, on new scenes, for how many pixels of the
 ambiguous vehicle (bus or truck, dataset/scenes.py) it predicts the right one of the two. Only these pixels are trained;
-the rest is void. The backbone is shallow: for the pixels that are counted the sign, which gives the class, is outside
+the rest is void. The backbone is shallow: for the pixels that are counted the cue, which gives the class, is outside
 the receptive field without attention. This is verified. So R=0 can only guess (0.5). With R=1 a pixel gathers from its
 row and column, with R=2 from everywhere.
 """
@@ -68,11 +68,11 @@ def reach_without_attention() -> int:
 
 
 def out_of_reach(scene: Scene, reach: int) -> np.ndarray:
-    """bool [96, 96]: the pixels of the vehicle that are farther than `reach` from the whole sign."""
+    """bool [96, 96]: the pixels of the vehicle that are farther than `reach` from the whole cue."""
     rows, columns = np.mgrid[:_SIZE, :_SIZE]
-    sign, vehicle = scene.sign, scene.vehicle
+    cue, vehicle = scene.cue, scene.vehicle
     distance = np.maximum(
-        np.maximum(sign.top - rows, rows - sign.bottom + 1), np.maximum(sign.left - columns, columns - sign.right + 1)
+        np.maximum(cue.top - rows, rows - cue.bottom + 1), np.maximum(cue.left - columns, columns - cue.right + 1)
     )
     within = (rows >= vehicle.top) & (rows < vehicle.bottom) & (columns >= vehicle.left) & (columns < vehicle.right)
     return within & (distance > reach)
@@ -119,7 +119,7 @@ def plot(results: dict[int, list[float]], path: Path) -> None:
             f"{means[number]:.2f}", (number, means[number]), xytext=(0, 4), textcoords="offset points", ha="center"
         )
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle="--", label="guessing")
-    axes.set(ylim=(0, 1.1), ylabel="accuracy, bus or truck", title="Class told by a sign far away")
+    axes.set(ylim=(0, 1.1), ylabel="accuracy, bus or truck", title="Class told by a cue far away")
     axes.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -3,10 +3,10 @@
     python -m dataset.scenes --output data/scenes
 
 Each scene holds sky, buildings, trees, road, sidewalk, and a few people, poles and cars; and one *ambiguous*
-vehicle: a grey box that is a bus where the scene's traffic sign is blue and a truck where it is orange. Nothing near
-the vehicle tells which. The sign hangs at the other side of the image, always in other columns than the vehicle and in
-half of the scenes in other rows: only a network that carries context over the image, from outside the criss-cross path
-too, can name the vehicle.
+vehicle: a grey box that is a bus where a blue traffic sign hangs in the scene, and a truck where an orange traffic
+light does. Nothing near the vehicle tells which. The sign or light hangs at the other side of the image, always in
+other columns than the vehicle and in half of the scenes in other rows: only a network that carries context over the
+image, from outside the criss-cross path too, can name the vehicle.
 """
 
 import json
@@ -21,24 +21,24 @@ from utils.arguments import ArgumentParser, number
 from .images import Box
 from .labels import LABEL_IDS, LABELS
 
-# The sign's colour, RGB, for each class of the ambiguous vehicle.
-CUES = {"bus": (30, 60, 220), "truck": (240, 130, 20)}
-# Height and width of the sign, as a motorway's. At first attention is spread evenly over a pixel's row and column, and
-# what the sign contributes to it is its share of these: with half the width, a run of minutes does not find it.
-_SIGN = (0.2, 0.3)
-# In how many scenes the sign hangs in the vehicle's rows, where one criss-cross reaches it.
+# For each class of the ambiguous vehicle the cue that tells it: the cue's class and colour, RGB.
+CUES = {"bus": ("traffic sign", (30, 60, 220)), "truck": ("traffic light", (240, 130, 20))}
+# Height and width of the cue. At first attention is spread evenly over a pixel's row and column, and the cue contributes
+# its share of these: with half the width, a run of minutes does not find it.
+_CUE_SIZE = (0.25, 0.3)
+# In how many scenes the cue hangs in the vehicle's rows, where one criss-cross reaches it.
 _SHARED_ROWS = 0.5
 _CITIES = {"train": ("altstadt", "neustadt"), "val": ("hafen",), "test": ("ufer",)}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A generated scene: image uint8 [H, W, 3] RGB, label uint8 [H, W] ids, and where vehicle and sign are."""
+    """A generated scene: image uint8 [H, W, 3] RGB, label uint8 [H, W] ids, and where vehicle and cue are."""
 
     image: np.ndarray
     label: np.ndarray
     vehicle: Box
-    sign: Box
+    cue: Box
 
 
 def _pixels(low: float, high: float, length: int) -> tuple[int, int]:
@@ -79,12 +79,12 @@ def make_scene(height: int, width: int, generator: np.random.Generator) -> Scene
     horizon = generator.uniform(0.42, 0.5)
     _paint_background(canvas, horizon)
     _paint_objects(canvas, horizon)
-    vehicle, sign = _paint_vehicle_and_sign(canvas)
+    vehicle, cue = _paint_vehicle_and_cue(canvas)
     _paint_borders(canvas)
     shade = generator.uniform(0.85, 1.15) * np.linspace(1, generator.uniform(0.8, 1.2), width)[None, :, None]
     noise = generator.normal(0, 6, canvas.image.shape)
     image = np.clip(canvas.image * shade + noise, 0, 255).astype(np.uint8)
-    return Scene(image, canvas.label, vehicle, sign)
+    return Scene(image, canvas.label, vehicle, cue)
 
 
 def _paint_background(canvas: _Canvas, horizon: float) -> None:
@@ -120,22 +120,22 @@ def _paint_objects(canvas: _Canvas, horizon: float) -> None:
         canvas.fill(canvas.box(y, y + 0.13, x, x + 0.24 * aspect), "car", (30, 40, 160), 20)
 
 
-def _paint_vehicle_and_sign(canvas: _Canvas) -> tuple[Box, Box]:
-    """The ambiguous vehicle at one side, the sign that tells its class at the other."""
+def _paint_vehicle_and_cue(canvas: _Canvas) -> tuple[Box, Box]:
+    """The ambiguous vehicle at one side, the cue that tells its class at the other."""
     uniform = canvas.generator.uniform
     name = "bus" if uniform() < 0.5 else "truck"
     top, left = uniform(0.58, 0.66), uniform(0.02, 0.1)
-    bottom, right = top + 0.28, left + 0.2
-    height, width = _SIGN
-    sign_left = uniform(0.9, 0.98) - width
-    sign_top = uniform(top, bottom - height) if uniform() < _SHARED_ROWS else uniform(0.03, 0.55 - height)
+    bottom, right = top + 0.28, left + 0.15
+    height, width = _CUE_SIZE
+    cue_left = uniform(0.9, 0.98) - width
+    cue_top = uniform(top, bottom - height) if uniform() < _SHARED_ROWS else uniform(0.03, 0.55 - height)
     vehicle = canvas.box(top, bottom, left, right)
-    sign = canvas.box(sign_top, sign_top + height, sign_left, sign_left + width)
+    cue = canvas.box(cue_top, cue_top + height, cue_left, cue_left + width)
     if uniform() < 0.5:
-        vehicle, sign = (Box(b.top, b.bottom, canvas.width - b.right, canvas.width - b.left) for b in (vehicle, sign))
+        vehicle, cue = (Box(b.top, b.bottom, canvas.width - b.right, canvas.width - b.left) for b in (vehicle, cue))
     canvas.fill(vehicle, name, (165, 165, 165), 4)
-    canvas.fill(sign, "traffic sign", CUES[name], 5)
-    return vehicle, sign
+    canvas.fill(cue, *CUES[name], 5)
+    return vehicle, cue
 
 
 def _paint_borders(canvas: _Canvas) -> None:
@@ -202,8 +202,8 @@ def main() -> None:
     parser.add_argument("--train", type=number(int, 0, 10**6), default=1600, help="number of training images")
     parser.add_argument("--val", type=number(int, 0, 10**6), default=40, help="number of validation images")
     parser.add_argument("--test", type=number(int, 0, 10**6), default=4, help="number of test images, without labels")
-    parser.add_argument("--height", type=number(int, 48, 2**13), default=64, help="of the images, in pixels")
-    parser.add_argument("--width", type=number(int, 48, 2**13), default=128, help="of the images, in pixels")
+    parser.add_argument("--height", type=number(int, 48, 2**13), default=48, help="of the images, in pixels")
+    parser.add_argument("--width", type=number(int, 48, 2**13), default=192, help="of the images, in pixels")
     parser.add_argument("--random-seed", type=number(int, 0, 2**63 - 1), default=1234, help="seed of all scenes")
     args = parser.parse_args()
     counts = {"train": args.train, "val": args.val, "test": args.test}

@@ -154,8 +154,8 @@ def test_the_plain_form_is_of_pytorchs_own_modules():
     assert not any(p.stride() == (c := p.shape[1], 1, c, c) and c > 1 for p in network.parameters() if p.dim() == 4)
 
 
-def test_without_attention_the_sign_is_out_of_reach():
-    """No derivative of a counted pixel's logits at the sign: R=0 cannot see it."""
+def test_without_attention_the_cue_is_out_of_reach():
+    """No derivative of a counted pixel's logits at the cue: R=0 cannot see it."""
     reach = context.reach_without_attention()
     network = context.ShallowNetwork(0).eval()
     for number in range(5):
@@ -164,8 +164,8 @@ def test_without_attention_the_sign_is_out_of_reach():
         assert counted.any()
         image = torch.rand(1, 3, 96, 96, requires_grad=True)
         (gradient,) = torch.autograd.grad((network(image)[0] * counted).abs().sum(), image)
-        sign = scene.sign
-        assert (gradient[0, :, sign.top : sign.bottom, sign.left : sign.right] == 0).all()
+        cue = scene.cue
+        assert (gradient[0, :, cue.top : cue.bottom, cue.left : cue.right] == 0).all()
         assert (gradient != 0).any()
 
 
