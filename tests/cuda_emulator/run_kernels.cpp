@@ -1,4 +1,4 @@
-// Runs every kernel once, for sanitizers to watch: run_kernels half|bfloat16|float|double
+// Runs every kernel of the dtype DTYPE (Half, BFloat16, float or double) once, for sanitizers to watch.
 //
 // Buffers are of exactly the size that the kernels may touch and hold NaN where they have to be written. Results are
 // compared with the reference elsewhere; here none may be NaN.
@@ -133,11 +133,7 @@ void run_all() {
 
 }  // namespace
 
-int main(int, char** arguments) {
-  const std::string type = arguments[1];
-  type == "half"       ? run_all<Half>()
-  : type == "bfloat16" ? run_all<BFloat16>()
-  : type == "float"    ? run_all<float>()
-                       : run_all<double>();
+int main() {
+  run_all<DTYPE>();
   std::puts("done");
 }
