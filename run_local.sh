@@ -130,7 +130,7 @@ if [[ -n $SCENES ]]; then
     echo "== with attention"
     EVALUATE+=(--compare-with "$WITHOUT/val/result.json")
     if [[ $RECURRENCE -gt 0 ]]; then # of one vehicle, and of a building
-        EVALUATE+=(--compare-recurrence 0 1 2 3 --attention-image hafen_000004_000019 --attention 48,104 --attention 28,60)
+        EVALUATE+=(--compare-recurrence 0 1 2 3 --attention-image hafen_000006_000019 --attention 36,172 --attention 14,130)
     fi
 fi
 train --num-steps "$STEPS" --snapshot-dir "$SNAPSHOT_DIR"

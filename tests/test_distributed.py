@@ -158,7 +158,7 @@ _TERMINATE = "os.kill(os.getpid(), signal.SIGTERM)"
 
 @pytest.mark.slow
 def test_mixed_precision_and_compiled(scenes, tmp_path):
-    """bfloat16 learns what float32 does, to its accuracy; so does the graph that the compiler captures (it is not compiled here).
+    """bfloat16 learns what float32 does, to its accuracy; so does the compiler's graph, which is only captured here.
 
     Without dropout: PyTorch compiles a DistributedDataParallel in pieces, which draw in another order.
     """

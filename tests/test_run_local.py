@@ -51,7 +51,7 @@ def test_without_arguments_it_trains_and_evaluates_on_generated_scenes(checkout)
         "outputs/CS_scenes_2/val/report.md",
         "outputs/CS_scenes_2/val/result.json",
         "outputs/CS_scenes_2/val/predictions/hafen_000000_000019_leftImg8bit.png",
-        "outputs/CS_scenes_2/val/attention/hafen_000004_000019_leftImg8bit.png",
+        "outputs/CS_scenes_2/val/attention/hafen_000006_000019_leftImg8bit.png",
         "without_attention/CS_scenes_2.pth",
         "without_attention/val/result.json",
     ):
