@@ -23,8 +23,8 @@ from .labels import LABEL_IDS, LABELS
 
 # For each class of the ambiguous vehicle the cue that tells it: the cue's class and colour, RGB.
 CUES = {"bus": ("traffic sign", (30, 60, 220)), "truck": ("traffic light", (240, 130, 20))}
-# Height and width of the cue. At first attention is spread evenly over a pixel's row and column, and the cue contributes
-# its share of these: with half the width, a run of minutes does not find it.
+# Height and width of the cue. At first attention is spread evenly over a pixel's row and column, and the cue is no more
+# than its share of these: with half the width, a run of minutes does not find it.
 _CUE_SIZE = (0.25, 0.3)
 # In how many scenes the cue hangs in the vehicle's rows, where one criss-cross reaches it.
 _SHARED_ROWS = 0.5

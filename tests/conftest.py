@@ -14,23 +14,21 @@ settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
-    """The emulator runs each attention kernel with one of the two dtypes that share it: float32, and bfloat16.
+    """The emulator is slow: its tests are so marked, and of two dtypes that share an attention kernel it runs one.
 
-    All four run in test_cuda_kernels.py.
+    These are float32 and bfloat16; in test_cuda_kernels.py it runs all four.
     """
-
-    def repeats(item) -> bool:
-        parameters = getattr(item, "callspec", None) and item.callspec.params
-        return (
-            item.path.name == "test_criss_cross_native.py"
-            and item.get_closest_marker("emulated") is not None
-            and parameters.get("dtype") in (torch.float64, torch.float16)
-        )
-
-    repeated = [item for item in items if repeats(item)]
-    config.hook.pytest_deselected(items=repeated)
-    items[:] = [item for item in items if not repeats(item)]
+    emulated = [item for item in items if item.get_closest_marker("emulated") is not None]
+    repeated = set()
+    for item in emulated:
+        item.add_marker(pytest.mark.slow)
+        dtype = item.callspec.params.get("dtype") if hasattr(item, "callspec") else None
+        if item.path.name == "test_criss_cross_native.py" and dtype in (torch.float64, torch.float16):
+            repeated.add(item)
+    config.hook.pytest_deselected(items=list(repeated))
+    items[:] = [item for item in items if item not in repeated]
 
 
 @pytest.fixture(scope="session")

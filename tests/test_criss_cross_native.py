@@ -434,9 +434,15 @@ def test_out_of_memory_of_a_gpu_is_pytorchs_error(operator, monkeypatch):
     assert out.shape == (1, 6, 3, 4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("pixels", [(4, 5), (2, 3, 4), (1, 6)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "layout", "pixels"),
+    [
+        *((dtype, "contiguous", (4, 5)) for dtype in DTYPES),
+        *((torch.float32, layout, (4, 5)) for layout in ("channels_last", "sliced")),
+        *((torch.float32, "channels_last", pixels) for pixels in ((2, 3, 4), (1, 6))),
+    ],
+    ids=str,
+)
 def test_opcheck(device, dtype, layout, pixels):
     """PyTorch's own checks of an operator: schema, autograd registration, fake kernels (shapes, strides), tracing."""
 
