@@ -117,7 +117,7 @@ def get_parser() -> ArgumentParser:
         help="weights to start with: ImageNet backbone or whole network; from scratch if not given",
     )  # fmt: skip
     add(
-        "--initial-gamma", type=number(float, -1e3, 1e3), default=0,
+        "--initial-gamma", type=number(float, 0, 1e3), default=0,
         help="initial weight of the attention's result, where no whole network is restored; the paper's is 0",
     )  # fmt: skip
     add("--not-restore-last", action="store_true", help="do not load the classifying layers, for other classes")
