@@ -100,7 +100,7 @@ TRAIN=(
 if [[ -n $SCENES ]]; then
     TRAIN+=(--initial-gamma 1) # from the paper's 0 the attention does not get going in a run of minutes
 else
-    TRAIN+=(--random-scale) # a crop of a scene could lose the sign that tells the class
+    TRAIN+=(--random-scale) # a crop of a scene could lose the cue that tells the class
 fi
 TRAIN+=("$@") # the last value of a flag counts
 BOTH=$(python -m utils.commandline "${TRAIN[@]}")

@@ -26,7 +26,7 @@ export ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:log_path=$copy/r
 with_sanitizers() { LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" "$@"; }
 with_sanitizers python -c "from cc_attention import native; assert native.LOADED" # otherwise all tests would be skipped
 with_sanitizers python -m pytest -p no:cacheprovider tests/test_criss_cross_native.py tests/test_abn_native.py \
-    -m "not slow and not emulated" \
+    -m "not slow" \
     -k "(not avx512 or avx512_bf16) and not opcheck and not compiled and not exported and not gradcheck" "$@" || {
     cat "$copy"/report.* # since pytest captures output, and the process may have crashed
     exit 1

@@ -122,7 +122,6 @@ def test_kernels_need_no_more_shared_memory_than_devices_have(launched):
     assert max(shared_bytes for _, shared_bytes in launched.values()) <= 99 * 1024
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_120"])  # without and with cp.async, and the newest
 def test_instructions(architecture, resources):
     """16-bit kernels on tensor cores: their products are HMMA, fragments come by LDSM, global memory in 16 bytes."""
