@@ -15,6 +15,7 @@ from networks import StateDictError
 from .checkpoint import CheckpointError
 from .commandline import CommandError
 from .distributed import ProcessError, World, end_process, joined, spawn, wait_for_failed_process
+from .memory import keep_freed_memory
 
 
 def find_devices(device: str, gpu: str, procs: int | None, max_processes: int | None) -> list[torch.device]:
@@ -91,6 +92,7 @@ def launch(
 
 def _run(world: World, store: str, report: Path | None, main: Main, args: argparse.Namespace) -> int:
     """Run main in this process of the world; an error is written to the file `report`, or printed if it is None."""
+    keep_freed_memory()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         torch.backends.cudnn.benchmark = True  # crops and tiles all have one size
