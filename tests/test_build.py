@@ -452,7 +452,7 @@ def test_a_gpu_without_kernels_for_it_is_warned_about(monkeypatch):
         assert native._load_all(frozenset({"cpu"})) == {"cpu": None, "cuda": "CCNET_NATIVE turns it off"}
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert native._load_all(EVERYWHERE) == {"cpu": None, "cuda": "it is broken"}
-    monkeypatch.setattr(native, "_load", lambda name: None)
+    monkeypatch.setattr(native, "_load_cuda", lambda: None)
     assert native._load_all(EVERYWHERE) == {"cpu": None, "cuda": None}
 
 
@@ -490,11 +490,36 @@ def test_a_gpu_that_the_library_has_no_code_for_runs_plain_pytorch(monkeypatch):
     assert not native.runs_on(torch.device("xpu"))
 
 
+DRIVER = """
+#include <cstdlib>
+extern "C" int cuDriverGetVersion(int* version) { *version = std::atoi(std::getenv("DRIVER")); return 0; }
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.library("_C_cuda").exists(), reason="needs the CUDA kernels")
+def test_a_driver_that_is_too_old_for_the_library_is_told(tmp_path):
+    """cudart would refuse it: error 35. The driver stands in; it has nothing but a version."""
+    (tmp_path / "libcuda.cpp").write_text(DRIVER)
+    subprocess.run(
+        ["c++", "-shared", "-fPIC", "libcuda.cpp", "-o", "libcuda.so.1"], cwd=tmp_path, check=True, text=True
+    )
+    ask = "import torch; from cc_attention import native; print(native.WHY_NOT['cuda'])"
+    major = int(re.search(r"CUDA (\d+)", torch.ops.ccnet.cuda_build())[1])
+    for driver, expected in (
+        (f"{major - 1}080", rf"_C_cuda\.abi3\.so cannot run: .* CUDA {major}, .* than CUDA {major - 1}\.8's"),
+        (f"{major}000", "None"),
+    ):
+        out = run_python(ask, ROOT, LD_LIBRARY_PATH=str(tmp_path), DRIVER=driver).stdout
+        assert re.search(expected, out), out
+
+
 def test_devices_by_environment_variable(monkeypatch):
     for value, wanted in {"0": set(), "1": EVERYWHERE, "": EVERYWHERE, "cpu": {"cpu"}, "cuda": {"cuda"}}.items():
         monkeypatch.setenv("CCNET_NATIVE", value)
         assert native._wanted_devices() == wanted
     monkeypatch.setattr(native, "_load", lambda name: None)
+    monkeypatch.setattr(native, "_load_cuda", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     off = "CCNET_NATIVE turns it off"
     assert native._load_all(frozenset()) == {"cpu": off, "cuda": off}
