@@ -114,7 +114,8 @@ def native_code(device_type: str) -> str:
     if why_not is not None:
         return f"none: {why_not}"
     if device_type == "cpu":
-        return f"{native.library('_C')}, {native.cpu_capability()}"
+        compiler, best = torch.ops.ccnet.cpu_build().split("; ")
+        return f"{native.library('_C')}, {native.cpu_capability()}, built by {compiler} up to {best}"
     release, _, architectures = torch.ops.ccnet.cuda_build().partition("; ")
     names = ", ".join(f"sm_{int(number) // 10}" for number in architectures.split(","))
     return f"{native.library('_C_cuda')}, built by {release} for {names}"

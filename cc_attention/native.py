@@ -29,7 +29,8 @@ def library(name: str) -> Path:
 def _load(name: str) -> str | None:
     """Load a library. Returns None, or the reason if it cannot be loaded."""
     if not library(name).exists():
-        return "their native code has not been built"
+        why = _FOLDER / f"{name}.not_built"  # written by setup.py
+        return "their native code has not been built" + (f" ({why.read_text()})" if why.exists() else "")
     try:
         torch.ops.load_library(library(name))
     except OSError as error:
@@ -37,18 +38,26 @@ def _load(name: str) -> str | None:
     return None
 
 
-def _warn(where: str, reason: str, needs: str, setting: str = "") -> None:
+def _load_cuda() -> str | None:
+    """Load the library for GPUs. Returns None, or the reason if it cannot be loaded or run."""
+    reason = _load("_C_cuda")
+    if reason is None and (problem := torch.ops.ccnet.cuda_driver_problem()):
+        return f"{library('_C_cuda')} cannot run: {problem}"
+    return reason
+
+
+def _warn(where: str, reason: str, needs: str) -> None:
     checkout = _FOLDER.parent
     source = f"-e {checkout}" if (checkout / "setup.py").exists() else "--force-reinstall PATH_OF_CCNET'S_SOURCE"
     warnings.warn(
         f"the operators run in plain PyTorch{where}, slower and with more memory: {reason}. "
-        f"This builds it, with {needs}: {setting}pip install --no-deps {source}",
+        f"This builds it, with {needs}: pip install --no-deps {source}",
         stacklevel=3,
     )
 
 
 def _warn_on_gpu(where: str, reason: str) -> None:
-    _warn(where, reason, "a C++ compiler and nvcc (README.md)", "FORCE_CUDA=1 ")
+    _warn(where, reason, "a C++ compiler and nvcc (README.md)")
 
 
 def _load_all(wanted: frozenset[str]) -> dict[str, str | None]:
@@ -68,7 +77,7 @@ def _load_all(wanted: frozenset[str]) -> dict[str, str | None]:
     elif "cuda" not in wanted:
         cuda = off
     else:
-        cuda = _load("_C_cuda")
+        cuda = _load_cuda()
         if cuda is not None and torch.cuda.is_available():
             _warn_on_gpu(" on the GPU", cuda)
     return {"cpu": None if "cpu" in wanted else off, "cuda": cuda}

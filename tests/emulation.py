@@ -3,21 +3,19 @@
 import ctypes
 import fcntl
 import hashlib
-import importlib
 import re
 import shlex
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 import cc_attention  # noqa: F401 - declares the operators, whose schemas the emulated ones have
+from building import compilers, cuda, pytorch
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
@@ -32,19 +30,14 @@ SANITIZERS = {
 
 
 @cache
-def setup_py() -> ModuleType:
-    """setup.py as a module."""
-    sys.path.insert(0, str(ROOT))
-    return importlib.import_module("setup")
-
-
-@cache
 def cuda_headers() -> Path | None:
-    """CUDA's headers: of the toolkit that setup.py finds, or of PyTorch's wheels."""
-    nvcc = setup_py().find_nvcc()
-    folders = [nvcc.parent.parent / "include"] if nvcc else []
-    folders += [path for folder in setup_py().site_packages() for path in Path(folder).glob("nvidia/**/include")]
-    return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
+    """CUDA's headers: those that nvcc includes, or of PyTorch's wheels."""
+    found = []
+    for nvcc in cuda.nvcc_programs():
+        _, dependencies = compilers.run([nvcc, "-M", "-x", "cu", "/dev/null"])
+        found += re.findall(r"(\S+)/cuda_runtime\.h", dependencies)
+    found += [path for folder in pytorch.site_packages() for path in Path(folder).glob("nvidia/**/include")]
+    return next((Path(folder) for folder in found if Path(folder, "cuda_bf16.h").exists()), None)
 
 
 def compile_with_emulator(name: str, sources: list[Path], sanitizer: str = "", flags: str = "", link: str = "") -> Path:
@@ -116,7 +109,7 @@ def _library() -> ctypes.CDLL:
     path = compile_with_emulator(
         "emulated.so",
         [EMULATOR / "emulated.cpp", *OPERATOR_SOURCES, *KERNELS],
-        flags=f"{includes} {setup_py().STABLE_ABI[0]} -DCCNET_CUDA_LIBRARY=ccnet_emulated -DCCNET_CUDA_KEY=CPU",
+        flags=f"{includes} {pytorch.STABLE_ABI} -DCCNET_CUDA_LIBRARY=ccnet_emulated -DCCNET_CUDA_KEY=CPU",
         link=f"-shared -L{library_paths()[0]} -ltorch -ltorch_cpu -lc10",
     )
     definitions = torch.library.Library("ccnet_emulated", "DEF")

@@ -7,13 +7,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=2 # more than one, to find races
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r setup.py pyproject.toml README.md LICENSE benchmarks cc_attention libs networks tests utils "$copy"
+cp -r setup.py building pyproject.toml README.md LICENSE benchmarks cc_attention libs networks tests utils "$copy"
 cd "$copy"
 rm -f cc_attention/*.so
 sanitize="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-printf '#!/bin/sh\nexec g++ "$@" %s\n' "$sanitize" >compiler # appended, to override the -O2 of setup.py
+printf '#!/bin/sh\nexec g++ "$@" %s\n' "$sanitize" >compiler # appended, to override -O2
 chmod +x compiler
-FORCE_CUDA=0 CC=$copy/compiler CXX=$copy/compiler python setup.py --quiet build_ext --inplace >build.log 2>&1 || {
+FORCE_CUDA=0 CXX=$copy/compiler python setup.py --quiet build_ext --inplace >build.log 2>&1 || {
     cat build.log
     exit 1
 }

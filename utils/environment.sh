@@ -21,14 +21,14 @@ set_up_environment() { # requirement files...
             python -m pip install --quiet --disable-pip-version-check --requirement "$file" || return
     done
     [[ -e cc_attention/_C.abi3.so ]] || rm -f .venv/.done-building-the-operators # built without a compiler, or removed since
-    _unless_done "building the operators" setup.py pyproject.toml $(find cc_attention/csrc libs/csrc -type f | sort) -- \
+    _unless_done "building the operators" setup.py pyproject.toml building/*.py $(find */csrc -type f | sort) -- \
         _build_operators
 }
 
 _build_operators() {
-    local nvcc # as wheels, where there is a GPU and no nvcc
-    nvcc=$(python -c "import setup; print(*setup.missing_nvcc_wheels())") || return
-    [[ -z $nvcc ]] || python -m pip install --quiet --disable-pip-version-check $nvcc || return
+    local nvcc # as wheels, where there is a GPU and no nvcc of use
+    nvcc=$(python -c "import setup; print(*setup.get_requires_for_build_editable())") || return
+    [[ -z $nvcc ]] || python -m pip install --quiet --disable-pip-version-check "$nvcc" || return
     python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 }
 

@@ -2,6 +2,7 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -46,7 +47,7 @@ const char* name_of(Capability capability) {
 }
 
 Capability cpu_capability() {
-  static const Capability supported = best();
+  static const Capability supported = std::min(best(), kBestBuilt);
   const char* wanted = std::getenv("CCNET_CPU_CAPABILITY");
   if (wanted == nullptr || *wanted == '\0') {
     return supported;
@@ -54,7 +55,7 @@ Capability cpu_capability() {
   for (Capability capability : kAll) {
     if (std::strcmp(wanted, name_of(capability)) == 0) {
       STD_TORCH_CHECK(capability <= supported, "CCNET_CPU_CAPABILITY=", wanted, ": this CPU has no more than ",
-                      name_of(supported));
+                      name_of(best()), ", and the library no more than ", name_of(kBestBuilt));
       return capability;
     }
   }

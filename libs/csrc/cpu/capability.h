@@ -9,8 +9,17 @@ namespace ccnet {
 
 enum class Capability { baseline, avx2, avx512, avx512_bf16 };
 
-// The best instruction set of this CPU, or the one that the environment variable CCNET_CPU_CAPABILITY names. Throws if that
-// is none of baseline, avx2, avx512, avx512_bf16, or one that this CPU does not have.
+// The best instruction set that there are kernels for: the build leaves those out that the compiler fails at.
+#if !defined(__x86_64__)
+constexpr Capability kBestBuilt = Capability::baseline;
+#elif defined(CCNET_BEST_CAPABILITY)
+constexpr Capability kBestBuilt = Capability::CCNET_BEST_CAPABILITY;
+#else
+constexpr Capability kBestBuilt = Capability::avx512_bf16;
+#endif
+
+// The best instruction set of this CPU and of the build, or the one that the environment variable CCNET_CPU_CAPABILITY
+// names. Throws if that is none of baseline, avx2, avx512, avx512_bf16, or one that the CPU or the build does not have.
 Capability cpu_capability();
 
 const char* name_of(Capability capability);
@@ -41,28 +50,27 @@ const char* name_of(Capability capability);
   const Table<BFloat16>& kernels(const BFloat16*);      \
   }
 
-#if defined(__x86_64__)
-#define CCNET_RETURN_KERNELS_OF_X86(kernels)         \
-  if constexpr (std::is_same_v<T, BFloat16>) {       \
-    if (capability == Capability::avx512_bf16) {     \
-      return avx512_bf16::kernels(type);             \
-    }                                                \
-  }                                                  \
-  if (capability >= Capability::avx512) {            \
-    return avx512::kernels(type);                    \
-  }                                                  \
-  if (capability == Capability::avx2) {              \
-    return avx2::kernels(type);                      \
-  }
-#else
-#define CCNET_RETURN_KERNELS_OF_X86(kernels)
-#endif
 #define CCNET_DEFINE_KERNELS(Table, kernels)                             \
   template <class T>                                                     \
   const Table<T>& kernels() {                                            \
     [[maybe_unused]] const Capability capability = cpu_capability();     \
     const T* type = nullptr;                                             \
-    CCNET_RETURN_KERNELS_OF_X86(kernels)                                 \
+    if constexpr (kBestBuilt >= Capability::avx512_bf16 &&               \
+                  std::is_same_v<T, BFloat16>) {                         \
+      if (capability == Capability::avx512_bf16) {                       \
+        return avx512_bf16::kernels(type);                               \
+      }                                                                  \
+    }                                                                    \
+    if constexpr (kBestBuilt >= Capability::avx512) {                    \
+      if (capability >= Capability::avx512) {                            \
+        return avx512::kernels(type);                                    \
+      }                                                                  \
+    }                                                                    \
+    if constexpr (kBestBuilt >= Capability::avx2) {                      \
+      if (capability == Capability::avx2) {                              \
+        return avx2::kernels(type);                                      \
+      }                                                                  \
+    }                                                                    \
     return baseline::kernels(type);                                      \
   }                                                                      \
   template const Table<float>& kernels();                                \

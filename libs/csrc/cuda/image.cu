@@ -37,6 +37,19 @@ int64_t cuda_architecture(int64_t device) {
   return architecture;
 }
 
+// cudart refuses a driver of an older major version: cudaErrorInsufficientDriver. Asked by version, since every other
+// question makes a context.
+std::string cuda_driver_problem() {
+  int driver = 0, runtime = 0;
+  STD_TORCH_CHECK(cudaDriverGetVersion(&driver) == cudaSuccess && cudaRuntimeGetVersion(&runtime) == cudaSuccess,
+                  "no versions of CUDA's driver and runtime");
+  if (driver == 0 || driver / 1000 >= runtime / 1000) {
+    return "";
+  }
+  return "it is of CUDA " + std::to_string(runtime / 1000) + ", and the GPU's driver runs no newer code than CUDA " +
+         std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) + "'s";
+}
+
 std::string cuda_build() {
   return "CUDA " CCNET_TEXT(__CUDACC_VER_MAJOR__) "." CCNET_TEXT(__CUDACC_VER_MINOR__) "; " CCNET_TEXT(__CUDA_ARCH_LIST__);
 }
@@ -49,9 +62,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ccnet, m) {
   m.def("cuda_architecture(int device) -> int");
   // What made the library: "CUDA 13.0; 750,800", the release of nvcc and ten times the architectures
   m.def("cuda_build() -> str");
+  // Why the driver cannot run the library; empty if it can, or if there is no driver
+  m.def("cuda_driver_problem() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ccnet, CompositeExplicitAutograd, m) {
   m.impl("cuda_architecture", TORCH_BOX(&ccnet::cuda_architecture));
   m.impl("cuda_build", TORCH_BOX(&ccnet::cuda_build));
+  m.impl("cuda_driver_problem", TORCH_BOX(&ccnet::cuda_driver_problem));
 }
