@@ -223,6 +223,8 @@ def test_the_first_error_is_told():
     assert compilers.first_error(output) == "a.cu(7): error: z"
     assert compilers.first_error("a\nKilled\n") == "Killed"
     assert compilers.first_error("") == "it failed and printed nothing"
+    works, output = compilers.run(["sh", "-c", "echo Stack dump:; kill -SEGV $$"])
+    assert (works, compilers.first_error(output)) == (False, "error: it was ended by signal 11")
 
 
 # ---- nvcc ----
