@@ -3,6 +3,7 @@
 #
 #   ./run_local.sh [flags]                 a complete small run on generated street scenes, on any machine
 #   ./run_local.sh YOUR_CS_PATH [flags]    the paper's recipe on Cityscapes at YOUR_CS_PATH
+#   ./run_local.sh --check                 sets everything up, and checks the operators on this machine
 #
 # It uses all GPUs of the machine. Flags are those of train.py; evaluate.py gets those that it has too. Each value below
 # can also be set by the environment variable of its name, e.g. BS=4 ./run_local.sh YOUR_CS_PATH. Run again after an
@@ -12,6 +13,19 @@ set -euo pipefail
 fail() {
     echo "error: $1" >&2
     exit 2
+}
+
+last_value() { # flag, default, arguments...: the last value given for the flag
+    local flag=$1 value=$2
+    shift 2
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+            "$flag"=*) value=${1#*=} ;;
+            "$flag") value=${2-} ;;
+        esac
+        shift
+    done
+    echo "$value"
 }
 
 CS_PATH=
@@ -28,10 +42,14 @@ for argument in "$@"; do
 done
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source utils/environment.sh
-set_up_environment requirements.txt
+DEVICE=$(last_value --device auto "$@") set_up_environment requirements.txt
 for argument in "$@"; do
     case $argument in
         -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' run_local.sh && exec python train.py --help ;;
+        --check)
+            python -m building.plan --device "$(last_value --device auto "$@")" || exit
+            exec python -m cc_attention
+            ;;
     esac
 done
 
@@ -63,19 +81,6 @@ LR=${LR:-} # train.py's: the recipe's 1e-2, or the fine-tuning stage's
 WD=${WD:-1e-4}
 RECURRENCE=${RECURRENCE:-2}
 OHEM_THRES=${OHEM_THRES:-0.7}
-
-last_value() { # flag, default, arguments...: the last value given for the flag
-    local flag=$1 value=$2
-    shift 2
-    while [[ $# -gt 0 ]]; do
-        case $1 in
-            "$flag"=*) value=${1#*=} ;;
-            "$flag") value=${2-} ;;
-        esac
-        shift
-    done
-    echo "$value"
-}
 
 # A flag wins over the variable.
 BACKBONE=$(last_value --backbone "$BACKBONE" "$@")

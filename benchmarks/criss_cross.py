@@ -17,13 +17,8 @@ If a result or gradient of a contender differs from ours, the run ends.
 """
 
 import argparse
-import ctypes
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +30,11 @@ from utils.arguments import ArgumentParser
 from . import peak
 from .measuring import (
     DTYPES,
-    STEADY_MEMORY,
     Work,
-    begin_under_steady_conditions,
+    add_fresh_memory,
+    begin,
+    bytes_from_a_new_process,
+    peak_bytes,
     print_machine,
     print_table,
     take_turns,
@@ -225,29 +222,14 @@ def limit_in_ms(
 
 def peak_extra_bytes(case: Case, attention: Attention) -> int:
     """Peak memory of forward and backward beyond inputs, result and gradients. On the CPU, call it once per process."""
-    if case.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        in_use = torch.cuda.memory_allocated()
-        results = case.forward_and_backward(attention)
-        return torch.cuda.max_memory_allocated() - in_use - sum(x.numel() * x.element_size() for x in results)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status_bytes("VmRSS")
-    results = case.forward_and_backward(attention)
-    return _status_bytes("VmHWM") - before - sum(x.numel() * x.element_size() for x in results)
-
-
-def _status_bytes(entry: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
-    return int(line.split()[1]) * 1024
+    results: list[Tensor] = []
+    peak = peak_bytes(case.device, lambda: results.extend(case.forward_and_backward(attention)))
+    return peak - sum(x.numel() * x.element_size() for x in results)
 
 
 def peak_extra_in_a_new_process(name: str, size: tuple[int, int], dtype_name: str, layout: str) -> int:
     arguments = ["--memory-of", name, "--sizes", "x".join(map(str, size)), "--dtypes", dtype_name, "--layouts", layout]
-    command = [sys.executable, "-m", "benchmarks.criss_cross", *arguments]
-    environment = {name: value for name, value in os.environ.items() if name not in STEADY_MEMORY}
-    result = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=environment)
-    return int(result.stdout)
+    return bytes_from_a_new_process("benchmarks.criss_cross", *arguments)
 
 
 # ---- the tables ----
@@ -346,19 +328,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=4, help="limit for one contender, which runs at least once")
-    parser.add_argument("--fresh-memory", action="store_true", help="do not make the C library keep freed memory")
+    add_fresh_memory(parser)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     parser.add_argument("--no-non-local", dest="non_local", action="store_false", help="leave out non-local attention")
     parser.add_argument("--scaling", type=int, nargs="*", default=[32, 64, 96, 128, 192, 256], help="sides of squares")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # measure one contender and print the bytes
     args = parser.parse_args()
+    begin(args.device, args.fresh_memory)
     if args.memory_of:
         case = Case(args.sizes[0], DTYPES[args.dtypes[0]], args.layouts[0])
         attention = ATTENTIONS[args.memory_of]
         Case((5, 5), torch.float32, "NCHW").forward_and_backward(attention)  # what is loaded only once
         print(peak_extra_bytes(case, attention))
         return
-    begin_under_steady_conditions(args.device, args.fresh_memory)
     if args.device == "cuda":
         args.threads = args.threads[:1]
     print_machine(args.device, f"query and key of {CHANNELS[0]} channels, value of {CHANNELS[1]}")

@@ -28,7 +28,7 @@ from libs import ABN, InPlaceABN
 from networks import build_model
 from utils.arguments import ArgumentParser
 
-from .measuring import DTYPES, begin_under_steady_conditions, print_machine, print_table, take_turns
+from .measuring import DTYPES, add_fresh_memory, begin, print_machine, print_table, take_turns
 
 # Largest norm of the difference over the norm. It comes from few elements, for which y is so near to 0 that rounding
 # decides over its sign and thus the derivative.
@@ -247,11 +247,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--seconds", type=float, default=4, help="limit for one contender, which runs at least once")
-    parser.add_argument("--fresh-memory", action="store_true", help="do not make the C library keep freed memory")
+    add_fresh_memory(parser)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     parser.add_argument("--network-side", type=int, default=385, help="side of the images for the network's memory")
     args = parser.parse_args()
-    begin_under_steady_conditions("cpu", args.fresh_memory)
+    begin("cpu", args.fresh_memory)
     print_machine("cpu", "InPlaceABN, leaky_relu")
     names = [*CONTENDERS, *(["BatchNorm2d, leaky_relu, compiled"] if args.compile else [])]
     print_table(

@@ -1,8 +1,10 @@
 """Shared by the benchmarks: measuring in turns, steady conditions, tables."""
 
+import ctypes
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections import deque
@@ -12,24 +14,26 @@ from pathlib import Path
 import torch
 
 from cc_attention import native
+from utils.arguments import ArgumentParser
+from utils.memory import keep_freed_memory
 
 Work = Callable[[], object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-# Pins each thread to a CPU. Otherwise two of them sometimes share one, for a second at a time.
-STEADY_THREADS = {"OMP_PROC_BIND": "true"}
-# Makes the C library keep freed memory. Otherwise every large tensor is new memory, whose cost depends on the host of a
-# virtual machine and on what ran before, and can double the time.
-STEADY_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"}
 # Keeps the GPU busy for about 20 ms before a measurement, while Python queues the work. Otherwise the GPU would wait
 # for Python between small kernels.
 CYCLES_AHEAD = 40_000_000
 
 
-def begin_under_steady_conditions(device: str, fresh_memory: bool) -> None:
-    """Restart the process with the environment variables for steady conditions, unless it already has them.
+def add_fresh_memory(parser: ArgumentParser) -> None:
+    parser.add_argument("--fresh-memory", action="store_true", help="return freed memory, as other programs do")
 
-    On a GPU, turn off TF32 instead.
+
+def begin(device: str, fresh_memory: bool) -> None:
+    """Set the conditions of train.py and evaluate.py; on a GPU without TF32.
+
+    Raises:
+        SystemExit: there is no such device, or no native code for it.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: there is no GPU")
@@ -37,9 +41,8 @@ def begin_under_steady_conditions(device: str, fresh_memory: bool) -> None:
         raise SystemExit(f"the native operators for {device} are not built: pip install -e .")
     if device == "cuda":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    elif "OMP_PROC_BIND" not in os.environ:
-        environment = {**os.environ, **STEADY_THREADS, **({} if fresh_memory else STEADY_MEMORY)}
-        os.execve(sys.executable, sys.orig_argv, environment)
+    if not fresh_memory:
+        keep_freed_memory()
 
 
 def milliseconds(work: Work, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -86,6 +89,33 @@ def take_turns(
             if turn:  # the first warms up
                 times[name].append(ms)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(device: str, work: Work) -> int:
+    """Peak memory of the work, beyond that before it. On the CPU, call it once per process."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    resident = _status_bytes("VmRSS")
+    work()
+    return _status_bytes("VmHWM") - resident
+
+
+def _status_bytes(entry: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
+    return int(line.split()[1]) * 1024
+
+
+def bytes_from_a_new_process(module: str, *arguments: object) -> int:
+    """The number that `python -m module arguments` prints last."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    result = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
+    return int(result.stdout.splitlines()[-1])
 
 
 def print_machine(device: str, more: str) -> None:

@@ -19,17 +19,12 @@ buffers), or of one evaluation; on the CPU each is measured in a new process.
 
 import argparse
 import copy
-import ctypes
 import itertools
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,9 +45,11 @@ from utils.training import make_optimizer
 from .criss_cross import bmm_attention
 from .measuring import (
     DTYPES,
-    STEADY_MEMORY,
     Work,
-    begin_under_steady_conditions,
+    add_fresh_memory,
+    begin,
+    bytes_from_a_new_process,
+    peak_bytes,
     print_machine,
     print_table,
     take_turns,
@@ -327,26 +324,6 @@ def check(name: str, actual: dict[str, Tensor], expected: dict[str, Tensor], dty
 # ---- memory ----
 
 
-def peak_bytes(device: str, work: Work) -> int:
-    """Peak memory of the work, beyond that before it. On the CPU, call it once per process."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    resident = _status_bytes("VmRSS")
-    work()
-    return _status_bytes("VmHWM") - resident
-
-
-def _status_bytes(entry: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
-    return int(line.split()[1]) * 1024
-
-
 def memory_work(args: argparse.Namespace, part: str, kind: str, crop: int, dtype: torch.dtype) -> Work:
     """The work whose memory is measured. Runs a small form of it first, so that lazily loaded code is not counted."""
     small = copy.copy(args)
@@ -372,11 +349,9 @@ def peak_in_a_new_process(args: argparse.Namespace, part: str, kind: str, crop: 
         *("--memory-of", part, kind, "--crops", str(crop), "--dtypes", dtype_name, "--backbone", args.backbone),
         *("--batch-size", str(args.batch_size), "--recurrence", str(args.recurrence), "--threads", str(args.threads)),
         *("--image", "x".join(map(str, args.image)), "--tile", str(args.tile), *(["--ohem"] if args.ohem else [])),
+        *(["--fresh-memory"] if args.fresh_memory else []),
     ]
-    command = [sys.executable, "-m", "benchmarks.train_step", *arguments]
-    environment = {name: value for name, value in os.environ.items() if name not in STEADY_MEMORY}
-    result = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=environment)
-    return int(result.stdout.splitlines()[-1])
+    return bytes_from_a_new_process("benchmarks.train_step", *arguments)
 
 
 def megabytes(args: argparse.Namespace, part: str, kind: str, crop: int, dtype_name: str) -> str:
@@ -492,18 +467,18 @@ def main() -> None:
     add("--repeats", type=int, default=5)
     add("--seconds", type=float, default=60, help="limit for one contender, which runs at least once")
     add("--cpu-time", action="store_true", help="measure CPU time, for when other work runs; needs --threads 1")
-    add("--fresh-memory", action="store_true", help="do not make the C library keep freed memory")
+    add_fresh_memory(parser)
     add("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
     add("--memory-of", nargs=2, help=argparse.SUPPRESS)  # measure one contender and print the bytes
     args = parser.parse_args()
     if args.cpu_time and args.threads != 1:
         raise SystemExit("--cpu-time: expected --threads 1, since waiting threads take time too")
+    begin(args.device, args.fresh_memory)
     torch.set_num_threads(args.threads)
     if args.memory_of:
         part, kind = args.memory_of
         print(peak_bytes("cpu", memory_work(args, part, kind, args.crops[0], DTYPES[args.dtypes[0]])))
         return
-    begin_under_steady_conditions(args.device, args.fresh_memory)
     print_machine(
         args.device,
         f"{args.backbone}, R={args.recurrence}, {'CPU time of ' if args.cpu_time else ''}{args.threads} threads",

@@ -14,6 +14,8 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from utils.memory import return_freed_memory
+
 from .items import DatasetError, Item
 
 # Batches that each worker prefetches.
@@ -73,8 +75,12 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _set_up_worker(worker_id: int) -> None:
-    """Use one thread, and ignore SIGINT and SIGTERM: if the whole process group gets them, the main process reacts."""
+    """Use one thread and little memory, and ignore SIGINT and SIGTERM.
+
+    If the whole process group gets a signal, the main process reacts.
+    """
     cv2.setNumThreads(0)
+    return_freed_memory()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -463,7 +463,8 @@ def test_compiled_alone():
 
 
 @pytest.mark.slow
-def test_compiled_by_inductor():
+def test_compiled_by_inductor(monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # otherwise it starts processes for two kernels
     assert_trains_alike(network, {"fullgraph": True}, steps=3)
 
 

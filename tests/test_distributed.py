@@ -19,7 +19,7 @@ from utils import launch as launching
 from utils.checkpoint import training_steps
 from utils.commandline import CommandError
 from utils.distributed import World
-from utils.launch import find_devices
+from utils.launch import find_devices, launch
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--device", "cpu", "--backbone", "resnet18", "--num-workers", 0]
@@ -47,8 +47,20 @@ train.poly_learning_rate = acting
 """
 
 
-def start(tmp_path, script, flags, code="", torchrun=0):
-    """Run train.py or evaluate.py in a session of its own, with `code` run before it in each of its processes."""
+# The processes of a run are forks of the one that starts them, and have loaded PyTorch with it, which takes seconds.
+FORKED = """
+import atexit, functools, torch._dynamo, torch.multiprocessing
+os.register_at_fork(after_in_child=atexit._clear)  # what the first process has to do at its end
+torch.multiprocessing.start_processes = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+"""
+
+
+def start(tmp_path, script, *runs, code="", torchrun=0):
+    """Run train.py or evaluate.py in a session of its own, with `code` run before it in each of its processes.
+
+    Args:
+        runs: flags of one run after the other, until one fails; a run of one process has to be the last.
+    """
     program = tmp_path / "program.py"
     program.write_text(f"""
 import os, signal, sys, time
@@ -59,13 +71,15 @@ import train, evaluate
 from utils.launch import launch
 {code}
 if __name__ == "__main__":
-    arguments = {"train.parse_flags()" if script == "train" else "evaluate.get_parser().parse_args()"}
-    sys.exit(launch({script}.{script}, arguments))
+    for flags in {[list(map(str, flags)) for flags in runs]}:
+        arguments = {"train.parse_flags(flags)" if script == "train" else "evaluate.get_parser().parse_args(flags)"}
+        status = launch({script}.{script}, arguments)
+        if status != 0:
+            sys.exit(status)
 """)
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
-    command = [*(runner if torchrun else [sys.executable]), program, *flags]
     return subprocess.run(
-        list(map(str, command)),
+        [*(runner if torchrun else [sys.executable]), str(program)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -76,8 +90,18 @@ if __name__ == "__main__":
 
 
 def training(tmp_path, scenes, name, flags, code="", torchrun=0):
-    where = ["--data-dir", scenes, "--snapshot-dir", tmp_path / name]
-    return start(tmp_path, "train", [*TRAIN, *where, *flags], code, torchrun)
+    return start(tmp_path, "train", in_folder(tmp_path, scenes, name, flags), code=code, torchrun=torchrun)
+
+
+def trainings(tmp_path, scenes, runs, code=""):
+    """Several runs by name, which must succeed; that of one process is the last."""
+    flags = (in_folder(tmp_path, scenes, str(name), flags) for name, flags in runs.items())
+    done = start(tmp_path, "train", *flags, code=FORKED + code)
+    assert done.returncode == 0, done.stderr
+
+
+def in_folder(tmp_path, scenes, name, flags):
+    return [*TRAIN, "--data-dir", scenes, "--snapshot-dir", tmp_path / name, *flags]
 
 
 def weights(folder, step):
@@ -117,9 +141,8 @@ def no_process_is_left(tmp_path):
 def test_learning_is_the_same_in_1_and_2_processes(scenes, tmp_path):
     """Over 20 steps, with OHEM, dropout and a clipped gradient; the two have 1 and 2 images."""
     flags = ["--num-steps", 20, "--print-frequency", 1, "--ohem", "--ohem-keep", 640, "--batch-size", 3]
-    for procs in (1, 2):
-        done = training(tmp_path, scenes, str(procs), [*flags, "--clip-grad-norm", 1, "--procs", procs], IN_FLOAT64)
-        assert done.returncode == 0, done.stderr
+    flags += ["--clip-grad-norm", 1]
+    trainings(tmp_path, scenes, {procs: [*flags, "--procs", procs] for procs in (2, 1)}, IN_FLOAT64)
     expected = losses(tmp_path / "1")
     assert len(expected) == 20
     assert losses(tmp_path / "2") == pytest.approx(expected, rel=1e-6)  # the log is in float32
@@ -130,9 +153,7 @@ def test_learning_is_the_same_in_1_and_2_processes(scenes, tmp_path):
 def test_accumulation_is_the_same_in_3_processes(scenes, tmp_path):
     """And without attention, whose parameters are there and get no gradient."""
     flags = ["--num-steps", 3, "--accumulate", 2, "--recurrence", 0, "--ohem", "--ohem-keep", 640]
-    for procs in (1, 3):
-        done = training(tmp_path, scenes, str(procs), [*flags, "--procs", procs], IN_FLOAT64)
-        assert done.returncode == 0, done.stderr
+    trainings(tmp_path, scenes, {procs: [*flags, "--procs", procs] for procs in (3, 1)}, IN_FLOAT64)
     assert_same_weights(weights(tmp_path / "3", 3), weights(tmp_path / "1", 3))
 
 
@@ -166,9 +187,8 @@ def test_mixed_precision_and_compiled(scenes, tmp_path):
     as_graph = "torch.nn.Module.compile = lambda self: setattr(self, 'forward', torch.compile(self.forward, "
     as_graph += "backend='eager', fullgraph=True))"
     flags = ["--num-steps", 1, "--procs", 2]
-    for name, more, code in (("off", [], ""), ("bf16", ["--amp", "bf16"], ""), ("compiled", ["--compile"], as_graph)):
-        done = training(tmp_path, scenes, name, [*flags, *more], no_dropout + code)
-        assert done.returncode == 0, done.stderr
+    runs = {"off": flags, "bf16": [*flags, "--amp", "bf16"], "compiled": [*flags, "--compile"]}
+    trainings(tmp_path, scenes, runs, no_dropout + as_graph)
     assert losses(tmp_path / "bf16") != losses(tmp_path / "off")
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "off"), rel=3e-2)
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "off"), rel=2e-3)
@@ -182,7 +202,7 @@ _KILL = "open(os.environ['CCNET_TEST_CLOCK'], 'w').write(str(time.time())); os.k
 
 @pytest.mark.slow
 @pytest.mark.parametrize("torchrun", [0, 2], ids=["--procs", "torchrun"])
-def test_a_killed_process_ends_all_and_training_goes_on(scenes, tmp_path, monkeypatch, torchrun):
+def test_a_killed_process_ends_all_and_training_goes_on(scenes, tmp_path, monkeypatch, capsys, torchrun):
     monkeypatch.setenv("CCNET_TEST_CLOCK", str(tmp_path / "clock"))
     monkeypatch.setenv("CCNET_TEST_RUN", str(tmp_path / "program.py"))
     flags = ["--num-steps", 6, "--save-pred-every", 2, *([] if torchrun else ["--procs", 2])]
@@ -199,15 +219,15 @@ def test_a_killed_process_ends_all_and_training_goes_on(scenes, tmp_path, monkey
     assert "[rank0]: Traceback" not in done.stderr
     no_process_is_left(tmp_path)
     assert training_steps(tmp_path / "run") == [2]
-    again = training(tmp_path, scenes, "run", [*flags, "--resume", "--procs", 1])
-    assert again.returncode == 0, again.stderr
-    assert "steps 2 to 6" in again.stdout
+    again = in_folder(tmp_path, scenes, "run", [*flags, "--resume", "--procs", 1])
+    assert launch(train.train, train.parse_flags(list(map(str, again)))) == 0
+    assert "steps 2 to 6" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_one_process_error_is_the_error_of_the_run(scenes, tmp_path):
     error = "raise OSError('frankfurt.png: expected an image')"
-    done = training(tmp_path, scenes, "run", ["--num-steps", 3, "--procs", 3], at_step(1, error, rank=2))
+    done = training(tmp_path, scenes, "run", ["--num-steps", 3, "--procs", 3], FORKED + at_step(1, error, rank=2))
     assert done.returncode == 2
     assert done.stderr.count("rror:") == 1
     assert "error: process 2 of 3, on cpu, failed: frankfurt.png: expected an image" in done.stderr
@@ -241,12 +261,12 @@ train.Part = part_with_nan
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_or_is_skipped(scenes, tmp_path):
     flags = ["--num-steps", 6, "--save-pred-every", 2, "--procs", 2, "--print-frequency", 100]
-    done = training(tmp_path, scenes, "stops", flags, nan_in_an_image(3))
+    done = training(tmp_path, scenes, "stops", flags, FORKED + nan_in_an_image(3))
     assert done.returncode == 2
     assert "the loss is nan at step 4, of the images" in done.stderr
     assert all(item.name in done.stderr for item in scan(scenes, "train"))  # the batch is the epoch
     assert f"the last good snapshot: {tmp_path / 'stops' / 'CS_scenes_2.pth'}; training has diverged" in done.stderr
-    done = training(tmp_path, scenes, "skips", [*flags, "--skip-nonfinite"], nan_in_an_image(3))
+    done = training(tmp_path, scenes, "skips", [*flags, "--skip-nonfinite"], FORKED + nan_in_an_image(3))
     assert done.returncode == 0, done.stderr
     assert "step 4: skipped, its loss or gradient is not finite, of the images" in done.stdout + done.stderr
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "skips", 6).values())
@@ -269,14 +289,17 @@ def test_evaluation_counts_every_image_once_and_gives_the_same_bits(scenes, tmp_
     flags = [*SMALL, "--data-dir", scenes, "--restore-from", tmp_path / "x.pth", "--input-size", "33,41"]
     flags += ["--batch-size", 2, "--submit"]
     results = {}
-    for name, torchrun, more in (("1", 0, []), ("2", 2, []), ("3", 0, ["--procs", 3])):  # for 3 there are 2 batches
-        done = start(tmp_path, "evaluate", [*flags, *more, "--output-dir", tmp_path / name], torchrun=torchrun)
+    outputs = {number: ["--output-dir", tmp_path / number] for number in "123"}
+    several = start(tmp_path, "evaluate", [*flags, "--procs", 3, *outputs["3"]], [*flags, *outputs["1"]], code=FORKED)
+    under_torchrun = start(tmp_path, "evaluate", [*flags, *outputs["2"]], torchrun=2)
+    for done, count in ((several, 2), (under_torchrun, 1)):
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count("mean IoU") == count  # printed once a run
+    for name in outputs:  # for 3 processes there are 2 batches
         result = json.loads((tmp_path / name / "result.json").read_text())
         del result["flags"]
         pictures = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*/*.png")}
         assert len(pictures) == 2 * 3
-        assert done.stdout.count("mean IoU") == 1
         results[name] = (result, pictures)
     assert results["1"][0]["images"] == 3
     assert 0 < results["1"][0]["meanIU"] < 1

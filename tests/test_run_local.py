@@ -86,17 +86,18 @@ def test_the_recipe_asks_for_the_imagenet_weights(checkout, scenes):
     assert "dataset/resnet101-imagenet.pth: expected the ImageNet weights" in done.stderr
 
 
-def test_sigterm_to_the_script_alone_saves_before_it_ends(checkout):
+def test_sigterm_to_the_script_alone_saves_before_it_ends(checkout, scenes):
     """The fifth step of training sends it; evaluation does not start."""
     program = checkout / "train.py"
     kill = (
         "        step += 1\n        if step == 5:\n            __import__('os').kill(__import__('os').getppid(), 15)\n"
     )
     program.write_text(program.read_text().replace("        step += 1\n", kill))
-    done = run_local(checkout, BS="2", STEPS="100000")
+    small = {"BACKBONE": "resnet18", "INPUT_SIZE": "33,41", "BS": "2"}
+    done = run_local(checkout, scenes, "--num-workers", 1, **small)
     assert done.returncode == 128 + 15, done.stdout + done.stderr
     assert "stopped by SIGTERM at step" in done.stdout
-    assert list((checkout / "snapshots" / "scenes").rglob("CS_scenes_*.training.pth"))
+    assert list((checkout / "snapshots").glob("CS_scenes_*.training.pth"))
 
 
 def test_help_and_flags_that_do_not_go(checkout):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from networks import StateDictError
 from .checkpoint import CheckpointError
 from .commandline import CommandError
 from .distributed import ProcessError, World, end_process, joined, spawn, wait_for_failed_process
+from .memory import keep_freed_memory
+from .nvidia import find_driver, find_gpus
 
 
 def find_devices(device: str, gpu: str, procs: int | None, max_processes: int | None) -> list[torch.device]:
@@ -24,8 +27,10 @@ def find_devices(device: str, gpu: str, procs: int | None, max_processes: int | 
         max_processes: limit for --gpu all; None for none.
 
     Raises:
-        CommandError: a device does not exist, or the flags contradict each other.
+        CommandError: a device does not exist, PyTorch cannot use a GPU that does, or the flags contradict each other.
     """
+    if device != "cpu" and not torch.cuda.is_available():
+        refuse_unused_gpu()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() or gpu not in ("None", "all") else "cpu"
     if device == "cpu":
@@ -46,6 +51,38 @@ def find_devices(device: str, gpu: str, procs: int | None, max_processes: int | 
     if procs is not None and procs != len(indices):
         raise CommandError(f"--procs {procs}: expected a process for each of the {len(indices)} GPUs of --gpu {gpu}")
     return [torch.device("cuda", index) for index in indices]
+
+
+def refuse_unused_gpu() -> None:
+    """Raise a CommandError if this machine has GPUs, CUDA_VISIBLE_DEVICES shows them, and PyTorch cannot use them."""
+    gpus = find_gpus() if os.environ.get("CUDA_VISIBLE_DEVICES", "0")[:1].isalnum() else []
+    if not gpus:
+        return
+    try:
+        torch.cuda.init()
+        reason = "it finds none"
+    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch without CUDA
+        reason = str(error).splitlines()[0].rstrip(".")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    raise CommandError(
+        f"this machine has {gpus[0]} with {find_driver()}, which PyTorch {torch.__version__} ({build}) cannot use: "
+        f"{reason}. Install a PyTorch whose CUDA the driver runs (with .venv removed, run_local.sh does so where it "
+        "can), or a newer driver; --device cpu does without the GPU"
+    )
+
+
+def check_architecture(device: torch.device) -> None:
+    """Raise a CommandError if PyTorch has no code for that GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
+    built = [(match[1], int(match[2]), int(match[3])) for match in known if match is not None]
+    runs = [(kind == "compute" and (a, b) <= (major, minor)) or (a == major and b <= minor) for kind, a, b in built]
+    if built and not any(runs):
+        raise CommandError(
+            f"{device}, {torch.cuda.get_device_name(device)}, is of architecture {major}.{minor}, and PyTorch "
+            f"{torch.__version__} has code for {', '.join(sorted({f'{a}.{b}' for _, a, b in built}, key=float))} only: "
+            "install a PyTorch that has code for it, or choose other GPUs with --gpu; --device cpu does without GPUs"
+        )
 
 
 def torchrun_world(args: argparse.Namespace) -> World:
@@ -91,10 +128,12 @@ def launch(
 
 def _run(world: World, store: str, report: Path | None, main: Main, args: argparse.Namespace) -> int:
     """Run main in this process of the world; an error is written to the file `report`, or printed if it is None."""
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
-        torch.backends.cudnn.benchmark = True  # crops and tiles all have one size
+    keep_freed_memory()
     try:
+        if world.device.type == "cuda":
+            check_architecture(world.device)
+            torch.cuda.set_device(world.device)
+            torch.backends.cudnn.benchmark = True  # crops and tiles all have one size
         with joined(world, store):
             return main(args, world)
     except (CommandError, DatasetError, StateDictError, CheckpointError, OSError) as error:
