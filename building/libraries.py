@@ -71,7 +71,8 @@ class Job:
 
 
 def processes() -> int:
-    return int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return int(os.environ.get("MAX_JOBS") or allowed or 1)
 
 
 def compile_all(jobs: list[Job]) -> dict[str, str]:
