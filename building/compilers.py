@@ -43,8 +43,9 @@ def run(command: Iterable[object], stdin: str = "", **environment: str) -> tuple
             env={**os.environ, "LC_ALL": "C", **environment},  # first_error() reads English
         )
     except OSError as error:  # it does not exist, or may not be executed
-        return False, str(error)
-    return result.returncode == 0, result.stdout
+        return False, str(error.strerror)
+    ended = f"\nerror: it was ended by signal {-result.returncode}" if result.returncode < 0 else ""
+    return result.returncode == 0, result.stdout + ended
 
 
 def first_error(output: str) -> str:

@@ -64,7 +64,7 @@ class Nvcc:
         _, output = run([self.program, "--version"])
         found = re.search(r"release (\d+)\.(\d+)", output)
         if found is None:
-            raise NotBuilt(f"{self.program} --version names no release: {first_error(output)}")
+            raise NotBuilt(f"{self.program} --version: {first_error(output)}")
         return int(found[1]), int(found[2])
 
     def architectures(self) -> list[tuple[int, int]]:
