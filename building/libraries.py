@@ -1,14 +1,14 @@
 """Compiles and links the two libraries: `_C`, the operators and their CPU kernels, and `_C_cuda`.
 
-PyTorch's own BuildExtension is not used: it wants nvcc of the major version of PyTorch's CUDA, links a shared cudart,
-takes CC and CXX for single words, and builds all files or nothing.
+ninja runs the compilers. PyTorch's own BuildExtension is not used: it wants nvcc of the major version of PyTorch's
+CUDA, links a shared cudart, takes CC and CXX for single words, and builds all files or nothing.
 """
 
 import os
 import re
 import shlex
+import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -29,7 +29,7 @@ NVCC_FLAGS += ["-Xfatbin=-compress-all"]  # a third of the size; nvcc alone comp
 
 @dataclass(frozen=True)
 class Job:
-    """Compiles one source, unless that was done before."""
+    """Compiles one source."""
 
     source: str
     command: list[str]  # without the names of files
@@ -38,48 +38,56 @@ class Job:
     def path(self, suffix: str) -> Path:
         return OBJECTS / Path(self.source).with_suffix(suffix)
 
-    def whole_command(self) -> list[str]:
-        files = ["-MMD", "-MF", str(self.path(".d")), "-c", self.source, "-o", str(self.path(".o"))]
-        return [*self.command, *files]
+    def rule(self) -> str:
+        """For ninja, which compiles again where the command or any file that was read has changed."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        command = " ".join([*variables, shlex.join(self.command)]).replace("$", "$$")
+        return f"build {self.path('.o')}: compile {self.source}\n  command_without_files = {command}\n"
 
-    def is_done(self) -> bool:
-        """Whether the object is there, made by this command, and newer than what it was made of."""
-        record = self.path(".command")
-        if not record.exists() or record.read_text() != self.fingerprint():
-            return False
-        made = self.path(".o").stat().st_mtime
-        names = self.path(".d").read_text().replace("\\\n", " ").split(":", 1)[1].split()
-        return all(os.path.exists(name) and os.stat(name).st_mtime < made for name in names)
 
-    def fingerprint(self) -> str:
-        return f"{self.environment}\n{shlex.join(self.whole_command())}\n"
+RULES = """ninja_required_version = 1.5
+builddir = {folder}
+rule compile
+  command = $command_without_files -MMD -MF $out.d -c $in -o $out
+  description = $in
+  deps = gcc
+  depfile = $out.d
+"""
 
-    def failure(self) -> str | None:
-        """Compile. Returns None, or the first error; all that the compiler printed is in the object's .log."""
-        if self.is_done():
-            return None
-        self.path(".command").unlink(missing_ok=True)
-        self.path(".o").parent.mkdir(parents=True, exist_ok=True)
-        works, output = run(self.whole_command(), **self.environment)
-        self.path(".log").write_text(f"{shlex.join(self.whole_command())}\n{output}")
-        if not works:
-            return f"{first_error(output)}{advice(output)} (all of it: {self.path('.log')})"
-        if output:
-            print(output, file=sys.stderr)  # warnings
-        self.path(".command").write_text(self.fingerprint())
-        return None
+
+def ninja() -> list[str]:
+    return ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
 
 
 def processes() -> int:
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return int(os.environ.get("MAX_JOBS") or allowed or 1)
+    return int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
 
 
 def compile_all(jobs: list[Job]) -> dict[str, str]:
-    """Compile side by side. Returns the failures by source."""
-    with ThreadPoolExecutor(processes()) as threads:
-        failures = list(threads.map(Job.failure, jobs))
-    return {job.source: failure for job, failure in zip(jobs, failures, strict=True) if failure is not None}
+    """Compile side by side what is not done. Returns the first error of each source that fails."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    plan = OBJECTS / f"{Path(jobs[0].source).suffix[1:]}.ninja"
+    plan.write_text(RULES.format(folder=OBJECTS) + "".join(job.rule() for job in jobs))
+    works, output = run([*ninja(), "-f", plan, "-k", "0", "-j", processes()], NINJA_STATUS="[%f/%t] ")
+    printed = re.split(r"^\[\d+/\d+\] .*\n|^ninja: .*\n?", output, flags=re.MULTILINE)
+    failures = {}
+    for text in filter(None, printed):
+        failed = re.match(r"FAILED: (?:\[code=(\d+)\] )?(\S+) *\n.*\n", text)
+        if failed is None:
+            print(text, file=sys.stderr)  # warnings
+            continue
+        job = next(job for job in jobs if str(job.path(".o")) == failed[2])
+        job.path(".log").write_text(text)
+        error = first_error(text[failed.end() :]) + ended_by_signal(int(failed[1] or 0))
+        failures[job.source] = f"{error}{advice(text)} (all of it: {job.path('.log')})"
+    if not works and not failures:
+        raise NotBuilt(f"ninja: {first_error(output)}")
+    return failures
+
+
+def ended_by_signal(code: int) -> str:
+    """As the shell tells, by which ninja runs a command."""
+    return f"; it was ended by signal {code - 128}" if code > 128 else ""
 
 
 def torch_folders(torch: ModuleType, **environment: str) -> dict[str, str]:
