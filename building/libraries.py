@@ -44,8 +44,9 @@ class Job:
 
     def is_done(self) -> bool:
         """Whether the object is there, made by this command, and newer than what it was made of."""
-        record = self.path(".command")
-        if not record.exists() or record.read_text() != self.fingerprint():
+        if not all(self.path(suffix).exists() for suffix in (".command", ".o", ".d")):
+            return False
+        if self.path(".command").read_text() != self.fingerprint():
             return False
         made = self.path(".o").stat().st_mtime
         names = self.path(".d").read_text().replace("\\\n", " ").split(":", 1)[1].split()
