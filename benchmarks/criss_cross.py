@@ -4,8 +4,10 @@
 
 All numbers of a row are measured in one process, in turns, and are medians in milliseconds. The contenders are: this
 project's operator; the two usual forms in plain PyTorch, batched matrix products (CCNet's own pure PyTorch version) and
-einsum (mmcv's), each also under torch.compile; batched products written for channels_last; and the limit, the time of
-the same multiply-adds at the machine's peak rate. (It does not include that our backward pass recomputes the energies.)
+einsum (mmcv's), each also under torch.compile; batched products written for channels_last; PyTorch's fused attention
+along rows and along columns (fused_axes.py), what one would choose today on a GPU, since it stores no map; and the
+limit, the time of the same multiply-adds at the machine's peak rate. (It does not include that our backward pass
+recomputes the energies.)
 
 On the CPU the peak rate is that of the fastest run, in the same turns, of a loop that keeps all operands in registers
 (peak.py); without a C++ compiler there is no limit. On a GPU, where times are taken between CUDA events, it is the rate
@@ -28,6 +30,7 @@ from cc_attention import criss_cross_attention
 from utils.arguments import ArgumentParser
 
 from . import peak
+from .fused_axes import fused_axes_attention
 from .measuring import (
     DTYPES,
     Work,
@@ -114,6 +117,7 @@ CONTENDERS: dict[str, Attention] = {
     "bmm": bmm_attention,
     "einsum": einsum_attention,
     "bmm for channels_last": bmm_channels_last_attention,
+    "fused axes": fused_axes_attention,
 }
 COMPILED = ("bmm", "einsum")
 ATTENTIONS: dict[str, Attention] = {"ours": criss_cross_attention, **CONTENDERS}

@@ -13,6 +13,7 @@ Counted for the network's channels (query and key 64, value 512), bfloat16, chan
 - bmm: the usual form in plain PyTorch (benchmarks/criss_cross.py), run on tensors without data. Every ATen operator but
   views reads its inputs once and writes its outputs once, the least that this form can move. Copies inside an operator
   (bmm makes them of operands in which neither matrix dimension is dense) are not counted.
+- fused axes: PyTorch's fused attention along rows and columns (benchmarks/fused_axes.py), counted in the same way.
 - original: the scheme of CCNet's CUDA operators of 2018, float32 and NCHW (original_scheme.cu), with PyTorch's softmax
   and zeros. A few channels of one image are emulated. Bytes are proportional to channels and images, and sectors nearly
   so (images begin at different places of a sector). "As written": a thread reads and writes its element of the result
@@ -37,9 +38,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.criss_cross import CHANNELS, bmm_attention, print_table
+from benchmarks.fused_axes import fused_axes_attention
 from cc_attention import native
 from utils.arguments import ArgumentParser
 
@@ -172,13 +174,27 @@ class TensorTraffic(TorchDispatchMode):
         self.operators += 1
 
 
-def count_bmm(case: Case) -> dict[str, Counts]:
+def _sdpa_backward_flops(grad_out, query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad_out, query, key, value)
+
+
+def _sdpa_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+FLOPS = {  # that PyTorch's counter does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward_flops,
+}
+
+
+def count_plain(attention: Callable[[Tensor, Tensor, Tensor], Tensor], case: Case) -> dict[str, Counts]:
     inputs = [x.requires_grad_() for x in case.tensors(torch.bfloat16, torch.channels_last, "meta")]
     upstream = torch.empty_like(inputs[-1])
-    with FlopCounterMode(display=False) as products, TensorTraffic() as traffic:
-        out = bmm_attention(*inputs)
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as products, TensorTraffic() as traffic:
+        out = attention(*inputs)
     forward = Counts(traffic.bytes, products.get_total_flops(), launches=traffic.operators)
-    with FlopCounterMode(display=False) as products, TensorTraffic() as traffic:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as products, TensorTraffic() as traffic:
         torch.autograd.grad(out, inputs, upstream)
     return {
         "forward": forward,
@@ -299,9 +315,15 @@ Results = dict[tuple[Case, str], dict[str, Counts]]  # of a case and a pass: con
 def count(cases: Iterable[Case]) -> Results:
     results = {}
     for case in cases:
-        least, ours, bmm, original = fewest(case), count_ours(case), count_bmm(case), count_original(case)
+        counts = {
+            "fewest": fewest(case),
+            "ours": count_ours(case),
+            "bmm": count_plain(bmm_attention, case),
+            "fused axes": count_plain(fused_axes_attention, case),
+        }
+        original = count_original(case)
         for what in MOST_BYTES:
-            results[case, what] = {"fewest": least[what], "ours": ours[what], "bmm": bmm[what], **original[what]}
+            results[case, what] = {name: passes[what] for name, passes in counts.items()} | original[what]
     return results
 
 
@@ -332,7 +354,7 @@ def floor(gpu: Gpu, counts: Counts) -> str:
 
 def floor_rows(results: Results) -> Iterable[list[str]]:
     for (case, what), contenders in results.items():
-        for name in ("fewest", "ours", "bmm", "original, every tensor once"):
+        for name in ("fewest", "ours", "bmm", "fused axes", "original, every tensor once"):
             yield [f"{case} {what}", name, *(floor(gpu, contenders[name]) for gpu in GPUS)]
 
 

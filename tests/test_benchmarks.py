@@ -9,7 +9,8 @@ import pytest
 import torch
 from targets import ALL_CAPABILITIES, best_capability, capability, running_on
 
-from benchmarks import context, criss_cross, inplace_abn, loading, measuring, peak, train_step
+from benchmarks import context, criss_cross, fused_axes, inplace_abn, loading, measuring, peak, train_step
+from cc_attention import reference
 from dataset.labels import IGNORE_LABEL
 from dataset.scenes import make_scene
 from libs import InPlaceABN
@@ -42,6 +43,23 @@ def test_the_attentions_compared_agree(layout):
     case.check(criss_cross.CONTENDERS, torch.float32)
     with pytest.raises(SystemExit, match=r"other: result differs by .*: no times are printed"):
         case.check({"other": criss_cross.non_local_attention}, torch.float32)
+
+
+@pytest.mark.parametrize("size", [(2, 5, 7), (1, 1, 9), (1, 9, 1), (1, 33, 40)], ids=str)
+def test_fused_axes_are_the_definition(size):
+    n, height, width = size
+    inputs = {
+        name: torch.randn(n, channels, height, width, dtype=torch.float64, requires_grad=True)
+        for name, channels in {"query": 8, "key": 8, "value": 32}.items()
+    }
+    upstream = torch.randn(n, 32, height, width, dtype=torch.float64)
+    out, expected = (
+        attention(*inputs.values()) for attention in (fused_axes.fused_axes_attention, reference.criss_cross_attention)
+    )
+    torch.testing.assert_close(out, expected)
+    gradients = (torch.autograd.grad(x, list(inputs.values()), upstream) for x in (out, expected))
+    for name, actual, right in zip(inputs, *gradients, strict=True):
+        torch.testing.assert_close(actual, right, msg=lambda text, name=name: f"gradient of {name}: {text}")
 
 
 @pytest.mark.parametrize("name", ALL_CAPABILITIES)
@@ -104,8 +122,10 @@ def output_of(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_attention_runs(output_of):
+def test_the_benchmark_of_attention_runs(output_of, monkeypatch):
     """And its operator keeps less memory than one attention map."""
+    measured = {"ours": criss_cross.criss_cross_attention, "bmm": criss_cross.bmm_attention}  # each in a process
+    monkeypatch.setattr(criss_cross, "ATTENTIONS", measured)
     flags = "--sizes 33x40 --dtypes float32 --layouts channels_last --threads 1 --repeats 1 --no-compile --scaling 8"
     out = output_of(criss_cross, flags)
     assert out.count("| 33x40 float32") == 3

@@ -106,9 +106,17 @@ def test_tensor_traffic_by_hand():
 
 def test_bmm_multiplies_what_the_definition_does_and_the_pixel_itself_once_more():
     case = Case(2, 5, 7)
-    bmm, least = cuda_roofline.count_bmm(case), cuda_roofline.fewest(case)
+    bmm, least = cuda_roofline.count_plain(cuda_roofline.bmm_attention, case), cuda_roofline.fewest(case)
     assert bmm["forward"].flops == least["forward"].flops * (5 + 7) / (5 + 7 - 1)
     assert bmm["backward"].flops == 2 * bmm["forward"].flops
+
+
+def test_fused_axes_multiply_queries_and_keys_in_every_head():
+    case = cuda_roofline.Case(2, 5, 7)
+    counts = cuda_roofline.count_plain(cuda_roofline.fused_axes_attention, case)
+    pairs = 2 * 5 * 7 * (5 + 7)
+    assert counts["forward"].flops == 2 * pairs * 8 * (64 + 64)  # values of 512 channels are 8 heads
+    assert counts["backward"].flops == 2 * pairs * 8 * (3 * 64 + 2 * 64)
 
 
 # The kernels that 97x97 and 128x256 launch, with few lines of each length. That bmm moves four times as many bytes is a
