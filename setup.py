@@ -55,16 +55,18 @@ class Build(build_ext):
                 target.unlink(missing_ok=True)  # of other sources
                 leave_out(name, str(reason))
                 why_not.write_text(str(reason))
-            else:
-                self.extensions.append(extension)
-                why_not.unlink(missing_ok=True)
+                break  # _C_cuda needs _C
+            self.extensions.append(extension)
+            why_not.unlink(missing_ok=True)
 
 
 def leave_out(name: str, reason: str) -> None:
-    """Say so; it is an error if this library was asked for."""
-    where, asked = ("on the GPU", "FORCE_CUDA=1") if name == "_C_cuda" else ("everywhere", "CXX is set")
-    if forced() if name == "_C_cuda" else os.environ.get("CXX"):
-        raise SystemExit(f"error: {asked}, and {reason}")
+    """Say so; it is an error if the library was asked for."""
+    if forced():
+        raise SystemExit(f"error: FORCE_CUDA=1, and {reason}")
+    if name == "_C" and os.environ.get("CXX"):
+        raise SystemExit(f"error: CXX is set, and {reason}")
+    where = "everywhere" if name == "_C" else "on the GPU"
     warn(f"the operators will run in plain PyTorch {where}: {reason}")
 
 

@@ -51,7 +51,7 @@ def run(command: Iterable[object], stdin: str = "", **environment: str) -> tuple
 def first_error(output: str) -> str:
     """The line of a compiler's output that says what is wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = re.compile(r"\b(error|fatal|undefined reference|cannot find)\b", re.IGNORECASE)
+    telling = re.compile(r"\b(error|fatal)\b(?!\.)[^:/]*:|undefined reference|cannot find", re.IGNORECASE)
     return next(filter(telling.search, lines), lines[-1] if lines else "it failed and printed nothing")
 
 
