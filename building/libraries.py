@@ -4,10 +4,10 @@ ninja runs the compilers. PyTorch's own BuildExtension is not used: it wants nvc
 CUDA, links a shared cudart, takes CC and CXX for single words, and builds all files or nothing.
 """
 
+import importlib.util
 import os
 import re
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass
 from glob import glob
@@ -56,7 +56,8 @@ rule compile
 
 
 def ninja() -> list[str]:
-    return ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+    """That of the environment, if it has one: another version would not read its log, and compile all again."""
+    return [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
 
 
 def processes() -> int:

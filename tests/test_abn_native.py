@@ -463,9 +463,11 @@ def test_compiled_alone():
 
 
 @pytest.mark.slow
-def test_compiled_by_inductor(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # otherwise it starts processes for two kernels
-    assert_trains_alike(network, {"fullgraph": True}, steps=3)
+def test_compiled_by_inductor():
+    from torch._inductor import config  # not above: it takes a second
+
+    with config.patch(compile_threads=1):  # otherwise it starts processes, for two kernels
+        assert_trains_alike(network, {"fullgraph": True}, steps=3)
 
 
 @pytest.mark.slow

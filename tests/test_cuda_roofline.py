@@ -139,5 +139,5 @@ def test_the_command_prints_all_tables(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "Counts, not times" in printed
     rows = [line for line in printed.splitlines() if line.startswith("| 2x512x3x4 backward")]
-    assert len(rows) == 6 + 4 + 4
+    assert len(rows) == 7 + 5 + 4
     assert "| original, as written |" in printed
