@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import multiprocessing
 import os
 
 import pytest
@@ -297,6 +298,12 @@ def test_memory_of_the_network():
 # ---- several processes ----
 
 
+def in_processes(worker, size, *arguments):
+    """Run worker(rank, *arguments) in processes that fork from one that has loaded PyTorch, which takes seconds."""
+    multiprocessing.set_forkserver_preload(["torch._dynamo"])
+    mp.start_processes(worker, arguments, size, start_method="forkserver")
+
+
 def start(rank, size, folder):
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timeout)
@@ -365,7 +372,7 @@ def sync_worker(rank, sizes, compiled, folder):
 def test_synchronised_equals_one_process_with_the_whole_batch(sizes, compiled, tmp_path):
     if compiled and not native.LOADED:
         pytest.skip("the reference reads sizes from the group, which is not compiled as one graph")
-    mp.spawn(sync_worker, args=(sizes, compiled, str(tmp_path)), nprocs=len(sizes))
+    in_processes(sync_worker, len(sizes), sizes, compiled, str(tmp_path))
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(sizes))]
     module, x, upstream = sync_case(sum(sizes))
     x.requires_grad_()
@@ -406,5 +413,5 @@ def dying_worker(rank, dies_before, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("dies_before", ["forward", "backward"])
 def test_a_process_that_dies_is_an_error_in_the_others(dies_before, tmp_path):
-    mp.spawn(dying_worker, args=(dies_before, str(tmp_path)), nprocs=2)
+    in_processes(dying_worker, 2, dies_before, str(tmp_path))
     assert (tmp_path / "error").read_text()
