@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Prints for each way to treat freed memory how many pages the system had to clear for 5 times a tensor of 24 MiB and one
+# Prints for each way to treat freed memory how many pages the system cleared for 5 times a tensor of 24 MiB and one
 # of 96 MiB, after others like them: glibc before 2.38 finds room for an aligned block only where there is some more.
 PROGRAM = """
 import resource
