@@ -21,9 +21,9 @@ def by_pixel(x: Tensor, channels: int) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().unflatten(3, (-1, channels))
 
 
-def lines(x: Tensor, axis: int) -> Tensor:
-    """[N, H, W, heads, C] to [N * lines, heads, length, C]."""
-    return x.transpose(1, axis).flatten(0, 1).transpose(1, 2)
+def lines(x: Tensor, axis: int, heads: int = -1) -> Tensor:
+    """[N, H, W, heads, C] to [N * lines, heads, length, C]; one head may stand for several."""
+    return x.transpose(1, axis).flatten(0, 1).transpose(1, 2).expand(-1, heads, -1, -1)
 
 
 def pixels(x: Tensor, axis: int, n: int) -> Tensor:
@@ -41,8 +41,8 @@ def merge(parts: list[tuple[Tensor, Tensor]], value: Tensor, own: Tensor) -> tup
     largest = torch.maximum(parts[0][1], parts[1][1]).detach()
     total = (parts[0][1] - largest).exp() + (parts[1][1] - largest).exp() - (own - largest).exp()
     log_sum = largest + total.log()
-    out = sum(out * (log_sum_of_one - log_sum).exp() for out, log_sum_of_one in parts)
-    return (out - value * (own - log_sum).exp()).to(value.dtype), log_sum
+    out = sum(out * (log_sum_of_one - log_sum).exp().to(out.dtype) for out, log_sum_of_one in parts)
+    return out - value * (own - log_sum).exp().to(value.dtype), log_sum
 
 
 class _OnCpu(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _OnCpu(torch.autograd.Function):
         heads = value.shape[3]
         parts = []
         for axis in (ROWS, COLUMNS):
-            q, k, v = (lines(x.expand(-1, -1, -1, heads, -1), axis) for x in (query, key, value))
+            q, k, v = (lines(x, axis, heads) for x in (query, key, value))
             found = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=1.0)
             parts.append((pixels(found[0], axis, len(value)), pixels(found[1][..., None], axis, len(value))))
         out, log_sum = merge(parts, value, self_energy(query, key))
@@ -67,7 +67,7 @@ class _OnCpu(torch.autograd.Function):
         grad_own = (weight * (grad_out * (value - out)).sum(4, keepdim=True)).sum(3, keepdim=True)
         totals = [-grad_own * key, -grad_own * query, -weight * grad_out]
         for axis in (ROWS, COLUMNS):
-            g, q, k, v, o = (lines(x.expand(-1, -1, -1, heads, -1), axis) for x in (grad_out, query, key, value, out))
+            g, q, k, v, o = (lines(x, axis, heads) for x in (grad_out, query, key, value, out))
             found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 g, q, k, v, o, lines(log_sum, axis)[..., 0], 0.0, False, scale=1.0
             )
@@ -87,7 +87,7 @@ def _flex() -> Any:
 def _on_gpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     heads, parts = value.shape[3], []
     for axis in (ROWS, COLUMNS):
-        q, k, v = (lines(x.expand(-1, -1, -1, heads, -1), axis) for x in (query, key, value))
+        q, k, v = (lines(x, axis, heads) for x in (query, key, value))
         out, log_sum = _flex()(q, k, v, scale=1.0, return_lse=True)
         parts.append((pixels(out, axis, len(value)), pixels(log_sum[..., None], axis, len(value))))
     return merge(parts, value, self_energy(query, key))[0]

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -272,6 +273,23 @@ def test_a_driver_that_is_too_old_stops_before_anything_is_installed(checkout):
     assert "error: NVIDIA A100 (8.0) with driver 550.54.14, CUDA 11.4: expected a driver for CUDA 12" in error
     assert not (checkout / ".venv").exists()
     assert set_up(checkout, DEVICE="cpu")[0] == 0
+
+
+def test_a_folder_that_cannot_be_written_to_is_named():
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's, into which only its user may look
+        (Path(folder) / "utils").mkdir()
+        shutil.copy(ROOT / "utils/environment.sh", f"{folder}/utils")
+        for path in (folder, f"{folder}/utils"):
+            os.chmod(path, 0o555)
+        as_nobody = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 else []  # root may always write
+        command = [*as_nobody, "bash", "-euc", "source utils/environment.sh; set_up_environment requirements.txt"]
+        done = subprocess.run(command, cwd=folder, text=True, capture_output=True)
+        os.chmod(folder, 0o755)
+        os.chmod(f"{folder}/utils", 0o755)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: {folder}: expected a folder that can be written to, for .venv and the built operators\n"
+    )
 
 
 @pytest.mark.parametrize("step", ["building.plan", "-m venv", "sysconfig", "requirements.txt", "--editable"])
