@@ -165,7 +165,8 @@ def test_resumed_with_other_numbers_of_processes(scenes, tmp_path):
     """From 2 processes to 1, and to 3 under torchrun, each time after a SIGTERM to one of them."""
     flags = ["--num-steps", 6, "--save-pred-every", 100, "--batch-size", 3, "--resume"]
     assert training(tmp_path, scenes, "through", flags, IN_FLOAT64).returncode == 0
-    first = training(tmp_path, scenes, "cut", [*flags, "--procs", 2], IN_FLOAT64 + at_step(1, _TERMINATE, rank=1))
+    code = FORKED + IN_FLOAT64 + at_step(1, _TERMINATE, rank=1)
+    first = training(tmp_path, scenes, "cut", [*flags, "--procs", 2], code)
     assert first.returncode == 128 + signal.SIGTERM, first.stderr
     assert "stopped by SIGTERM at step 2; resume it with --resume" in first.stdout
     assert "rror" not in first.stderr
