@@ -42,12 +42,13 @@ for argument in "$@"; do
 done
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source utils/environment.sh
-DEVICE=$(last_value --device auto "$@") set_up_environment requirements.txt
+DEVICE=$(last_value --device auto "$@")
+set_up_environment requirements.txt
 for argument in "$@"; do
     case $argument in
         -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' run_local.sh && exec python train.py --help ;;
         --check)
-            python -m building.plan --device "$(last_value --device auto "$@")" || exit
+            python -m building.plan --device "$DEVICE" || exit
             exec python -m cc_attention
             ;;
     esac

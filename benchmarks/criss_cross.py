@@ -231,8 +231,11 @@ def peak_extra_bytes(case: Case, attention: Attention) -> int:
     return peak - sum(x.numel() * x.element_size() for x in results)
 
 
-def peak_extra_in_a_new_process(name: str, size: tuple[int, int], dtype_name: str, layout: str) -> int:
+def peak_extra_in_a_new_process(
+    name: str, size: tuple[int, int], dtype_name: str, layout: str, fresh_memory: bool
+) -> int:
     arguments = ["--memory-of", name, "--sizes", "x".join(map(str, size)), "--dtypes", dtype_name, "--layouts", layout]
+    arguments += ["--fresh-memory"] if fresh_memory else []
     return bytes_from_a_new_process("benchmarks.criss_cross", *arguments)
 
 
@@ -286,7 +289,10 @@ def memory_rows(args: argparse.Namespace) -> Iterable[list[str]]:
         if args.device == "cuda":
             extra = {name: peak_extra_bytes(case, attention) for name, attention in ATTENTIONS.items()}
         else:
-            extra = {name: peak_extra_in_a_new_process(name, size, dtype_name, layout) for name in ATTENTIONS}
+            extra = {
+                name: peak_extra_in_a_new_process(name, size, dtype_name, layout, args.fresh_memory)
+                for name in ATTENTIONS
+            }
         yield [
             f"{size[0]}x{size[1]} {dtype_name}",
             layout,

@@ -7,6 +7,7 @@ kernel of scaled_dot_product_attention, whose backward takes the merged log-sum-
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,16 +46,19 @@ def merge(parts: list[tuple[Tensor, Tensor]], value: Tensor, own: Tensor) -> tup
     return out - value * (own - log_sum).exp().to(value.dtype), log_sum
 
 
+def attend(kernel: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Along rows and along columns by a fused kernel that returns result and log-sum-exp; merged."""
+    parts = []
+    for axis in (ROWS, COLUMNS):
+        out, log_sum = kernel(*(lines(x, axis, value.shape[3]) for x in (query, key, value)), scale=1.0)
+        parts.append((pixels(out, axis, len(value)), pixels(log_sum[..., None], axis, len(value))))
+    return merge(parts, value, self_energy(query, key))
+
+
 class _OnCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        heads = value.shape[3]
-        parts = []
-        for axis in (ROWS, COLUMNS):
-            q, k, v = (lines(x, axis, heads) for x in (query, key, value))
-            found = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=1.0)
-            parts.append((pixels(found[0], axis, len(value)), pixels(found[1][..., None], axis, len(value))))
-        out, log_sum = merge(parts, value, self_energy(query, key))
+        out, log_sum = attend(aten._scaled_dot_product_flash_attention_for_cpu, query, key, value)
         ctx.save_for_backward(query, key, value, out, log_sum)
         return out
 
@@ -85,12 +89,7 @@ def _flex() -> Any:
 
 
 def _on_gpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    heads, parts = value.shape[3], []
-    for axis in (ROWS, COLUMNS):
-        q, k, v = (lines(x, axis, heads) for x in (query, key, value))
-        out, log_sum = _flex()(q, k, v, scale=1.0, return_lse=True)
-        parts.append((pixels(out, axis, len(value)), pixels(log_sum[..., None], axis, len(value))))
-    return merge(parts, value, self_energy(query, key))[0]
+    return attend(functools.partial(_flex(), return_lse=True), query, key, value)[0]
 
 
 def fused_axes_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from utils.nvidia import Driver, Gpu, find_driver, find_gpus
 
 from .compilers import NotBuilt, find_compiler
 from .cuda import Nvcc, dotted, nvcc_programs
-from .pytorch import MINIMUM, REQUIREMENT
+from .pytorch import MINIMUM, REQUIREMENT, release
 
 # The last PyTorch whose build on PyPI is of CUDA 12 (12.8, x86-64 only). Later ones are of CUDA 13.
 LAST_OF_CUDA_12 = "torch>=2.10,<2.11"
@@ -70,18 +70,16 @@ class Plan:
 def make_plan(facts: Facts, device: str = "auto") -> Plan:
     """Which PyTorch to use. A GPU that none can use is an error, unless device is cpu."""
     needs_gpu = bool(facts.gpus) and device != "cpu"
-    if facts.torch is not None:
-        found = tuple(int(part) for part in facts.torch.version.split("+")[0].split(".")[:2])
-        if found >= MINIMUM and (facts.torch.gpus > 0 or not needs_gpu):
-            requirement = f"torch=={facts.torch.version.split('+')[0]}"  # so that pip leaves it
-            return Plan(f"{facts.torch}, which is here", requirement, facts.torch.folder)
+    here = facts.torch
+    if here is not None and release(here.version) >= MINIMUM and (here.gpus > 0 or not needs_gpu):
+        return Plan(f"{here}, which is here", f"torch=={here.version.split('+')[0]}", here.folder)  # so pip leaves it
     requirement, error = requirement_for(facts) if needs_gpu else (REQUIREMENT, "")
     with_cuda = (sys.platform == "linux" and facts.machine == "x86_64") or needs_gpu
     if not error and facts.free_gigabytes < GIGABYTES[with_cuda]:
         error = f"expected {GIGABYTES[with_cuda]} GB of free disk for PyTorch, found {facts.free_gigabytes:.1f}"
     if error:
         return Plan("none", error=error)
-    instead = f", since {facts.torch} does not see the GPU" if needs_gpu and facts.torch is not None else ""
+    instead = f", since {here} does not see the GPU" if needs_gpu and here is not None else ""
     return Plan(f"{requirement} is installed into .venv{instead}", requirement)
 
 

@@ -16,6 +16,11 @@ REQUIREMENT = "torch>={}.{}".format(*MINIMUM)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MINIMUM)
 
 
+def release(version: str) -> tuple[int, ...]:
+    """(2, 10) of 2.10.0+cu128."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 def site_packages() -> list[str]:
     return [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), site.getusersitepackages()]
 
@@ -74,7 +79,6 @@ def import_torch() -> ModuleType:
             f"pip install '{REQUIREMENT}'. If it is installed, build in its environment: pip install "
             "--no-build-isolation"
         )
-    found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if found < MINIMUM:
+    if release(torch.__version__) < MINIMUM:
         raise SystemExit(f"error: expected {REQUIREMENT}, found {torch.__version__}")
     return torch

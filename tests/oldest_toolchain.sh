@@ -29,9 +29,9 @@ clang=clang++-19
 if ! command -v $clang >/dev/null; then # Debian's packages, unpacked
     (cd "$folder" && for package in clang-19 libclang-cpp19 libclang-common-19-dev libllvm19 libz3-4; do
         apt-get download --quiet=2 $package || { apt-get update --quiet=2 && apt-get download --quiet=2 $package; }
-    done 2>/dev/null && for package in *.deb; do dpkg -x "$package" root; done)
-    clang=$folder/root/usr/lib/llvm-19/bin/clang++
-    export LD_LIBRARY_PATH=$folder/root/usr/lib/x86_64-linux-gnu:$folder/root/usr/lib/llvm-19/lib
+    done 2>/dev/null && for package in *.deb; do dpkg -x "$package" debian; done)
+    clang=$folder/debian/usr/lib/llvm-19/bin/clang++
+    export LD_LIBRARY_PATH=$folder/debian/usr/lib/x86_64-linux-gnu:$folder/debian/usr/lib/llvm-19/lib
 fi
 $clang --version | sed -n 1p
 
