@@ -2,14 +2,13 @@
 
 import copy
 import datetime
-import multiprocessing
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from gradients import assert_same_gradients
+from programs import forked_processes
 from torch import nn
 from torch.nn import functional as F
 
@@ -298,12 +297,6 @@ def test_memory_of_the_network():
 # ---- several processes ----
 
 
-def in_processes(worker, size, *arguments):
-    """Run worker(rank, *arguments) in processes that fork from one that has loaded PyTorch, which takes seconds."""
-    multiprocessing.set_forkserver_preload(["torch._dynamo"])
-    mp.start_processes(worker, arguments, size, start_method="forkserver")
-
-
 def start(rank, size, folder):
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timeout)
@@ -372,7 +365,7 @@ def sync_worker(rank, sizes, compiled, folder):
 def test_synchronised_equals_one_process_with_the_whole_batch(sizes, compiled, tmp_path):
     if compiled and not native.LOADED:
         pytest.skip("the reference reads sizes from the group, which is not compiled as one graph")
-    in_processes(sync_worker, len(sizes), sizes, compiled, str(tmp_path))
+    forked_processes(sync_worker, (sizes, compiled, str(tmp_path)), len(sizes))
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(sizes))]
     module, x, upstream = sync_case(sum(sizes))
     x.requires_grad_()
@@ -413,5 +406,5 @@ def dying_worker(rank, dies_before, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("dies_before", ["forward", "backward"])
 def test_a_process_that_dies_is_an_error_in_the_others(dies_before, tmp_path):
-    in_processes(dying_worker, 2, dies_before, str(tmp_path))
+    forked_processes(dying_worker, (dies_before, str(tmp_path)), 2)
     assert (tmp_path / "error").read_text()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import ROOT, program, run_script
 from test_train import events
 
 import train
@@ -21,7 +22,6 @@ from utils.commandline import CommandError
 from utils.distributed import World
 from utils.launch import find_devices, launch
 
-ROOT = Path(train.__file__).parent
 SMALL = ["--device", "cpu", "--backbone", "resnet18", "--num-workers", 0]
 TRAIN = [*SMALL, "--input-size", "24,32", "--batch-size", 6, "--random-mirror", "--random-scale"]
 # In float64 rounding does not grow, over the steps, to where one could not tell it from a fault.
@@ -47,39 +47,23 @@ train.poly_learning_rate = acting
 """
 
 
-# The processes of a run are forks of the one that starts them, and have loaded PyTorch with it, which takes seconds.
-FORKED = """
-import atexit, functools, torch._dynamo, torch.multiprocessing
-os.register_at_fork(after_in_child=atexit._clear)  # what the first process has to do at its end
-torch.multiprocessing.start_processes = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
-"""
+def training(tmp_path, scenes, name, flags, code=""):
+    return run_script(tmp_path, "train", in_folder(tmp_path, scenes, name, flags), code=code)
 
 
-def start(tmp_path, script, *runs, code="", torchrun=0):
-    """Run train.py or evaluate.py in a session of its own, with `code` run before it in each of its processes.
+def trainings(tmp_path, scenes, runs, code=""):
+    """Several runs by name, until one fails; that of one process has to be the last."""
+    flags = (in_folder(tmp_path, scenes, str(name), flags) for name, flags in runs.items())
+    return run_script(tmp_path, "train", *flags, code=code)
 
-    Args:
-        runs: flags of one run after the other, until one fails; a run of one process has to be the last.
-    """
-    program = tmp_path / "program.py"
-    program.write_text(f"""
-import os, signal, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import torch
-import torch.distributed as dist
-import train, evaluate
-from utils.launch import launch
-{code}
-if __name__ == "__main__":
-    for flags in {[list(map(str, flags)) for flags in runs]}:
-        arguments = {"train.parse_flags(flags)" if script == "train" else "evaluate.get_parser().parse_args(flags)"}
-        status = launch({script}.{script}, arguments)
-        if status != 0:
-            sys.exit(status)
-""")
+
+def in_new_processes(tmp_path, script, flags, code="", torchrun=0):
+    """As a user starts it: in a new process, which starts new ones by --procs, or in those of torchrun."""
+    path = tmp_path / "program.py"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + program(script, (flags,), code))
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
     return subprocess.run(
-        [*(runner if torchrun else [sys.executable]), str(program)],
+        [*(runner if torchrun else [sys.executable]), str(path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -87,16 +71,6 @@ if __name__ == "__main__":
         start_new_session=True,
         timeout=300,
     )
-
-
-def training(tmp_path, scenes, name, flags, code="", torchrun=0):
-    return start(tmp_path, "train", in_folder(tmp_path, scenes, name, flags), code=code, torchrun=torchrun)
-
-
-def trainings(tmp_path, scenes, runs, code=""):
-    """Several runs by name, until one fails; that of one process has to be the last."""
-    flags = (in_folder(tmp_path, scenes, str(name), flags) for name, flags in runs.items())
-    return start(tmp_path, "train", *flags, code=FORKED + code)
 
 
 def in_folder(tmp_path, scenes, name, flags):
@@ -165,14 +139,14 @@ def test_resumed_with_other_numbers_of_processes(scenes, tmp_path):
     """From 2 processes to 1, and to 3 under torchrun, each time after a SIGTERM to one of them."""
     flags = ["--num-steps", 6, "--save-pred-every", 100, "--batch-size", 3, "--resume"]
     assert training(tmp_path, scenes, "through", flags, IN_FLOAT64).returncode == 0
-    code = FORKED + IN_FLOAT64 + at_step(1, _TERMINATE, rank=1)
+    code = IN_FLOAT64 + at_step(1, _TERMINATE, rank=1)
     first = training(tmp_path, scenes, "cut", [*flags, "--procs", 2], code)
     assert first.returncode == 128 + signal.SIGTERM, first.stderr
     assert "stopped by SIGTERM at step 2; resume it with --resume" in first.stdout
     assert "rror" not in first.stderr
     second = training(tmp_path, scenes, "cut", flags, IN_FLOAT64 + at_step(3, _TERMINATE, rank=0))
     assert "stopped by SIGTERM at step 4" in second.stdout, second.stderr
-    third = training(tmp_path, scenes, "cut", flags, IN_FLOAT64, torchrun=3)
+    third = in_new_processes(tmp_path, "train", in_folder(tmp_path, scenes, "cut", flags), IN_FLOAT64, torchrun=3)
     assert third.returncode == 0, third.stderr
     assert "on 3 processes: 6 images, steps 4 to 6" in third.stdout
     assert_same_weights(weights(tmp_path / "cut", 6), weights(tmp_path / "through", 6))
@@ -211,7 +185,8 @@ def test_a_killed_process_ends_all_and_training_goes_on(scenes, tmp_path, monkey
     monkeypatch.setenv("CCNET_TEST_CLOCK", str(tmp_path / "clock"))
     monkeypatch.setenv("CCNET_TEST_RUN", str(tmp_path / "program.py"))
     flags = ["--num-steps", 6, "--save-pred-every", 2, *([] if torchrun else ["--procs", 2])]
-    done = training(tmp_path, scenes, "run", [*flags, "--num-workers", 1], at_step(3, _KILL), torchrun)
+    run = in_folder(tmp_path, scenes, "run", [*flags, "--num-workers", 1])
+    done = in_new_processes(tmp_path, "train", run, at_step(3, _KILL), torchrun)
     seconds = time.time() - float((tmp_path / "clock").read_text())
     assert seconds < 20, f"it took {seconds} s"
     if torchrun:
@@ -232,7 +207,7 @@ def test_a_killed_process_ends_all_and_training_goes_on(scenes, tmp_path, monkey
 @pytest.mark.slow
 def test_one_process_error_is_the_error_of_the_run(scenes, tmp_path):
     error = "raise OSError('frankfurt.png: expected an image')"
-    done = training(tmp_path, scenes, "run", ["--num-steps", 3, "--procs", 3], FORKED + at_step(1, error, rank=2))
+    done = training(tmp_path, scenes, "run", ["--num-steps", 3, "--procs", 3], at_step(1, error, rank=2))
     assert done.returncode == 2
     assert done.stderr.count("rror:") == 1
     assert "error: process 2 of 3, on cpu, failed: frankfurt.png: expected an image" in done.stderr
@@ -241,7 +216,8 @@ def test_one_process_error_is_the_error_of_the_run(scenes, tmp_path):
 
 @pytest.mark.slow
 def test_an_unforeseen_error_comes_with_its_traceback(scenes, tmp_path):
-    done = training(tmp_path, scenes, "run", ["--num-steps", 3, "--procs", 2], at_step(1, "raise KeyError('surprise')"))
+    run = in_folder(tmp_path, scenes, "run", ["--num-steps", 3, "--procs", 2])
+    done = in_new_processes(tmp_path, "train", run, at_step(1, "raise KeyError('surprise')"))
     assert done.returncode == 1
     assert "error: process 1 of 2, on cpu, failed:" in done.stderr
     assert "KeyError: 'surprise'" in done.stderr
@@ -294,8 +270,8 @@ def test_evaluation_counts_every_image_once_and_gives_the_same_bits(scenes, tmp_
     flags += ["--batch-size", 2, "--submit"]
     results = {}
     outputs = {number: ["--output-dir", tmp_path / number] for number in "123"}
-    several = start(tmp_path, "evaluate", [*flags, "--procs", 3, *outputs["3"]], [*flags, *outputs["1"]], code=FORKED)
-    under_torchrun = start(tmp_path, "evaluate", [*flags, *outputs["2"]], torchrun=2)
+    several = run_script(tmp_path, "evaluate", [*flags, "--procs", 3, *outputs["3"]], [*flags, *outputs["1"]])
+    under_torchrun = in_new_processes(tmp_path, "evaluate", [*flags, *outputs["2"]], torchrun=2)
     for done, count in ((several, 2), (under_torchrun, 1)):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("mean IoU") == count  # printed once a run

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import ROOT, run_script
 from tensorboardX.proto import event_pb2
 
 import evaluate
@@ -29,7 +30,6 @@ from utils.launch import launch
 from utils.network_file import network_path, read_network
 from utils.training import Part, TrainingStep, make_optimizer, poly_learning_rate
 
-ROOT = Path(train.__file__).parent
 SMALL = [
     "--backbone",
     "resnet18",
@@ -154,28 +154,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(scenes, tmp_path, monkeypatch
     assert (tmp_path / "stopped" / "CS_scenes_6.pth").stat().st_mtime_ns == before
 
 
-def train_in_a_process(scenes, snapshots, flags, code=""):
-    """train.py in a process of its own, and process group, with `code` run before it."""
-    program = f"""
-import os, signal, sys
-import train
-from utils.launch import launch
-{code}
-sys.exit(launch(train.train, train.parse_flags()))
-"""
-    command = [sys.executable, "-c", program, "--data-dir", scenes, "--snapshot-dir", snapshots, *SMALL, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        start_new_session=True,
-    )
-
-
 def at_step(step, action):
     """Code that does `action` when training computes the given step's learning rate."""
     return f"""
@@ -195,8 +173,9 @@ def test_killed_at_a_random_step_and_started_again_gives_the_same_bits(scenes, t
     step = random.Random().randrange(3, 14)
     print(f"killed at step {step}")
     kill = at_step(step, "os.killpg(0, signal.SIGKILL)")
-    assert train_in_a_process(scenes, tmp_path / "killed", flags, kill).returncode == -signal.SIGKILL
-    again = train_in_a_process(scenes, tmp_path / "killed", [*flags, "--resume"])
+    run = ["--data-dir", scenes, "--snapshot-dir", tmp_path / "killed", *SMALL, *flags]
+    assert run_script(tmp_path, "train", run, code=kill).returncode == -signal.SIGKILL
+    again = run_script(tmp_path, "train", [*run, "--resume"])
     assert again.returncode == 0, again.stderr
     assert f"steps {step // 3 * 3} to 14" in again.stdout
     assert_bitwise_equal(weights(tmp_path / "through", 14), weights(tmp_path / "killed", 14))
@@ -207,7 +186,8 @@ def test_killed_at_a_random_step_and_started_again_gives_the_same_bits(scenes, t
 def test_a_signal_to_the_whole_process_group_saves_before_it_ends(scenes, tmp_path, name):
     """As Ctrl-C, timeout and cluster schedulers send it: the data-loading workers get it as well."""
     signal_group = at_step(2, f"os.killpg(0, signal.{name})")
-    done = train_in_a_process(scenes, tmp_path, ["--num-steps", 50, "--num-workers", 2], signal_group)
+    flags = ["--data-dir", scenes, "--snapshot-dir", tmp_path, *SMALL, "--num-steps", 50, "--num-workers", 2]
+    done = run_script(tmp_path, "train", flags, code=signal_group)
     assert done.returncode == 128 + getattr(signal, name), done.stderr
     assert f"stopped by {name} at step 3" in done.stdout
     assert "Traceback" not in done.stderr
