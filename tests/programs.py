@@ -8,32 +8,15 @@ import functools
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# What injected code may use.
-PRELUDE = """
-import os, signal, sys, time
-import torch
-import torch.distributed as dist
-import train, evaluate
-from utils.launch import launch
-"""
-
-
-@dataclass
-class Done:
-    """As subprocess.CompletedProcess."""
-
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 def forked_processes(worker: Callable, arguments: tuple, size: int) -> None:
@@ -42,14 +25,62 @@ def forked_processes(worker: Callable, arguments: tuple, size: int) -> None:
     mp.start_processes(worker, arguments, size, start_method="forkserver")
 
 
+def forked_program(
+    program: Callable, *arguments: object, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run program(*arguments) in a process group of its own, and return its exit status and what it printed."""
+    _preload()
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, "stdout"), Path(folder, "stderr")]
+        settings = (outputs, cwd, {**os.environ, **environment})
+        process = multiprocessing.get_context("forkserver").Process(target=_run, args=(*settings, program, arguments))
+        process.start()
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"it still runs after 300 s and has printed {[path.read_text() for path in outputs]}")
+        return subprocess.CompletedProcess(program, process.exitcode, *(path.read_text() for path in outputs))
+
+
 def _preload() -> None:
     multiprocessing.set_forkserver_preload(["torch._dynamo", "train", "evaluate"])  # those that are installed
 
 
-def program(script: str, runs: tuple[list, ...], code: str) -> str:
-    """The source of a program that runs train.py or evaluate.py with each of the flags, until one fails."""
+def _run(outputs: list[Path], cwd: Path, environment: dict[str, str], program: Callable, arguments: tuple) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    program(*arguments)
+
+
+# ---- train.py and evaluate.py ----
+
+
+def run_script(script: str, *runs: list, code: str = "") -> subprocess.CompletedProcess:
+    """Run train.py or evaluate.py with `code` run before it.
+
+    Processes of a run of several are forks of its first one, so `code` holds for them as well.
+
+    Args:
+        runs: flags of one run after the other, until one fails; a run of one process has to be the last.
+    """
+    return forked_program(_run_script, script_program(script, runs, code))
+
+
+def script_program(script: str, runs: tuple[list, ...], code: str) -> str:
+    """The source of such a program."""
     parse = "train.parse_flags(flags)" if script == "train" else "evaluate.get_parser().parse_args(flags)"
-    return f"""{PRELUDE}{code}
+    return f"""
+import os, signal, sys, time
+import torch
+import torch.distributed as dist
+import train, evaluate
+from utils.launch import launch
+{code}
 if __name__ == "__main__":
     for flags in {[list(map(str, flags)) for flags in runs]}:
         status = launch({script}.{script}, {parse})
@@ -58,35 +89,7 @@ if __name__ == "__main__":
 """
 
 
-def run_script(folder: Path, script: str, *runs: list, code: str = "") -> Done:
-    """Run train.py or evaluate.py in a process group of its own, with `code` run before it.
-
-    Processes of a run of several are forks of its first one, so `code` holds for them as well.
-
-    Args:
-        folder: for what the program prints.
-        runs: flags of one run after the other, until one fails; a run of one process has to be the last.
-    """
-    outputs = [folder / "stdout", folder / "stderr"]
-    arguments = (program(script, runs, code), outputs, dict(os.environ))
-    _preload()
-    process = multiprocessing.get_context("forkserver").Process(target=_run, args=arguments)
-    process.start()
-    process.join(300)
-    if process.is_alive():
-        process.kill()
-        raise TimeoutError(f"{script}.py still runs after 300 s: {[path.read_text() for path in outputs]}")
-    return Done(process.exitcode, *(path.read_text() for path in outputs))
-
-
-def _run(source: str, outputs: list[Path], environment: dict[str, str]) -> None:
-    os.setsid()
-    os.chdir(ROOT)
-    os.environ.clear()
-    os.environ.update(environment)
-    for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
-        with path.open("w") as file:
-            os.dup2(file.fileno(), stream.fileno())
+def _run_script(source: str) -> None:
     os.register_at_fork(after_in_child=_forget_the_first_process)
     mp.start_processes = functools.partial(mp.start_processes, start_method="fork")
     exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import forked_program
 
 from building import compilers, cuda, libraries, pytorch
 from building.compilers import Compiler, NotBuilt
@@ -640,14 +642,17 @@ def project(tmp_path) -> Path:
 
 
 def build_in_place(project: Path, **environment: str) -> subprocess.CompletedProcess:
-    without = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
-    return subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-        cwd=project,
-        env={**without, "CUDA_VISIBLE_DEVICES": "", **environment},
-        text=True,
-        capture_output=True,
-    )
+    settings = {"CUDA_VISIBLE_DEVICES": "", "TORCH_CUDA_ARCH_LIST": "", **environment}
+    return forked_program(setup_py, "--quiet", "build_ext", "--inplace", cwd=project, **settings)
+
+
+def setup_py(*arguments: str) -> None:
+    """`python setup.py arguments...`, with the modules of the folder that it is in."""
+    sys.argv = ["setup.py", *arguments]
+    sys.path.insert(0, os.getcwd())
+    for name in [name for name in sys.modules if name.split(".")[0] == "building"]:
+        del sys.modules[name]
+    runpy.run_path("setup.py", run_name="__main__")
 
 
 def built(project: Path) -> set[str]:

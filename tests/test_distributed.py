@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import ROOT, program, run_script
+from programs import ROOT, run_script, script_program
 from test_train import events
 
 import train
@@ -48,19 +48,19 @@ train.poly_learning_rate = acting
 
 
 def training(tmp_path, scenes, name, flags, code=""):
-    return run_script(tmp_path, "train", in_folder(tmp_path, scenes, name, flags), code=code)
+    return run_script("train", in_folder(tmp_path, scenes, name, flags), code=code)
 
 
 def trainings(tmp_path, scenes, runs, code=""):
     """Several runs by name, until one fails; that of one process has to be the last."""
     flags = (in_folder(tmp_path, scenes, str(name), flags) for name, flags in runs.items())
-    return run_script(tmp_path, "train", *flags, code=code)
+    return run_script("train", *flags, code=code)
 
 
 def in_new_processes(tmp_path, script, flags, code="", torchrun=0):
     """As a user starts it: in a new process, which starts new ones by --procs, or in those of torchrun."""
     path = tmp_path / "program.py"
-    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + program(script, (flags,), code))
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + script_program(script, (flags,), code))
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
     return subprocess.run(
         [*(runner if torchrun else [sys.executable]), str(path)],
@@ -112,16 +112,16 @@ def no_process_is_left(tmp_path):
 
 @pytest.mark.slow
 def test_learning_is_the_same_in_1_and_2_processes(scenes, tmp_path):
-    """Over 20 steps, with OHEM, dropout and a clipped gradient; the two have 1 and 2 images."""
-    flags = ["--num-steps", 20, "--print-frequency", 1, "--ohem", "--ohem-keep", 640, "--batch-size", 3]
+    """Over 10 steps, with OHEM, dropout and a clipped gradient; the two have 1 and 2 images."""
+    flags = ["--num-steps", 10, "--print-frequency", 1, "--ohem", "--ohem-keep", 640, "--batch-size", 3]
     flags += ["--clip-grad-norm", 1]
     runs = {procs: [*flags, "--procs", procs] for procs in (2, 1)}
     done = trainings(tmp_path, scenes, runs, IN_FLOAT64)
     assert done.returncode == 0, done.stderr
     expected = losses(tmp_path / "1")
-    assert len(expected) == 20
+    assert len(expected) == 10
     assert losses(tmp_path / "2") == pytest.approx(expected, rel=1e-6)  # the log is in float32
-    assert_same_weights(weights(tmp_path / "2", 20), weights(tmp_path / "1", 20))
+    assert_same_weights(weights(tmp_path / "2", 10), weights(tmp_path / "1", 10))
 
 
 @pytest.mark.slow
@@ -270,7 +270,7 @@ def test_evaluation_counts_every_image_once_and_gives_the_same_bits(scenes, tmp_
     flags += ["--batch-size", 2, "--submit"]
     results = {}
     outputs = {number: ["--output-dir", tmp_path / number] for number in "123"}
-    several = run_script(tmp_path, "evaluate", [*flags, "--procs", 3, *outputs["3"]], [*flags, *outputs["1"]])
+    several = run_script("evaluate", [*flags, "--procs", 3, *outputs["3"]], [*flags, *outputs["1"]])
     under_torchrun = in_new_processes(tmp_path, "evaluate", [*flags, *outputs["2"]], torchrun=2)
     for done, count in ((several, 2), (under_torchrun, 1)):
         assert done.returncode == 0, done.stderr

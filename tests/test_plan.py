@@ -228,7 +228,13 @@ def start(checkout: Path, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", "-euc", "umask 077; source utils/environment.sh; set_up_environment requirements.txt; echo set up"],
         cwd=checkout,
-        env={**os.environ, "PATH": f"{checkout / 'bin'}:/usr/bin:/bin", "LOG": str(checkout / "log"), **environment},
+        env={
+            **os.environ,
+            "PATH": f"{checkout / 'bin'}:/usr/bin:/bin",
+            "HOME": "/dev/null",  # nothing can be written there
+            "LOG": str(checkout / "log"),
+            **environment,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
