@@ -279,8 +279,10 @@ class Evaluation:
 def learn_statistics(network: nn.Module, images: Tensor) -> None:
     """Set the running statistics to those of the images; with the initial ones logits would overflow."""
     network.train()
-    for _ in range(20):
-        network(images)
+    for module in network.modules():
+        if hasattr(module, "momentum"):
+            module.momentum = 1.0
+    network(images)
 
 
 class Losses:

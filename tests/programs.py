@@ -48,6 +48,7 @@ def _preload() -> None:
 
 def _run(outputs: list[Path], cwd: Path, environment: dict[str, str], program: Callable, arguments: tuple) -> None:
     os.setsid()
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # as in a new process
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

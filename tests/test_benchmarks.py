@@ -159,7 +159,7 @@ def test_the_benchmark_of_training_and_evaluation_runs(output_of, monkeypatch):
     monkeypatch.setattr(train_step, "bytes_from_a_new_process", lambda *rest: in_new_processes.append(rest) or 1e6)
     flags = (
         "--backbone resnet18 --crops 65 --batch-size 2 --dtypes float32 --image 65x97 --tile 65 --ohem --ohem-crops 65 "
-        "--threads 1 --repeats 1 --seconds 1"
+        "--threads 1 --repeats 1 --seconds 0.1"
     )
     out = output_of(train_step, flags)
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if "| float32 |" in line}

@@ -216,8 +216,8 @@ def test_one_process_error_is_the_error_of_the_run(scenes, tmp_path):
 
 @pytest.mark.slow
 def test_an_unforeseen_error_comes_with_its_traceback(scenes, tmp_path):
-    run = in_folder(tmp_path, scenes, "run", ["--num-steps", 3, "--procs", 2])
-    done = in_new_processes(tmp_path, "train", run, at_step(1, "raise KeyError('surprise')"))
+    flags = ["--num-steps", 3, "--procs", 2]
+    done = training(tmp_path, scenes, "run", flags, at_step(1, "raise KeyError('surprise')"))
     assert done.returncode == 1
     assert "error: process 1 of 2, on cpu, failed:" in done.stderr
     assert "KeyError: 'surprise'" in done.stderr
