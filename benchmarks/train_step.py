@@ -33,7 +33,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from cc_attention import CrissCrossAttention
-from libs import to_batchnorm
+from libs import ABN, to_batchnorm
 from networks import BACKBONES, BatchDropout2d, CCNet, NetworkConfig, PredictionNetwork, build_model
 from networks.resnet import BasicBlock, Bottleneck
 from utils.arguments import ArgumentParser
@@ -280,7 +280,7 @@ def learn_statistics(network: nn.Module, images: Tensor) -> None:
     """Set the running statistics to those of the images; with the initial ones logits would overflow."""
     network.train()
     for module in network.modules():
-        if hasattr(module, "momentum"):
+        if isinstance(module, ABN | nn.BatchNorm2d):
             module.momentum = 1.0
     network(images)
 

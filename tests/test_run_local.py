@@ -61,44 +61,49 @@ def test_without_arguments_it_trains_and_evaluates_on_generated_scenes(checkout)
     assert [line.split(":")[0] for line in ending] == ["report", "checkpoint", "predictions", "attention"]
 
 
-def test_with_a_path_it_runs_the_recipe(checkout, scenes):
-    flags = ["--backbone", "resnet18", "--input-size", "33,41", "--num-steps", 1, "--batch-size", 2, "--num-workers", 1]
+def test_with_a_path_it_runs_the_recipe_and_goes_on_after_sigterm(checkout, scenes):
+    """The fifth step of training sends it, to the script alone: training saves, and evaluation does not start."""
+    flags = [
+        "--backbone",
+        "resnet18",
+        "--input-size",
+        "33,41",
+        "--num-steps",
+        12,
+        "--batch-size",
+        2,
+        "--num-workers",
+        1,
+    ]
     flags += ["--backbone-activation", "leaky_relu", "--amp", "bf16"]
     settings = {"SNAPSHOT_DIR": "elsewhere", "RECURRENCE": "3"}
+    program = (checkout / "train.py").read_text()
+    kill = (
+        "        step += 1\n        if step == 5:\n            __import__('os').kill(__import__('os').getppid(), 15)\n"
+    )
+    (checkout / "train.py").write_text(program.replace("        step += 1\n", kill))
+    done = run_local(checkout, scenes, *flags, **settings)
+    assert done.returncode == 128 + 15, done.stdout + done.stderr
+    assert "resnet18, R=3" in done.stdout
+    step = int(re.search(r"stopped by SIGTERM at step (\d+)", done.stdout)[1])
+    assert (checkout / f"elsewhere/CS_scenes_{step}.training.pth").exists()
+    assert not (checkout / "elsewhere/outputs").exists()
+
+    (checkout / "train.py").write_text(program)
     done = run_local(checkout, scenes, *flags, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "resnet18, R=3" in done.stdout
-    report = (checkout / "elsewhere" / "outputs" / "CS_scenes_1" / "val" / "report.md").read_text()
+    assert f"steps {step} to 12" in done.stdout  # resumed where it was
+    assert "installing" not in done.stdout
+    report = (checkout / "elsewhere" / "outputs" / "CS_scenes_12" / "val" / "report.md").read_text()
     evaluated = ("- backbone_activation: leaky_relu", "- amp: bf16", "- num_workers: 1")
     for setting in ("- recurrence: 3", "- backbone: resnet18", "- input_size: (33, 41)", "3 images,", *evaluated):
         assert setting in report
-
-    (checkout / "evaluate.py").write_text("print('evaluated')")
-    again = run_local(checkout, scenes, *flags, **settings)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "steps 1 to 1" in again.stdout  # resumed where it was
-    assert again.stdout.count("evaluated\n") == 1
-    assert "installing" not in again.stdout
 
 
 def test_the_recipe_asks_for_the_imagenet_weights(checkout, scenes):
     done = run_local(checkout, scenes)
     assert done.returncode == 2
     assert "dataset/resnet101-imagenet.pth: expected the ImageNet weights" in done.stderr
-
-
-def test_sigterm_to_the_script_alone_saves_before_it_ends(checkout, scenes):
-    """The fifth step of training sends it; evaluation does not start."""
-    program = checkout / "train.py"
-    kill = (
-        "        step += 1\n        if step == 5:\n            __import__('os').kill(__import__('os').getppid(), 15)\n"
-    )
-    program.write_text(program.read_text().replace("        step += 1\n", kill))
-    small = {"BACKBONE": "resnet18", "INPUT_SIZE": "33,41", "BS": "2"}
-    done = run_local(checkout, scenes, "--num-workers", 1, **small)
-    assert done.returncode == 128 + 15, done.stdout + done.stderr
-    assert "stopped by SIGTERM at step" in done.stdout
-    assert list((checkout / "snapshots").glob("CS_scenes_*.training.pth"))
 
 
 def test_help_and_flags_that_do_not_go(checkout):
