@@ -9,8 +9,8 @@ and their mirror images, and --gpu 0,1,2,3 for four GPUs, or run it with torchru
 import argparse
 import json
 import math
+import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import groupby
@@ -22,16 +22,14 @@ from PIL import Image
 from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm import tqdm
 
-from dataset import CLASS_NAMES, SPLITS, EvaluationSet, Item, check_labels, load_batches
+from dataset import SPLITS, EvaluationSet, Item, check_labels, load_batches, output_names, submission_name
 from dataset.images import ImageFile
-from dataset.labels import TRAIN_ID_TO_ID
 from networks import CCNet, PredictionNetwork, build_model, load_state
 from utils.arguments import MOST_IMAGES, ArgumentParser, number, pixel
 from utils.checkpoint import read_state_dict
 from utils.commandline import (
     CommandError,
     add_shared_flags,
-    check_ignore_label,
     check_memory,
     find_items,
     network_config,
@@ -82,24 +80,13 @@ def get_parser() -> ArgumentParser:
         help="folder of the results, for this evaluation alone: report.md, result.json, predictions/, submit/, "
         "attention/; by default outputs/<name of the state dict>/<split or list>/ beside the state dict",
     )  # fmt: skip
-    add("--submit", action="store_true", help="also write label ids under the names that the benchmark server expects")
+    add("--submit", action="store_true", help="also write label values, for Cityscapes under its server's names")
     add("--attention", type=pixel, action="append", metavar="Y,X", help="show where this pixel attends to; repeatable")
     add("--attention-image", metavar="NAME", help="file name of the image for --attention; by default the first one")
     return parser
 
 
-def check_names(args: argparse.Namespace, items: list[Item]) -> None:
-    """Raise a CommandError if two images have the same name, so that their results would overwrite each other."""
-    (name, count), *_ = Counter(item.frame if args.submit else item.name for item in items).most_common(1)
-    if count > 1:
-        raise CommandError(f"{args.data_list or args.data_dir}: expected every image once, found {count} named {name}")
-
-
-def class_names(num_classes: int) -> list[str]:
-    return [*CLASS_NAMES, *(f"class {k}" for k in range(len(CLASS_NAMES), num_classes))]
-
-
-def read_others(paths: list[Path], num_classes: int) -> dict[str, dict]:
+def read_others(paths: list[Path], names: list[str]) -> dict[str, dict]:
     """What the evaluations of --compare-with measured, by the names of their checkpoints' folders.
 
     Raises:
@@ -112,9 +99,9 @@ def read_others(paths: list[Path], num_classes: int) -> dict[str, dict]:
             name, classes = Path(result["flags"]["restore_from"]).resolve().parent.name, list(result["classes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CommandError(f"--compare-with {path}: expected an evaluation's result.json: {error!r}") from error
-        if classes != class_names(num_classes):
+        if classes != names:
             raise CommandError(
-                f"--compare-with {path}: expected the {num_classes} classes measured here, found {classes}"
+                f"--compare-with {path}: expected the {len(names)} classes measured here, found {classes}"
             )
         if name in others:
             raise CommandError(f"--compare-with {path}: two evaluations of checkpoints in folders named {name}")
@@ -172,7 +159,7 @@ def prepare_output(args: argparse.Namespace) -> Path:
             f"no {marker.name}; give another folder"
         )
     for path in earlier:
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     wanted = {"predictions": True, "submit": args.submit, "attention": args.attention}
     for folder in _FOLDERS:
         if wanted[folder]:
@@ -183,11 +170,15 @@ def prepare_output(args: argparse.Namespace) -> Path:
     return output_dir
 
 
-def save_prediction(prediction: np.ndarray, item: Item, output_dir: Path, submit: bool) -> None:
-    """Write uint8 [H, W] training ids as a coloured image and, to submit, as label ids with the server's file name."""
-    palette_image(prediction).save(output_dir / "predictions" / f"{item.name}.png")
-    if submit:
-        Image.fromarray(TRAIN_ID_TO_ID[prediction]).save(output_dir / "submit" / f"{item.frame}_pred_labelIds.png")
+def save_prediction(args: argparse.Namespace, prediction: np.ndarray, name: str, output_dir: Path) -> None:
+    """Write training ids [H, W] as a coloured image and, to submit, as label values."""
+    images = {output_dir / "predictions" / f"{name}.png": palette_image(prediction, args.classes)}
+    if args.submit:
+        path = output_dir / "submit" / submission_name(name)
+        images[path] = Image.fromarray(args.classes.label_values[prediction])
+    for path, image in images.items():
+        path.parent.mkdir(parents=True, exist_ok=True)  # names may have folders
+        image.save(path)
 
 
 def predict_all(
@@ -199,7 +190,8 @@ def predict_all(
     """
     device = world.device
     confusion = ConfusionMatrix(args.num_classes, device)
-    samples = EvaluationSet(items, args.ignore_label)
+    names = output_names(items)
+    samples = EvaluationSet(items, args.classes, args.ignore_label)
     batches = list(BatchSampler(SequentialSampler(samples), args.batch_size, drop_last=False))[world.rank :: world.size]
     num_images = sum(len(batch) for batch in batches)
     with tqdm(total=num_images, unit="image", dynamic_ncols=True, disable=not world.is_main) as bar:
@@ -211,17 +203,18 @@ def predict_all(
                     if sample["label"] is not None:
                         confusion.update(sample["label"].to(device), prediction)
                     if output_dir is not None:
-                        save_prediction(prediction.byte().cpu().numpy(), sample["item"], output_dir, args.submit)
+                        train_ids = prediction.cpu().numpy().astype(args.classes.dtype)
+                        save_prediction(args, train_ids, names[sample["item"]], output_dir)
                 bar.update(len(group))
     confusion.counts = world.sum(confusion.counts)
     return confusion
 
 
-def attention_picture(model: CCNet, item: Item, pixels: list[tuple[int, int]], folder: Path) -> Path:
-    """Write the figure of where the pixels attend to; returns its path."""
+def attention_picture(args: argparse.Namespace, model: CCNet, item: Item, folder: Path) -> Path:
+    """Write the figure of where the pixels of --attention attend to; returns its path."""
     image = EvaluationSet([Item(item.image, None)])[0]["image"][None].to(next(model.parameters()).device)
     path = folder / f"{item.name}.png"
-    attention_figure(model, image.to(memory_format=torch.channels_last), pixels).save(path)
+    attention_figure(model, image.to(memory_format=torch.channels_last), args.attention, args.classes).save(path)
     return path
 
 
@@ -269,7 +262,7 @@ def save_report(
         gamma: gamma of the attention.
         num_images: number of images with a label.
     """
-    names = class_names(args.num_classes)
+    names = args.classes.names
     flags = plain_flags(args)
     result = measures(confusion, names) | {
         "recurrence": {str(r): measures(passes, names) for r, passes in compared.items()},
@@ -292,8 +285,8 @@ def network_line(args: argparse.Namespace) -> str:
     folder = args.restore_from.parent
     trained = read_network(folder)
     source = f"as {network_path(folder)} says" if trained else f"no network.json in {folder}: as the flags say"
-    if trained and trained.recurrence != args.recurrence:
-        source += f", but R, with which it was trained, was {trained.recurrence}"
+    if trained and trained.config.recurrence != args.recurrence:
+        source += f", but R, with which it was trained, was {trained.config.recurrence}"
     settings = asdict(network_config(args)).items()
     return f"{', '.join(f'{name} {value}' for name, value in settings)} ({source})"
 
@@ -302,13 +295,12 @@ def network_line(args: argparse.Namespace) -> str:
 def evaluate(args: argparse.Namespace, world: World) -> int:
     """Evaluate, and return the exit status."""
     args = with_network(args, args.restore_from.parent)
-    check_ignore_label(args.ignore_label, args.num_classes)
     items = find_items(args, args.split)
-    check_names(args, items)
-    check_labels(items)
+    output_names(items)  # an error if two are equal
+    check_labels(items, args.classes)
     check_memory(f"--batch-size {args.batch_size}", min(args.batch_size, len(items)), ImageFile(items[0].image).size)
     attention_item = find_attention_item(args, items) if args.attention else None
-    others = read_others(args.compare_with, args.num_classes)
+    others = read_others(args.compare_with, args.classes.names)
     model = build_model(network_config(args))
     load_state(model, read_state_dict(args.restore_from), str(args.restore_from))
     model.to(world.device).eval()
@@ -337,7 +329,7 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
     if args.submit:
         print(f"submission:   {output_dir / 'submit'}")
     if attention_item is not None:
-        picture = attention_picture(model, attention_item, args.attention, output_dir / "attention")
+        picture = attention_picture(args, model, attention_item, output_dir / "attention")
         print(f"attention:    {picture}")
     return 0
 

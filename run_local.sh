@@ -2,7 +2,7 @@
 # Train CCNet and evaluate it.
 #
 #   ./run_local.sh [flags]                 a complete small run on generated street scenes, on any machine
-#   ./run_local.sh YOUR_CS_PATH [flags]    the paper's recipe on Cityscapes at YOUR_CS_PATH
+#   ./run_local.sh YOUR_CS_PATH [flags]    the paper's recipe on Cityscapes, or another data set, at YOUR_CS_PATH
 #   ./run_local.sh --check                 sets everything up, and checks the operators on this machine
 #
 # It uses all GPUs of the machine. Flags are those of train.py; evaluate.py gets those that it has too. Each value below
@@ -30,9 +30,9 @@ last_value() { # flag, default, arguments...: the last value given for the flag
 
 CS_PATH=
 if [[ $# -gt 0 && $1 != -* ]]; then
-    [[ -d $1 ]] || fail "$1: expected a folder with leftImg8bit/ and gtFine/, there is no such folder"
+    [[ -d $1 ]] || fail "$1: expected the folder of a data set, there is no such folder"
     CS_PATH=$(CDPATH= cd -- "$1" && pwd)
-    [[ -d $CS_PATH/leftImg8bit/val ]] || fail "$CS_PATH: expected leftImg8bit/val/ in it, to evaluate on after training"
+    [[ ! -d $CS_PATH/leftImg8bit || -d $CS_PATH/leftImg8bit/val ]] || fail "$CS_PATH: expected leftImg8bit/val/ in it, to evaluate on after training"
     shift
 fi
 for argument in "$@"; do

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dataset import EpochSampler, Item, TrainingSet, check_labels, load_batches, part_size
+from dataset import SPLITS, EpochSampler, Item, TrainingSet, check_labels, load_batches, part_size
 from libs import freeze_statistics
 from networks import BatchShard, CCNet, build_model
 from utils.arguments import MOST_IMAGES, MOST_STEPS, ArgumentParser, boolean, number
@@ -31,7 +31,6 @@ from utils.checkpoint import save_snapshot, snapshot_path, training_steps
 from utils.commandline import (
     CommandError,
     add_shared_flags,
-    check_ignore_label,
     check_memory,
     find_items,
     network_config,
@@ -65,7 +64,7 @@ def get_parser() -> ArgumentParser:
     add = parser.add_argument_group("images").add_argument
     add(
         "--split",
-        choices=("train", "val", "trainval"),
+        choices=[split for split in SPLITS if split != "test"],
         help="images to train on; by default train, or trainval with --ft",
     )
     add("--random-mirror", action="store_true", help="mirror images with probability 1/2")
@@ -225,16 +224,16 @@ def set_up(args: argparse.Namespace, world: World) -> Run:
     images = images_per_part(args, world.size)
     check_memory(f"--batch-size {args.batch_size}", images // world.size, args.input_size)
     args = run_network(args, world)
-    check_ignore_label(args.ignore_label, args.num_classes)
     items = find_items(args, training_split(args), need_labels=True)
-    check_labels(items)
+    check_labels(items, args.classes)
     torch.manual_seed(args.random_seed)
     model = build_model(network_config(args)).to(world.device)
     nn.init.constant_(model.head.cca.gamma, args.initial_gamma)
     optimizer = make_optimizer(model, args.learning_rate, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
-    defaults = with_network(get_parser().parse_args([]), None)
-    first, resumed = start_or_resume(args, defaults, world, model, optimizer, scaler)
+    defaults = get_parser().parse_args([])
+    defaults.classes = args.classes
+    first, resumed = start_or_resume(args, with_network(defaults, None), world, model, optimizer, scaler)
     if first > args.num_steps:
         raise CommandError(f"--start-iters {first}: expected at most --num-steps {args.num_steps}")
     model.train()
@@ -249,7 +248,7 @@ def set_up(args: argparse.Namespace, world: World) -> Run:
     )  # fmt: skip
     run = Run(args, world, items, model, training_step, first)
     if world.is_main:
-        save_network(network_config(args), args.snapshot_dir)
+        save_network(network_config(args), args.classes, args.snapshot_dir)
         if first == args.num_steps and not resumed:  # there is no step: save the network as it is
             run.save(first)
     return run
@@ -259,8 +258,9 @@ def load_steps(run: Run) -> Iterator[list[Part]]:
     """For each step the parts of its batch: this process's images, on the device."""
     args, world = run.args, run.world
     samples = TrainingSet(
-        run.items, args.input_size, args.ignore_label, args.random_scale, args.random_mirror, args.random_seed
-    )
+        run.items, args.input_size, args.classes, args.ignore_label, args.random_scale, args.random_mirror,
+        args.random_seed,
+    )  # fmt: skip
     batches = EpochSampler(
         len(run.items), args.batch_size, run.first, args.num_steps, args.random_seed, args.accumulate, world.rank,
         world.size,
@@ -307,7 +307,7 @@ def train_steps(run: Run, log: TrainingLog) -> tuple[int, int | None]:
             log.message(f"step {step}: {run.save(step)}")
             images, labels, _ = parts[-1]
             for i in range(min(args.save_num_images, len(images))):
-                picture = training_panel(images[i], labels[i], outcome.logits[i])
+                picture = training_panel(images[i], labels[i], outcome.logits[i], args.classes)
                 log.picture(step, f"image, label, prediction/{i}", picture)
         if stopped_by is not None:
             break

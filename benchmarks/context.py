@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset import IGNORE_LABEL, NUM_CLASSES
-from dataset.labels import CLASS_NAMES, train_id_table
+from dataset import CITYSCAPES, IGNORE_LABEL
 from dataset.scenes import Scene, make_scene
 from dataset.transforms import normalise
 from networks.rcca import RCCAModule
@@ -27,7 +26,7 @@ from utils.criterion import upsample
 
 _SIZE = 96
 _SCENES = {"training": 1600, "test": 300}
-_CLASSES = torch.tensor([CLASS_NAMES.index("bus"), CLASS_NAMES.index("truck")])
+_CLASSES = torch.tensor([CITYSCAPES.names.index("bus"), CITYSCAPES.names.index("truck")])
 
 
 class ShallowNetwork(nn.Module):
@@ -39,7 +38,7 @@ class ShallowNetwork(nn.Module):
         for in_channels, out_channels in ((3, 32), (32, 64), (64, 256)):
             layers += [nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), nn.ReLU()]
         self.backbone = nn.Sequential(*layers)
-        self.head = RCCAModule(256, NUM_CLASSES, recurrence)
+        self.head = RCCAModule(256, len(CITYSCAPES), recurrence)
 
     def forward(self, images: Tensor) -> Tensor:
         return upsample(self.head(self.backbone(images / 64)), images.shape[2:])
@@ -47,10 +46,9 @@ class ShallowNetwork(nn.Module):
 
 def make_scenes(split: int, count: int) -> tuple[list[Scene], Tensor, Tensor]:
     """Scenes, their images [count, 3, 96, 96] and labels [count, 96, 96], which are void except on bus and truck."""
-    train_ids = train_id_table()
     scenes = [make_scene(_SIZE, _SIZE, np.random.default_rng([split, number])) for number in range(count)]
     images = torch.from_numpy(np.stack([normalise(scene.image) for scene in scenes]))
-    labels = torch.from_numpy(np.stack([train_ids[scene.label] for scene in scenes])).long()
+    labels = torch.from_numpy(np.stack([CITYSCAPES.train_ids(scene.label) for scene in scenes])).long()
     return scenes, images, torch.where(torch.isin(labels, _CLASSES), labels, IGNORE_LABEL)
 
 

@@ -21,26 +21,30 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset import Item, TrainingSet, scan
-from dataset.labels import LABELS, train_id_table
+from dataset import CITYSCAPES, IGNORE_LABEL, Item, TrainingSet, scan
 from dataset.scenes import make_scene
 from dataset.transforms import IMAGE_MEAN, draw_crop
 from utils.arguments import ArgumentParser
 
 _CROP = (769, 769)
 _SEED = 0
+# Training id of each label id, as far as there are ids
+_TABLE = np.full(256, IGNORE_LABEL, dtype=np.uint8)
+_TABLE[[entry.values[0] for entry in CITYSCAPES.classes]] = range(len(CITYSCAPES))
 Loader = Callable[[Item, tuple[int, int]], tuple[np.ndarray, np.ndarray]]
 
 
 def map_by_comparisons(label: np.ndarray) -> np.ndarray:
     out = label.copy()
-    for entry in LABELS:
-        out[label == entry.id % 256] = 255 if entry.train_id is None else entry.train_id
+    for value in CITYSCAPES.void.values:
+        out[label == value % 256] = IGNORE_LABEL
+    for train_id, entry in enumerate(CITYSCAPES.classes):
+        out[label == entry.values[0]] = train_id
     return out
 
 
 def map_by_table(label: np.ndarray) -> np.ndarray:
-    return cv2.LUT(label, train_id_table())
+    return cv2.LUT(label, _TABLE)
 
 
 def read(path: Path | None, mode: int) -> np.ndarray:

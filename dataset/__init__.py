@@ -1,19 +1,21 @@
-"""Cityscapes: files, labels, augmentation and loading; and generated scenes in the same layout."""
+"""Data sets: class tables, files, augmentation and loading; and generated scenes."""
 
 from .checks import check_labels
+from .classes import BUILT_IN, CITYSCAPES, IGNORE_LABEL, ClassTable, load_classes, parse_classes, plain_classes
 from .images import Box, ImageFile
-from .items import SPLITS, DatasetError, Item, read_list, scan
-from .labels import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
+from .items import DatasetError, Item, output_names, read_list, submission_name
+from .layouts import SPLITS, default_classes, find_layout, scan
 from .loading import load_batches
 from .sampler import EpochSampler, part_size, shard
 from .samples import EvaluationSet, TrainingSet
 
 __all__ = [
-    "CLASS_NAMES",
+    "BUILT_IN",
+    "CITYSCAPES",
     "IGNORE_LABEL",
-    "NUM_CLASSES",
     "SPLITS",
     "Box",
+    "ClassTable",
     "DatasetError",
     "EpochSampler",
     "EvaluationSet",
@@ -21,9 +23,16 @@ __all__ = [
     "Item",
     "TrainingSet",
     "check_labels",
+    "default_classes",
+    "find_layout",
     "load_batches",
+    "load_classes",
+    "output_names",
+    "parse_classes",
     "part_size",
+    "plain_classes",
     "read_list",
     "scan",
     "shard",
+    "submission_name",
 ]

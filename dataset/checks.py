@@ -4,64 +4,71 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from .classes import ClassTable
 from .images import ImageFile
 from .items import DatasetError, Item
-from .labels import ENCODINGS, IGNORE_LABEL, KNOWN_VALUES, train_id_table
+from .samples import read_train_ids
 
 # Number of label images that are searched for values that only label ids have.
 _FIRST = 16
 
 
-def check_labels(items: Iterable[Item]) -> None:
+def check_labels(items: Iterable[Item], classes: ClassTable) -> None:
     """Refuse labels that would make a run meaningless. Usually it reads only the first label image.
 
     The result depends on the files alone, so that it is the same in all processes.
 
     Raises:
         DatasetError: the first label images seem to hold training ids, though neither the given encoding nor their
-            names say so; or no label image has a pixel of a trained class; or one cannot be read.
+            names say so; or no label image has a pixel of a class; or one cannot be read.
     """
     labelled = [item for item in items if item.label is not None]
-    _check_encoding([item for item in labelled if item.given_encoding is None and item.encoding == "ids"][:_FIRST])
-    _check_classes(labelled)
+    if classes.training_ids:
+        unnamed = [item for item in labelled if item.given_encoding is None and item.encoding == "ids"]
+        _check_encoding(unnamed[:_FIRST], classes)
+    _check_classes(labelled, classes)
 
 
-def _check_encoding(items: list[Item]) -> None:
+def _check_encoding(items: list[Item], classes: ClassTable) -> None:
     """Raise a DatasetError unless some label image has a value that only label ids have."""
-    found = np.zeros(256, dtype=bool)
+    found: set[int] = set()
+    training_ids = {*range(len(classes)), classes.ignore_label, -1}
     for item in items:
-        found |= _values(item)
-        if (found & ~KNOWN_VALUES["trainids"]).any():
+        found |= _values(item, classes)
+        if found - training_ids:
             return
     if items:
         raise DatasetError(
-            f"{items[0].label}: expected {ENCODINGS['ids']}, found in the first {len(items)} label images only "
-            f"{_listed(found)}; if they are {ENCODINGS['trainids']}, give --label-encoding trainids, if they are "
-            "label ids all the same, --label-encoding ids; labels of other classes cannot be used"
+            f"{items[0].label}: expected {classes.describe('ids')}, found in the first {len(items)} label images only "
+            f"{_listed(found)}; if they are {classes.describe('trainids')}, give --label-encoding trainids, if they "
+            "are label ids all the same, --label-encoding ids; if they are of other classes, --classes"
         )
 
 
-def _check_classes(items: list[Item]) -> None:
-    """Raise a DatasetError unless some label image has a pixel of a trained class."""
-    found = np.zeros(256, dtype=bool)
+def _check_classes(items: list[Item], classes: ClassTable) -> None:
+    """Raise a DatasetError unless some label image has a pixel of a class."""
+    found: set[int] = set()
     for item in items:
-        values = _values(item)
-        if (train_id_table(item.encoding)[values] != IGNORE_LABEL).any():
+        if (read_train_ids(item, classes) != classes.ignore_label).any():
             return
-        found |= values
+        found |= _values(item, classes)
     if items:
-        encodings = " or ".join(ENCODINGS[name] for name in sorted({item.encoding for item in items}))
+        encodings = " or ".join(classes.describe(name) for name in sorted({item.encoding for item in items}))
         raise DatasetError(
-            f"{items[0].label}: expected {encodings}, found no pixel of a trained class in this and all other label "
-            f"images, {len(items)} in all: they hold only {_listed(found)}"
+            f"{items[0].label}: expected {encodings}, found no pixel of a class in this and all other label images, "
+            f"{len(items)} in all: they hold only {_listed(found)}"
         )
 
 
-def _values(item: Item) -> np.ndarray:
-    """bool [256]: the values that occur in the item's label image."""
+def _values(item: Item, classes: ClassTable) -> set:
+    """The values or colours of the item's label image, once they are known to be of the class table."""
+    read_train_ids(item, classes)
     assert item.label is not None
-    return np.bincount(ImageFile(item.label).read_label(encoding=item.encoding).ravel(), minlength=256) > 0
+    label = ImageFile(item.label).read_label()
+    if label.ndim == 3:
+        return set(map(tuple, np.unique(label.reshape(-1, 3), axis=0).tolist()))
+    return set(np.unique(label).tolist())
 
 
-def _listed(values: np.ndarray) -> str:
-    return "the values " + ", ".join(map(str, np.flatnonzero(values)))
+def _listed(values: set) -> str:
+    return "the values " + ", ".join(map(str, sorted(values)))

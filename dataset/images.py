@@ -12,7 +12,6 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.ImageFile import ImageFile as PillowFile
 
 from .items import DatasetError
-from .labels import ENCODINGS, KNOWN_VALUES
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,10 @@ class Box:
 
 # Keywords of the PNG text chunks in which Pillow looks for an orientation.
 _EXIF_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
-_COLOUR_MODES = ("RGB", "RGBA", "L", "LA", "P")
-_LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")
+_COLOUR_MODES = ("RGB", "RGBA", "L", "LA", "La", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
+_GREY_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_LABEL_MODES = ("L", "P", "I", "I;16", "I;16B", "RGB", "RGBA")
 _LABEL_FORMATS = ("PNG", "BMP", "TIFF")
-# Values of void (-1) in images of more than 8 bits: 65535 is -1 in 16 bits. 255, -1 in 8 bits, is accepted there too.
-_WIDE_VOID = (-1, 65535)
 # Exceptions that Pillow may raise for a damaged file.
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, KeyError, struct.error, Image.DecompressionBombError)
 
@@ -85,17 +83,26 @@ class ImageFile:
             raise DatasetError(f"{self.path}: expected an image of mode {' or '.join(modes)}, found mode {self._mode}")
 
     def read_colour(self, box: Box | None = None) -> np.ndarray:
-        """Decode the part of the image in the box, or all of it: uint8 [height, width, 3], RGB."""
+        """Decode the part of the image in the box, or all of it: uint8 [height, width, 3], RGB.
+
+        Of 16 bits the upper 8 are kept. Transparency is ignored.
+
+        Raises:
+            DatasetError: the pixels have no one meaning in 8 bits, as those of 32 bits or floating point.
+        """
+        if self._mode in _GREY_16_BITS or (self._mode == "I" and self._format == "PNG"):
+            grey = (self._read(box, None).astype(np.int32) >> 8).astype(np.uint8)
+            return np.stack([grey] * 3, axis=2)
         self._check_mode(_COLOUR_MODES)
         return self._read(box, "RGB")
 
-    def read_label(self, box: Box | None = None, encoding: str = "ids") -> np.ndarray:
-        """Decode the part of the label image in the box, or all of it: uint8 [height, width], values of the encoding.
+    def read_label(self, box: Box | None = None) -> np.ndarray:
+        """Decode the part of the label image in the box, or all of it: whole numbers [height, width], or colours.
 
-        In images of more than 8 bits, -1 and 65535 (-1 in 16 bits) become 255.
+        Colours are uint8 [height, width, 3], RGB.
 
         Raises:
-            DatasetError: the image is not of one channel in a lossless format, or a value is not of the encoding.
+            DatasetError: the image may not hold the values that were written.
         """
         if self._format not in _LABEL_FORMATS:
             raise DatasetError(
@@ -104,15 +111,9 @@ class ImageFile:
             )
         self._check_mode(_LABEL_MODES)
         label = self._read(box, None)
-        values, table = label, KNOWN_VALUES[encoding]
-        if label.dtype == np.uint8:
-            known = table[values]
-        else:
-            values = np.where(np.isin(label, _WIDE_VOID), 255, label)
-            known = np.isin(values, np.flatnonzero(table))
-        if not known.all():
-            raise DatasetError(f"{self.path}: expected {ENCODINGS[encoding]}, found {label[~known][0]}")
-        return values.astype(np.uint8)
+        if self._mode == "RGBA" and (label[..., 3] != 255).any():
+            raise DatasetError(f"{self.path}: expected label values or colours, found transparent pixels")
+        return label[..., :3] if label.ndim == 3 else label
 
 
 def _format(header: PillowFile) -> str:

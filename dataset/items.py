@@ -1,28 +1,20 @@
-"""Finding images and their labels, in a folder with the Cityscapes layout or from a list file."""
+"""Images and their label images, and list files that name them."""
 
 import re
 import shlex
+from collections import Counter
 from dataclasses import dataclass
+from os.path import commonpath
 from pathlib import Path
 
-SPLITS = {"train": ("train",), "val": ("val",), "test": ("test",), "trainval": ("train", "val")}
-_IMAGE_SUFFIX = "_leftImg8bit.png"
-_OTHER_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # in any case; .PNG is not .png
-_LABEL_SUFFIXES = {"ids": "_gtFine_labelIds.png", "trainids": "_gtFine_labelTrainIds.png"}
-# Label files to look for, by the given encoding, in order of preference. Files with the usual name, _labelIds, may hold
-# training ids.
-_PREFERRED: dict[str | None, tuple[str, ...]] = {
-    None: ("ids", "trainids"),
-    "ids": ("ids",),
-    "trainids": ("trainids", "ids"),
-}
-_LAYOUT = """expected the Cityscapes layout:
-    <data-dir>/leftImg8bit/<split>/<city>/<city>_<sequence>_<frame>_leftImg8bit.png
-    <data-dir>/gtFine/<split>/<city>/<city>_<sequence>_<frame>_gtFine_labelIds.png"""
 _LIST_LINE = (
     "expected the path of an image, or those of an image and its label with a tab or spaces between them "
     "(quote paths that hold spaces, or separate them by a tab)"
 )
+
+
+# The end of the names of Cityscapes' images
+_CITYSCAPES = "_leftImg8bit"
 
 
 class DatasetError(ValueError):
@@ -31,7 +23,7 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Item:
-    """An image and its label image; test images have none.
+    """An image and its label image; test images may have none.
 
     Attributes:
         given_encoding: encoding of the label image, "ids" or "trainids"; None: see its file name.
@@ -43,13 +35,13 @@ class Item:
 
     @property
     def name(self) -> str:
-        """The image's file name without extension; predictions have this name."""
+        """The image's file name without extension."""
         return self.image.stem
 
     @property
     def frame(self) -> str:
-        """<city>_<sequence>_<frame>, the image's name on the benchmark server."""
-        return self.name.removesuffix("_leftImg8bit")
+        """<city>_<sequence>_<frame> of Cityscapes' images; the name of others."""
+        return self.name.removesuffix(_CITYSCAPES)
 
     @property
     def encoding(self) -> str:
@@ -58,60 +50,26 @@ class Item:
         return self.given_encoding or named
 
 
-def scan(root: str | Path, split: str, encoding: str | None = None) -> list[Item]:
-    """All images of a split (train, val, test or trainval), sorted; those of test without labels.
-
-    Hidden files and folders are ignored.
-
-    Args:
-        encoding: encoding of the label images, "ids" or "trainids". If None, _labelIds files are used where they exist,
-            otherwise _labelTrainIds files.
+def output_names(items: list[Item]) -> dict[Item, str]:
+    """The name of each image's results: the image's without extension, with folders if two images have the same.
 
     Raises:
-        ValueError: there is no such split.
-        DatasetError: the folder does not exist or has no images, or an image has another format or no label.
+        DatasetError: two images have the same path but for the extension, or an image occurs twice.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    root = Path(root)
-    items: list[Item] = []
-    for part in SPLITS[split]:
-        _check_suffixes(root / "leftImg8bit" / part)
-        images = sorted((root / "leftImg8bit" / part).glob(f"[!.]*/[!.]*{_IMAGE_SUFFIX}"))
-        if not images:
-            raise DatasetError(f"{root}: no images of the split {part!r}; {_LAYOUT}\nfound: {_found(root, part)}")
-        for image in images:
-            label = None if part == "test" else _label_of(image, root / "gtFine" / part, encoding)
-            items.append(Item(image, label, encoding))
-    _check_files(items, f"{root}, split {split!r}")
-    return items
+    names = {item: item.name for item in items}
+    if len(set(names.values())) < len(items):
+        root = commonpath([item.image.parent.absolute() for item in items])
+        names = {item: str(item.image.absolute().relative_to(root).with_suffix("")) for item in items}
+    (name, count), *_ = Counter(names[item] for item in items).most_common(1)
+    if count > 1:
+        (first, *_) = (item.image for item in items if names[item] == name)
+        raise DatasetError(f"{first}: expected every image once, found {count} named {name}")
+    return names
 
 
-def _check_suffixes(folder: Path) -> None:
-    """Raise a DatasetError if images would be missed because their names end in another suffix."""
-    names = folder.glob(f"[!.]*/[!.]*{Path(_IMAGE_SUFFIX).stem}.*")
-    others = sorted(path for path in names if path.suffix.lower() in _OTHER_IMAGES and path.suffix != ".png")
-    if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        raise DatasetError(f"{folder}: expected every image as *{_IMAGE_SUFFIX}, found {others[0]}{more}")
-
-
-def _label_of(image: Path, folder: Path, encoding: str | None) -> Path:
-    """The image's label file: the first possible name that exists, or else the first possible name."""
-    suffixes = [_LABEL_SUFFIXES[kind] for kind in _PREFERRED[encoding]]
-    stem = image.name.removesuffix(_IMAGE_SUFFIX)
-    paths = [folder / image.parent.name / (stem + suffix) for suffix in suffixes]
-    return next((path for path in paths if path.is_file()), paths[0])
-
-
-def _found(root: Path, part: str) -> str:
-    """A description of the innermost expected folder that exists, for error messages."""
-    for folder in (root / "leftImg8bit" / part, root / "leftImg8bit", root):
-        if folder.is_dir():
-            names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.glob("[!.]*"))
-            more = ", ..." if len(names) > 8 else ""
-            return f"{folder} holds {', '.join(names[:8]) + more if names else 'nothing'}"
-    return f"{root} is a file, not a folder" if root.exists() else f"{root} does not exist"
+def submission_name(name: str) -> str:
+    """The file name of submitted label values, by the name of the image's results: Cityscapes' server has its own."""
+    return f"{name.removesuffix(_CITYSCAPES)}_pred_labelIds.png" if name.endswith(_CITYSCAPES) else f"{name}.png"
 
 
 def read_list(
@@ -149,7 +107,7 @@ def read_list(
             f"{list_path}: expected an image and its label in every line, found no label in {len(unlabelled)} of "
             f"{len(items)} lines, the first of them line {unlabelled[0]}: {lines[unlabelled[0] - 1]!r}"
         )
-    _check_files(items, str(list_path))
+    check_files(items, str(list_path))
     return items
 
 
@@ -165,7 +123,7 @@ def _paths(line: str, where: str) -> list[str]:
     return paths
 
 
-def _check_files(items: list[Item], source: str) -> None:
+def check_files(items: list[Item], source: str) -> None:
     """Raise a DatasetError if a file does not exist."""
     for what, paths in (
         ("image", [item.image for item in items if not item.image.is_file()]),

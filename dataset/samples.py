@@ -6,18 +6,18 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .images import ImageFile
+from .classes import CITYSCAPES, ClassTable
+from .images import Box, ImageFile
 from .items import DatasetError, Item
-from .labels import ENCODINGS, IGNORE_LABEL, train_id_table
 from .sampler import AUGMENTATION_STREAM
 from .transforms import draw_crop, normalise, pad_label, resize_image, resize_label, source_box
 
 
-def _open_label(item: Item, image: ImageFile) -> ImageFile:
+def _open_label(item: Item, image: ImageFile | None) -> ImageFile:
     if item.label is None:
         raise DatasetError(f"{item.image}: expected a label image beside it, it has none")
     label = ImageFile(item.label)
-    if label.size != image.size:
+    if image is not None and label.size != image.size:
         turned = [file.path.name for file in (image, label) if file.is_turned]
         raise DatasetError(
             f"{item.label}: expected the size of its image {item.image.name}, {image.size[0]}x{image.size[1]}, "
@@ -27,8 +27,56 @@ def _open_label(item: Item, image: ImageFile) -> ImageFile:
     return label
 
 
-def _train_id_tables(ignore_label: int) -> dict[str, np.ndarray]:
-    return {encoding: train_id_table(encoding, ignore_label) for encoding in ENCODINGS}
+def read_label(
+    item: Item, classes: ClassTable | None, image: ImageFile | None = None, box: Box | None = None
+) -> np.ndarray:
+    """The values [height, width] or colours [height, width, 3] of the item's label image, or of the part in the box.
+
+    Args:
+        classes: has label colours if those of an image with three channels are meant, and not one value in all of them;
+            None if that is not known.
+        image: the item's image, whose size the label must have.
+
+    Raises:
+        DatasetError: there is no label, it has another size, or colours that nobody expects.
+    """
+    label = _open_label(item, image)
+    values = label.read_label(box)
+    if values.ndim == 2 or (classes is not None and classes.has_label_colours):
+        return values
+    coloured = (values != values[..., :1]).any(-1)
+    if classes is None and coloured.any():
+        return values
+    if coloured.any():
+        raise DatasetError(
+            f"{label.path}: expected label values, in one channel or the same in three, found the colour "
+            f"{tuple(values[coloured][0].tolist())}; colours are read where the class table has label_colours"
+        )
+    return values[..., 0]
+
+
+def read_train_ids(
+    item: Item,
+    classes: ClassTable,
+    ignore_label: int | None = None,
+    image: ImageFile | None = None,
+    box: Box | None = None,
+) -> np.ndarray:
+    """The training ids [height, width] of the item's label image, or of the part of it in the box.
+
+    Args:
+        ignore_label: for void; by default the class table's.
+        image: the item's image, whose size the label must have.
+
+    Raises:
+        DatasetError: as `read_label`, or a value is not in the class table.
+    """
+    try:
+        return classes.train_ids(read_label(item, classes, image, box), item.encoding, ignore_label)
+    except DatasetError:
+        raise
+    except ValueError as error:
+        raise DatasetError(f"{item.label}: {error}") from None
 
 
 class TrainingSet(Dataset):
@@ -39,7 +87,8 @@ class TrainingSet(Dataset):
     Args:
         items: images with labels.
         crop_size: (height, width) of the samples.
-        ignore_label: training label of void and padded pixels, 0..255.
+        classes: what the label images mean.
+        ignore_label: training label of void and padded pixels; by default the class table's.
         random_scale: scale by one of 0.7, 0.8, ... 2.1, drawn uniformly.
         random_mirror: mirror with probability 1/2.
         seed: seed of the augmentation.
@@ -49,18 +98,19 @@ class TrainingSet(Dataset):
         self,
         items: list[Item],
         crop_size: tuple[int, int],
-        ignore_label: int = IGNORE_LABEL,
+        classes: ClassTable = CITYSCAPES,
+        ignore_label: int | None = None,
         random_scale: bool = True,
         random_mirror: bool = True,
         seed: int = 0,
     ):
         self.items = items
         self.crop_size = crop_size
-        self.ignore_label = ignore_label
+        self.classes = classes
+        self.ignore_label = classes.ignore_label if ignore_label is None else ignore_label
         self.random_scale = random_scale
         self.random_mirror = random_mirror
         self.seed = seed
-        self._train_ids = _train_id_tables(ignore_label)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -70,20 +120,21 @@ class TrainingSet(Dataset):
         return self.items[key[1]]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """{"image": float32 [3, h, w], "label": uint8 [h, w] training ids, "name": str}."""
+        """{"image": float32 [3, h, w], "label": [h, w] training ids, "name": str}.
+
+        The label is uint8, or int32 if there are more than 255 classes.
+        """
         epoch, index = key
         item = self.item(key)
         generator = np.random.default_rng([self.seed, AUGMENTATION_STREAM, epoch, index])
         image = ImageFile(item.image)
-        label = _open_label(item, image)
         crop = draw_crop(generator, image.size, self.crop_size, self.random_scale, self.random_mirror)
         box = source_box(crop)
         pixels = resize_image(image.read_colour(box), crop)
-        values = resize_label(label.read_label(box, item.encoding), crop)
-        train_ids = self._train_ids[item.encoding][values]
+        train_ids = resize_label(read_train_ids(item, self.classes, self.ignore_label, image, box), crop)
         return {
             "image": torch.from_numpy(normalise(pixels, self.crop_size, crop.mirror)),
-            "label": torch.from_numpy(pad_label(train_ids, self.crop_size, self.ignore_label, crop.mirror)),
+            "label": _tensor(pad_label(train_ids, self.crop_size, self.ignore_label, crop.mirror)),
             "name": item.name,
         }
 
@@ -93,12 +144,14 @@ class EvaluationSet(Dataset):
 
     Args:
         items: images, with or without labels.
-        ignore_label: label of void pixels.
+        classes: what the label images mean.
+        ignore_label: label of void pixels; by default the class table's.
     """
 
-    def __init__(self, items: list[Item], ignore_label: int = IGNORE_LABEL):
+    def __init__(self, items: list[Item], classes: ClassTable = CITYSCAPES, ignore_label: int | None = None):
         self.items = items
-        self._train_ids = _train_id_tables(ignore_label)
+        self.classes = classes
+        self.ignore_label = ignore_label
 
     def __len__(self) -> int:
         return len(self.items)
@@ -108,11 +161,15 @@ class EvaluationSet(Dataset):
         return self.items[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": float32 [3, H, W], "label": uint8 [H, W] or None, "item": Item}."""
+        """{"image": float32 [3, H, W], "label": [H, W] training ids or None, "item": Item}."""
         item = self.item(index)
         image = ImageFile(item.image)
         label = None
         if item.label is not None:
-            values = _open_label(item, image).read_label(encoding=item.encoding)
-            label = torch.from_numpy(self._train_ids[item.encoding][values])
+            label = _tensor(read_train_ids(item, self.classes, self.ignore_label, image))
         return {"image": torch.from_numpy(normalise(image.read_colour())), "label": label, "item": item}
+
+
+def _tensor(train_ids: np.ndarray) -> torch.Tensor:
+    """uint8, or int32 since PyTorch computes little in uint16."""
+    return torch.from_numpy(train_ids if train_ids.dtype == np.uint8 else train_ids.astype(np.int32))

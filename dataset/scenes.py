@@ -18,9 +18,11 @@ from PIL import Image
 
 from utils.arguments import ArgumentParser, number
 
+from .classes import CITYSCAPES
 from .images import Box
-from .labels import LABEL_IDS, LABELS
 
+# Label ids by class; the car that takes the pictures is void.
+LABEL_IDS = {entry.name: entry.values[0] for entry in CITYSCAPES.classes} | {"ego vehicle": 1}
 # For each class of the ambiguous vehicle the cue that tells it: the cue's class and colour, RGB.
 CUES = {"bus": ("traffic sign", (30, 60, 220)), "truck": ("traffic light", (240, 130, 20))}
 # Height and width of the cue. At first attention is spread evenly over a pixel's row and column, and the cue is no more
@@ -169,8 +171,8 @@ def write_data_set(root: Path, counts: dict[str, int], height: int, width: int, 
         raise FileExistsError(f"{root}: expected an empty folder or generated scenes, found other things")
     _write_json(marker, {**description, "complete": False})
     palette = np.zeros((256, 3), dtype=np.uint8)
-    for label in LABELS[:-1]:
-        palette[label.id] = label.colour
+    for entry in CITYSCAPES.classes:
+        palette[entry.values[0]] = entry.colour
     for split_number, (split, count) in enumerate(counts.items()):
         for index in range(count):
             scene = make_scene(height, width, np.random.default_rng([seed, split_number, index]))

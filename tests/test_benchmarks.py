@@ -11,7 +11,7 @@ from targets import ALL_CAPABILITIES, best_capability, capability, running_on
 
 from benchmarks import context, criss_cross, fused_axes, inplace_abn, loading, measuring, peak, train_step
 from cc_attention import reference
-from dataset.labels import IGNORE_LABEL
+from dataset import IGNORE_LABEL
 from dataset.scenes import make_scene
 from libs import InPlaceABN
 

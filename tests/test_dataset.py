@@ -23,6 +23,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 import evaluate
 import train
 from dataset import (
+    CITYSCAPES,
     DatasetError,
     EpochSampler,
     EvaluationSet,
@@ -35,7 +36,7 @@ from dataset import (
 )
 from dataset.images import Box, ImageFile
 from dataset.items import Item
-from dataset.labels import LABELS, PALETTE, TRAIN_ID_TO_ID, train_id_table
+from dataset.samples import read_train_ids
 from dataset.transforms import (
     IMAGE_MEAN,
     SCALE_TENTHS,
@@ -55,18 +56,21 @@ from utils.distributed import World
 def test_label_table_is_that_of_cityscapesscripts():
     from cityscapesscripts.helpers.labels import labels as official
 
-    ours = {(label.name, label.id, label.train_id, label.colour) for label in LABELS}
-    void = {-1, 255}
-    assert ours == {(o.name, o.id, None if o.trainId in void else o.trainId, o.color) for o in official}
-    table, of_train_ids = train_id_table("ids", 200), train_id_table("trainids", 200)
+    learnt = {label.trainId: label for label in official if label.trainId not in (-1, 255)}
+    assert CITYSCAPES.names == [learnt[k].name for k in range(19)]
+    assert CITYSCAPES.palette[:19].tolist() == [list(learnt[k].color) for k in range(19)]
+    assert CITYSCAPES.label_values[:19].tolist() == [learnt[k].id for k in range(19)]
     for label in official:
-        expected = 200 if label.trainId in void else label.trainId
-        assert table[label.id % 256] == expected
-        assert of_train_ids[label.trainId % 256] == expected
-        if expected != 200:
-            assert TRAIN_ID_TO_ID[label.trainId] == label.id
-            assert tuple(PALETTE[label.trainId]) == label.color
+        expected = label.trainId if label.trainId in learnt else 200
+        for value, encoding in ((label.id, "ids"), (label.trainId, "trainids")):
+            in_8_bits = np.array([[value % 256]], np.uint8)
+            assert CITYSCAPES.train_ids(in_8_bits, encoding, ignore_label=200) == expected
+            assert CITYSCAPES.train_ids(np.array([[value]]), encoding, ignore_label=200) == expected
+    assert CITYSCAPES.known().sum() == 34 + 2  # -1 is 255 and 65535
 
+
+TRAIN_IDS = np.full(256, 255, np.uint8)
+TRAIN_IDS[CITYSCAPES.label_values[:19]] = range(19)
 
 # ---- files
 
@@ -110,10 +114,10 @@ def test_list_files_of_the_original(scenes, tmp_path):
 
 
 def test_no_data_says_what_is_expected_and_found(scenes, tmp_path):
-    with pytest.raises(DatasetError, match=r"<data-dir>/leftImg8bit/<split>/<city>/(.|\n)*nowhere does not exist"):
+    with pytest.raises(DatasetError, match=r"Cityscapes: leftImg8bit/<split>/<city>/(.|\n)*nowhere does not exist"):
         scan(tmp_path / "nowhere", "train")
-    (tmp_path / "images").mkdir()
-    with pytest.raises(DatasetError, match=rf"found: {tmp_path} holds images/"):
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(DatasetError, match=rf"found: {tmp_path} holds pictures/"):
         scan(tmp_path, "train")
     (tmp_path / "leftImg8bit" / "val").mkdir(parents=True)
     with pytest.raises(DatasetError, match=r"no images of the split 'train'(.|\n)*leftImg8bit holds val/"):
@@ -199,7 +203,7 @@ def test_other_formats_are_read_in_parts_too(tmp_path, format):
 
 def test_palette_label_images_are_read_as_indices(tmp_path):
     label = Image.fromarray(np.full((4, 4), 26, np.uint8))
-    label.putpalette(PALETTE.tobytes())
+    label.putpalette(CITYSCAPES.palette.tobytes())
     label.save(tmp_path / "label.png")
     assert (ImageFile(tmp_path / "label.png").read_label() == 26).all()
 
@@ -220,13 +224,15 @@ def test_bad_files_are_named(tmp_path, make):
         return dataset[0 if isinstance(dataset, EvaluationSet) else (0, 0)]
 
     item = one_item(tmp_path, IMAGE, np.full((12, 16), 34, np.uint8))
-    with pytest.raises(DatasetError, match=r"label.png: expected label ids 0..33 and -1 \(255\), found 34"):
+    with pytest.raises(
+        DatasetError, match=r"label.png: expected label ids 0..33 and -1 \(255\) of cityscapes, found 34"
+    ):
         sample(item)
     item = one_item(tmp_path, IMAGE, np.zeros((12, 15), np.uint8))
     with pytest.raises(DatasetError, match=r"label.png: expected the size of its image image.png, 12x16, found 12x15"):
         sample(item)
-    item = one_item(tmp_path, IMAGE, IMAGE)
-    with pytest.raises(DatasetError, match=r"label.png: expected an image of mode L .* found mode RGB"):
+    item = one_item(tmp_path, IMAGE, np.stack([np.full((12, 16), channel, np.uint8) for channel in (7, 8, 7)], 2))
+    with pytest.raises(DatasetError, match=r"label.png: .* or the same in three, found the colour \(7, 8, 7\)"):
         sample(item)
     item = one_item(tmp_path, IMAGE, np.full((12, 16), 255, np.uint8))
     sample(item)  # license plate's -1
@@ -290,7 +296,7 @@ def test_labels_are_turned_too_and_a_size_error_says_so(tmp_path):
     item = one_item(tmp_path, IMAGE, np.zeros((12, 16), np.uint8))
     label = np.random.default_rng(0).integers(0, 34, (16, 12), dtype=np.uint8)
     save_turned(item.label, label, 6)
-    assert np.array_equal(EvaluationSet([item])[0]["label"], train_id_table()[TURNS[6](label)])
+    assert np.array_equal(EvaluationSet([item])[0]["label"], TRAIN_IDS[TURNS[6](label)])
     save_turned(item.image, IMAGE, 8)
     Image.fromarray(np.zeros((12, 16), np.uint8)).save(item.label)
     message = "image.png, 16x12, found 12x16, after turning image.png as the EXIF orientation says"
@@ -338,12 +344,12 @@ def test_void_in_labels_of_more_than_8_bits(tmp_path, dtype, suffix):
     path = tmp_path / f"label.{suffix}"
     values = [7, 255, 65535, -1 if dtype == np.int32 else 0]
     Image.fromarray(np.array([values], dtype)).save(path)
-    expected = [7, 255, 255, 255 if dtype == np.int32 else 0]
-    assert ImageFile(path).read_label().tolist() == [expected]
+    item = Item(path, path)
+    assert read_train_ids(item, CITYSCAPES).tolist() == [[0, 255, 255, 255]]
     for wrong in (34, 256 + 7, 65534):
         Image.fromarray(np.array([[7, wrong]], dtype)).save(path)
-        with pytest.raises(DatasetError, match=rf"expected label ids 0..33 and -1 \(255\), found {wrong}$"):
-            ImageFile(path).read_label()
+        with pytest.raises(DatasetError, match=rf"expected label ids 0..33 and -1 \(255\) of city\w+, found {wrong}$"):
+            read_train_ids(item, CITYSCAPES)
 
 
 def test_animations_are_refused(tmp_path):
@@ -374,19 +380,19 @@ def same_labels(items, others):
 
 
 def test_training_ids_are_read_by_their_name(scenes, tmp_path):
-    copy_as(scenes, tmp_path, "labelTrainIds", train_id_table())
+    copy_as(scenes, tmp_path, "labelTrainIds", TRAIN_IDS)
     expected, items = scan(scenes, "val"), scan(tmp_path, "val")
     assert [item.encoding for item in items] == ["trainids"] * 3
     assert same_labels(items, expected)
     crops = TrainingSet(items, (30, 40), seed=1), TrainingSet(expected, (30, 40), seed=1)
     assert torch.equal(crops[0][(0, 2)]["label"], crops[1][(0, 2)]["label"])
-    check_labels(items)
+    check_labels(items, CITYSCAPES)
     # A list may mix both.
     (tmp_path / "x.lst").write_text(f"{items[0].image} {items[0].label}\n{items[1].image} {expected[1].label}\n")
     mixed = read_list(tmp_path, tmp_path / "x.lst")
     assert [item.encoding for item in mixed] == ["trainids", "ids"]
     assert same_labels(mixed, expected[:2])
-    check_labels(mixed)
+    check_labels(mixed, CITYSCAPES)
     # The encoding chooses the file: ids where there are both, unless told otherwise.
     shutil.copytree(scenes / "gtFine", tmp_path / "gtFine", dirs_exist_ok=True)
     for encoding, found in ((None, "ids"), ("ids", "ids"), ("trainids", "trainids")):
@@ -396,17 +402,17 @@ def test_training_ids_are_read_by_their_name(scenes, tmp_path):
 
 
 def test_training_ids_without_their_name_are_refused_unless_told(scenes, tmp_path):
-    copy_as(scenes, tmp_path, "labelIds", train_id_table())
+    copy_as(scenes, tmp_path, "labelIds", TRAIN_IDS)
     with pytest.raises(
         DatasetError, match=r"labelIds.png: .* first 3 label images only the values 0, .*, 255; .*rainids"
     ):
-        check_labels(scan(tmp_path, "val"))
+        check_labels(scan(tmp_path, "val"), CITYSCAPES)
     told = scan(tmp_path, "val", "trainids")
-    check_labels(told)
+    check_labels(told, CITYSCAPES)
     assert same_labels(told, scan(scenes, "val"))
-    check_labels(scan(tmp_path, "val", "ids"))
+    check_labels(scan(tmp_path, "val", "ids"), CITYSCAPES)
     with pytest.raises(DatasetError, match=r"expected training ids 0..18 and 255 \(void\), found \d\d$"):
-        check_labels(scan(scenes, "val", "trainids"))
+        check_labels(scan(scenes, "val", "trainids"), CITYSCAPES)
 
 
 @pytest.mark.parametrize("values", [[0, 1, 2, 3, 4], [0, 255]])
@@ -414,27 +420,27 @@ def test_labels_without_a_valid_pixel_are_refused(scenes, tmp_path, values):
     copy_as(scenes, tmp_path, "labelIds", np.resize(values, 256).astype(np.uint8))
     listed = ", ".join(map(str, values))
     with pytest.raises(DatasetError, match=rf"only the values {listed}; if they are training ids"):
-        check_labels(scan(tmp_path, "train"))
-    with pytest.raises(DatasetError, match=rf"no pixel of a trained class .*, 6 in all: .* the values {listed}$"):
-        check_labels(scan(tmp_path, "train", "ids"))
+        check_labels(scan(tmp_path, "train"), CITYSCAPES)
+    with pytest.raises(DatasetError, match=rf"no pixel of a class .*, 6 in all: .* the values {listed}$"):
+        check_labels(scan(tmp_path, "train", "ids"), CITYSCAPES)
     # One image with a valid pixel is enough.
     items = scan(tmp_path, "train", "ids")
     shutil.copy(scan(scenes, "train")[5].label, items[5].label)
-    check_labels(items)
+    check_labels(items, CITYSCAPES)
 
 
 def test_images_without_labels_need_no_check(scenes):
-    check_labels(scan(scenes, "test"))
+    check_labels(scan(scenes, "test"), CITYSCAPES)
 
 
 def test_scripts_refuse_meaningless_labels_before_anything_else(scenes, tmp_path):
     copy_as(scenes, tmp_path, "labelIds", np.zeros(256, np.uint8))
     command = ["--data-dir", str(tmp_path), "--label-encoding", "ids"]
     world = World(torch.device("cpu"))
-    with pytest.raises(DatasetError, match="no pixel of a trained class"):
+    with pytest.raises(DatasetError, match="no pixel of a class"):
         train.train(train.parse_flags(command), world)
     arguments = evaluate.get_parser().parse_args([*command, "--restore-from", "none.pth"])
-    with pytest.raises(DatasetError, match="no pixel of a trained class"):
+    with pytest.raises(DatasetError, match="no pixel of a class"):
         evaluate.evaluate(arguments, world)
 
 

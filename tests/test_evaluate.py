@@ -14,8 +14,8 @@ from PIL import Image
 
 import evaluate
 import train
-from dataset import CLASS_NAMES, scan
-from dataset.labels import LABEL_IDS, TRAIN_ID_TO_ID
+from dataset import CITYSCAPES, scan
+from dataset.scenes import LABEL_IDS
 from evaluate import read_others
 from networks import NetworkConfig, build_model
 from utils.checkpoint import CheckpointError
@@ -64,14 +64,14 @@ def assert_agrees(monkeypatch, output, items):
     result = json.loads((output / "result.json").read_text())
     expected = official_iou(monkeypatch, output / "submit", items)
     present = 0
-    for name in CLASS_NAMES:
+    for name in CITYSCAPES.names:
         ours = result["classes"][name]
         if math.isnan(expected[name]):
             assert ours is None, name
         else:
             assert ours == pytest.approx(expected[name], abs=1e-9), name
             present += 1
-    assert result["meanIU"] == pytest.approx(np.nanmean([expected[name] for name in CLASS_NAMES]), abs=1e-9)
+    assert result["meanIU"] == pytest.approx(np.nanmean([expected[name] for name in CITYSCAPES.names]), abs=1e-9)
     return result, present
 
 
@@ -97,7 +97,7 @@ def test_agrees_when_the_prediction_is_partly_right(scenes, checkpoint, tmp_path
     noise = np.random.default_rng(0)
     truths = {item.name: np.asarray(Image.open(item.label)) for item in scan(scenes, "val")}
     to_train_id = np.zeros(256, np.int64)
-    to_train_id[TRAIN_ID_TO_ID[:19]] = np.arange(19)
+    to_train_id[CITYSCAPES.label_values[:19]] = np.arange(19)
 
     def predict(images):
         names = list(truths)[len(predict.done) : len(predict.done) + len(images)]
@@ -122,8 +122,8 @@ def test_what_it_writes(scenes, checkpoint, tmp_path, capsys):
         assert coloured.mode == "P"
         train_ids = np.asarray(coloured)
         submitted = np.asarray(Image.open(tmp_path / "submit" / f"{item.frame}_pred_labelIds.png"))
-        assert np.array_equal(submitted, TRAIN_ID_TO_ID[train_ids])
-        assert set(np.unique(submitted)) <= {LABEL_IDS[name] for name in CLASS_NAMES}
+        assert np.array_equal(submitted, CITYSCAPES.label_values[train_ids])
+        assert set(np.unique(submitted)) <= {LABEL_IDS[name] for name in CITYSCAPES.names}
         assert train_ids.shape == (48, 64)
     assert len(list((tmp_path / "submit").iterdir())) == len(items)
     output = capsys.readouterr().out
@@ -232,7 +232,7 @@ def leaky(tmp_path):
     """A snapshot of a network with leaky_relu and R=1, and its network.json."""
     config = NetworkConfig("resnet18", "leaky_relu", 1)
     folder = tmp_path / "leaky"
-    save_network(config, folder)
+    save_network(config, CITYSCAPES, folder)
     torch.save(build_model(config).state_dict(), folder / "CS_scenes_1.pth")
     return folder / "CS_scenes_1.pth"
 
@@ -257,12 +257,10 @@ def test_the_network_is_the_one_of_network_json(scenes, leaky, monkeypatch, caps
     assert "but R, with which it was trained, was 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "flags", [["--backbone", "resnet34"], ["--backbone-activation", "identity"], ["--num-classes", 20]]
-)
+@pytest.mark.parametrize("flags", [["--backbone", "resnet34"], ["--backbone-activation", "identity"]])
 def test_a_flag_that_contradicts_network_json_is_refused(scenes, leaky, capsys, flags):
     assert plain_evaluation(scenes, leaky, *flags) == 2
-    value = {"--backbone": "resnet18", "--backbone-activation": "leaky_relu", "--num-classes": 19}[flags[0]]
+    value = {"--backbone": "resnet18", "--backbone-activation": "leaky_relu"}[flags[0]]
     expected = f"error: {flags[0]} {flags[1]}: {leaky.parent / 'network.json'} says {value}, with which the weights"
     assert expected in capsys.readouterr().err
 
@@ -333,7 +331,7 @@ def test_what_is_no_other_evaluation_is_refused(tmp_path, content, message):
     if content:
         path.write_text(content)
     with pytest.raises(CommandError, match=rf"--compare-with {path}: .*{message}"):
-        read_others([path], 19)
+        read_others([path], CITYSCAPES.names)
 
 
 # ---- where results go
@@ -370,7 +368,8 @@ def test_a_folder_of_something_else_is_not_written_to(scenes, checkpoint, tmp_pa
         (["--attention", "48,0"], "--attention 48,0: expected a pixel of"),
         (["--attention", "1,1", "--attention-image", "nobody"], "--attention-image nobody: expected an image"),
         (["--attention", "1,1", "--recurrence", "0"], "--attention: expected --recurrence 1 or more"),
-        (["--num-classes", "20"], "head.bottleneck.3.bias: the file has [19], the network [20]"),
+        (["--num-classes", "20"], "--num-classes 20: the class table cityscapes has 19 classes"),
+        (["--classes", "camvid"], "_labelIds.png: expected label ids 0..11 of camvid, found 2"),
         (["--backbone", "resnet34"], "missing:"),
         (["--data-list", "nowhere.lst"], "nowhere.lst: expected a list file"),
         (["--restore-from", "nowhere.pth"], "nowhere.pth: expected a checkpoint, there is no such file"),
@@ -385,7 +384,7 @@ def test_repeated_names_are_refused(scenes, checkpoint, tmp_path, capsys):
     line = str(scan(scenes, "val")[0].image.relative_to(scenes))
     (tmp_path / "x.lst").write_text(f"{line}\n{line}\n")
     assert evaluation(scenes, checkpoint, tmp_path, "--data-list", tmp_path / "x.lst") == 2
-    assert "x.lst: expected every image once, found 2 named hafen_000000" in capsys.readouterr().err
+    assert "_leftImg8bit.png: expected every image once, found 2 named hafen_000000" in capsys.readouterr().err
 
 
 def test_what_is_in_the_way_of_the_output_is_named(scenes, checkpoint, tmp_path, capsys):
@@ -402,7 +401,10 @@ def test_labels_that_are_all_void_are_refused_and_one_beside_others_counts_nothi
     flags = ["--data-list", tmp_path / "x.lst", "--label-encoding", "ids"]
     (tmp_path / "x.lst").write_text(f"{first.image} {tmp_path / 'void.png'}\n")
     assert evaluation("/", checkpoint, tmp_path / "alone", *flags) == 2
-    assert "void.png: expected label ids 0..33 and -1 (255), found no pixel of a trained" in capsys.readouterr().err
+    assert (
+        "void.png: expected label ids 0..33 and -1 (255) of cityscapes, found no pixel of a class"
+        in capsys.readouterr().err
+    )
     results = []
     for line in (f"{first.image} {tmp_path / 'void.png'}\n", ""):
         (tmp_path / "x.lst").write_text(f"{line}{second.image} {second.label}\n")

@@ -132,4 +132,4 @@ def test_half_an_environment_is_made_anew(checkout):
 def test_a_path_that_is_not_there(checkout):
     done = run_local(checkout, "nowhere")
     assert done.returncode == 2
-    assert "nowhere: expected a folder with leftImg8bit/ and gtFine/" in done.stderr
+    assert "nowhere: expected the folder of a data set" in done.stderr

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dataset import EvaluationSet, scan
-from dataset.labels import LABEL_IDS
-from dataset.scenes import CUES, make_scene, write_data_set
+from dataset.scenes import CUES, LABEL_IDS, make_scene, write_data_set
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (96, 96), (48, 192)])

@@ -20,7 +20,7 @@ from tensorboardX.proto import event_pb2
 
 import evaluate
 import train
-from dataset import scan
+from dataset import CITYSCAPES, scan
 from libs import ABN
 from networks import BatchDropout2d, NetworkConfig, build_model
 from utils.commandline import CommandError, find_items, with_network
@@ -78,7 +78,7 @@ def test_schedule():
 
 
 def test_defaults_are_the_originals():
-    args = with_network(train.get_parser().parse_args([]), None)
+    args = with_network(train.get_parser().parse_args(["--classes", "cityscapes"]), None)
     expected = {
         "batch_size": 8, "ignore_label": 255, "input_size": (769, 769), "learning_rate": 1e-2, "momentum": 0.9,
         "not_restore_last": False, "num_classes": 19, "start_iters": 0, "num_steps": 40000, "power": 0.9,
@@ -219,14 +219,14 @@ def test_a_run_from_before_a_flag_existed_has_its_default(scenes, tmp_path, caps
 def test_network_json_is_beside_the_snapshots_and_goes_with_the_run(scenes, tmp_path, capsys):
     run = [scenes, tmp_path, "--num-steps", 0, "--input-size", "16,16"]
     assert run_training(*run, "--backbone-activation", "leaky_relu", "--recurrence", 1) == 0
-    assert read_network(tmp_path) == NetworkConfig("resnet18", "leaky_relu", 1)
+    assert read_network(tmp_path) == (NetworkConfig("resnet18", "leaky_relu", 1), CITYSCAPES)
     assert run_training(*run, "--resume") == 0  # what is not given is as it says
     message = failing(*run[:2], capsys, *run[2:], "--resume", "--backbone-activation", "identity")
     assert f"error: --backbone-activation identity: {network_path(tmp_path)} says leaky_relu" in message
     assert "--recurrence: was 1, is 2" in failing(*run[:2], capsys, *run[2:], "--resume", "--recurrence", 2)
     begin = ["--restore-from", tmp_path / "CS_scenes_0.pth"]
     assert run_training(scenes, tmp_path / "next", *run[2:], *begin, "--recurrence", 2) == 0
-    assert read_network(tmp_path / "next") == NetworkConfig("resnet18", "leaky_relu", 2)
+    assert read_network(tmp_path / "next") == (NetworkConfig("resnet18", "leaky_relu", 2), CITYSCAPES)
     network_path(tmp_path).write_text("{}")
     assert f"{network_path(tmp_path)}: expected the keys" in failing(*run[:2], capsys, *run[2:], "--resume")
 
@@ -505,7 +505,7 @@ def failing(scenes, snapshots, capsys, *flags):
 
 def test_no_data(tmp_path, capsys):
     message = failing(tmp_path / "nowhere", tmp_path, capsys)
-    assert message.startswith(f"error: {tmp_path / 'nowhere'}: no images of the split 'train'")
+    assert message.startswith(f"error: {tmp_path / 'nowhere'}: expected a data set in one of these layouts")
     assert "leftImg8bit/<split>/<city>/" in message
     assert "nowhere does not exist" in message
 
@@ -516,7 +516,9 @@ def test_a_bad_file_in_the_middle_of_training(scenes, tmp_path, capsys, workers)
     for item in scan(tmp_path / "data", "train")[1:]:  # the first one is looked at before training
         Image.fromarray(np.full((48, 64), 77, np.uint8)).save(item.label)
     message = failing(tmp_path / "data", tmp_path / "out", capsys, "--num-workers", workers)
-    assert re.search(r"error: \S+_gtFine_labelIds.png: expected label ids 0..33 and -1 \(255\), found 77", message)
+    assert re.search(
+        r"error: \S+_gtFine_labelIds.png: expected label ids 0..33 and -1 \(255\) of cityscapes, found 77", message
+    )
 
 
 def test_checkpoints_that_do_not_do(scenes, tmp_path, capsys):
@@ -539,8 +541,9 @@ def test_checkpoints_that_do_not_do(scenes, tmp_path, capsys):
         (["--batch-size", "0"], "argument --batch-size: expected 1 to 65536, got '0'"),
         (["--learning-rate", "fast"], "argument --learning-rate: expected float, got 'fast'"),
         (["--ohem", "maybe"], "argument --ohem: expected 1 or 0"),
-        (["--num-classes", "7"], "argument --num-classes: expected 19 to 255"),
-        (["--ignore-label", "3"], "argument --ignore-label: expected 19 to 255"),
+        (["--num-classes", "0"], "argument --num-classes: expected 1 to 65535"),
+        (["--ignore-label", "0"], "argument --ignore-label: expected 1 to 65535"),
+        (["--classes", "cityscape"], "argument --classes: cityscape: expected a class table: ade20k, camvid, citys"),
         (["--backbone", "vgg"], "argument --backbone: invalid choice"),
         (["--recurence", "2"], "unrecognized arguments: --recurence"),
     ],
@@ -555,8 +558,10 @@ def test_wrong_flags(capsys, flags, message):
 
 
 def test_the_label_of_void_is_no_class(scenes, tmp_path, capsys):
-    message = failing(scenes, tmp_path, capsys, "--ignore-label", 22, "--num-classes", 25)
-    assert "--ignore-label 22: expected --num-classes 25 or more" in message
+    message = failing(scenes, tmp_path, capsys, "--ignore-label", 18)
+    assert "--ignore-label 18: expected 19 to 255, no label of the 19 classes" in message
+    message = failing(scenes, tmp_path, capsys, "--num-classes", 25)
+    assert "--num-classes 25: the class table cityscapes has 19 classes" in message
 
 
 def test_wrong_devices(scenes, tmp_path, capsys):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from cc_attention import ca_map, ca_weight
-from dataset.labels import PALETTE
+from dataset import CITYSCAPES
 from dataset.transforms import normalise
 from networks import build_model
 from utils.visualisation import attention_figure, attention_passes, composed_influence, palette_image, training_panel
@@ -48,7 +48,7 @@ def test_passes_are_those_of_the_network():
 
 def test_figure_has_a_line_a_pixel_and_a_panel_a_pass():
     model = build_model("resnet18", recurrence=3).eval()
-    figure = np.asarray(attention_figure(model, torch.randn(1, 3, 40, 80), [(5, 6), (39, 79)]))
+    figure = np.asarray(attention_figure(model, torch.randn(1, 3, 40, 80), [(5, 6), (39, 79)], CITYSCAPES))
     assert figure.shape == (18 + 2 * 200, 400 * 5, 3)
     green = (figure == (0, 255, 0)).all(-1)
     for panel in range(4):  # the image and R=1, 2, 3; not the prediction
@@ -57,9 +57,9 @@ def test_figure_has_a_line_a_pixel_and_a_panel_a_pass():
 
 def test_predictions_keep_their_ids_and_have_the_colours():
     ids = np.array([[0, 18], [10, 255]], np.uint8)
-    image = palette_image(ids)
+    image = palette_image(ids, CITYSCAPES)
     assert np.array_equal(np.asarray(image), ids)
-    assert np.array_equal(np.asarray(image.convert("RGB")), PALETTE[ids])
+    assert np.array_equal(np.asarray(image.convert("RGB")), CITYSCAPES.palette[ids])
 
 
 def test_training_panel_shows_image_label_and_prediction():
@@ -68,9 +68,9 @@ def test_training_panel_shows_image_label_and_prediction():
     label[4:] = 10
     logits = torch.zeros(19, 2, 3)
     logits[13] = 1
-    panel = training_panel(torch.from_numpy(normalise(pixels)), label, logits)
+    panel = training_panel(torch.from_numpy(normalise(pixels)), label, logits, CITYSCAPES)
     assert panel.shape == (16, 72, 3)
     assert np.array_equal(panel[:, :24], pixels)
-    assert (panel[4:, 24:48] == PALETTE[10]).all()
-    assert (panel[4:, 48:] == PALETTE[13]).all()
+    assert (panel[4:, 24:48] == CITYSCAPES.palette[10]).all()
+    assert (panel[4:, 48:] == CITYSCAPES.palette[13]).all()
     assert (panel[:4, 24:] == 0).all()

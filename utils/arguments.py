@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+from dataset.classes import ClassTable, load_classes
+from dataset.items import DatasetError
+
 # More than anybody needs, and small enough that counters alone do not fill the memory.
 MOST_STEPS = 10**9
 MOST_IMAGES = 2**16
@@ -49,6 +52,14 @@ def pixel(text: str) -> tuple[int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected Y,X in pixels, got {text!r}") from None
     return y, x
+
+
+def class_table(text: str) -> ClassTable:
+    """Load a class table by its name or file."""
+    try:
+        return load_classes(text)
+    except DatasetError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dataset import IGNORE_LABEL, NUM_CLASSES, Item, read_list, scan
-from dataset.labels import ENCODINGS
+from dataset import BUILT_IN, CITYSCAPES, ClassTable, Item, default_classes, find_layout, read_list, scan
+from dataset.classes import ENCODINGS, MOST_CLASSES
 from networks import BACKBONE_ACTIVATIONS, BACKBONES, NetworkConfig
 
-from .arguments import MOST_PROCESSES, ArgumentParser, number, size
+from .arguments import MOST_PROCESSES, ArgumentParser, class_table, number, size
 from .network_file import network_path, read_network
 from .precision import AMP_DTYPES
 
@@ -28,17 +28,23 @@ class CommandError(RuntimeError):
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that mean the same in training and evaluation, with the same defaults."""
     add = parser.add_argument_group("data").add_argument
-    add("--data-dir", type=Path, default=Path("cityscapes"), help="folder with leftImg8bit/ and gtFine/")
+    add("--data-dir", type=Path, default=Path("cityscapes"), help="folder of the data set")
     add(
         "--data-list", type=Path,
         help="list file instead of a split: on each line the paths of an image and its label, relative to --data-dir, "
         "separated by a tab or spaces; evaluation does not need labels",
     )  # fmt: skip
     add(
-        "--label-encoding", choices=ENCODINGS,
-        help="values in the label images: Cityscapes' label ids or training ids; by default what their file names say",
+        "--classes", type=class_table, metavar="NAME|FILE",
+        help=f"class table of the label images: {', '.join(BUILT_IN)} or a TOML file; by default that of network.json "
+        "beside the weights, classes.toml in --data-dir, or that of the layout of --data-dir",
     )  # fmt: skip
-    add("--ignore-label", type=number(int, NUM_CLASSES, 255), default=IGNORE_LABEL, help="training label of void")
+    add(
+        "--label-encoding", choices=ENCODINGS,
+        help="values in the label images: those of the class table or training ids; by default what their file names "
+        "say",
+    )  # fmt: skip
+    add("--ignore-label", type=number(int, 1, MOST_CLASSES), help="training label of void; by default 255")
     add(
         "--input-size", type=size, default=(769, 769), metavar="H,W",
         help="size of the training crops, and of the tiles of the sliding window",
@@ -58,7 +64,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         "--recurrence", type=number(int, 0, 64),
         help="R, how many times criss-cross attention is applied; 0 for none; may differ from network.json",
     )  # fmt: skip
-    add("--num-classes", type=number(int, NUM_CLASSES, 255), help="channels of the logits")
+    add("--num-classes", type=number(int, 1, MOST_CLASSES), help="channels of the logits, those of the class table")
 
     add = parser.add_argument_group("devices and speed").add_argument
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is a GPU")
@@ -92,29 +98,69 @@ def network_config(args: argparse.Namespace) -> NetworkConfig:
 def with_network(
     args: argparse.Namespace, folder: Path | None, may_differ: Sequence[str] = ("recurrence",)
 ) -> argparse.Namespace:
-    """The command line with all network flags set: those not given are taken from the folder's network.json.
+    """The command line with all network flags and the class table set: by default those of the folder's network.json.
 
     Args:
         folder: folder of the weights; None if there are none.
         may_differ: settings that may differ from network.json.
 
     Raises:
-        CommandError: a flag contradicts network.json.
+        CommandError: a flag contradicts network.json, or another flag.
         CheckpointError: network.json cannot be read.
+        DatasetError: the data set's class table cannot be read, or is not known.
     """
     found = None if folder is None else read_network(folder)
-    settings = asdict(found or NetworkConfig())
+    classes = _class_table(args, found.classes if found and "num_classes" not in may_differ else None)
+    settings = asdict(found.config if found else NetworkConfig()) | {"num_classes": len(classes)}
+    if folder and found and found.config.num_classes != len(classes) and "num_classes" not in may_differ:
+        raise CommandError(
+            f"{network_path(folder)} says {found.config.num_classes} classes, and {classes.name} has {len(classes)}: "
+            "expected --classes with the table of which the weights beside it were trained"
+        )
     for name, value in settings.items():
         given = getattr(args, name)
-        if given is None:
+        if given is None or given == value:
             continue
-        if folder is not None and found is not None and given != value and name not in may_differ:
+        if name == "num_classes":
+            raise CommandError(
+                f"--num-classes {given}: the class table {classes.name} has {value} classes; leave the flag out, or "
+                "give --classes"
+            )
+        if folder is not None and found is not None and name not in may_differ:
             raise CommandError(
                 f"{_flag(name)} {given}: {network_path(folder)} says {value}, with which the weights beside it were "
                 "trained; leave the flag out"
             )
         settings[name] = given
-    return argparse.Namespace(**vars(args) | settings)
+    ignore_label = classes.ignore_label if args.ignore_label is None else args.ignore_label
+    if not len(classes) <= ignore_label <= classes.ignore_label:
+        raise CommandError(
+            f"--ignore-label {ignore_label}: expected {len(classes)} to {classes.ignore_label}, no label of the "
+            f"{len(classes)} classes"
+        )
+    return argparse.Namespace(**vars(args) | settings | {"classes": classes, "ignore_label": ignore_label})
+
+
+def _class_table(args: argparse.Namespace, trained: ClassTable | None) -> ClassTable:
+    """The class table of the command line, by default the data set's own; it has the classes that were trained."""
+    classes = args.classes or default_classes(args.data_dir) or trained or (CITYSCAPES if args.data_list else None)
+    if classes is None:
+        find_layout(args.data_dir)  # an error if there is no data set
+        raise CommandError(
+            f"--classes: expected what the label images in {args.data_dir} mean: NAME or FILE, or classes.toml there; "
+            f"python -m dataset {args.data_dir} shows what they hold"
+        )
+    if trained is not None and classes.names != trained.names:
+        which = f"--classes {classes.name}" if args.classes else f"{args.data_dir}, with labels of {classes.name}"
+        raise CommandError(
+            f"{which}: network.json says that the weights beside it were trained with the classes of {trained.name}, "
+            f"{_some(trained.names)}; expected a class table (--classes) with these, found {_some(classes.names)}"
+        )
+    return classes
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
 
 
 def shared_arguments(arguments: Sequence[str]) -> Iterator[str]:
@@ -146,15 +192,11 @@ def plain_flags(args: argparse.Namespace) -> dict:
     def plain(value: object) -> object:
         if isinstance(value, list):
             return [plain(item) for item in value]
+        if isinstance(value, ClassTable):
+            return value.name
         return str(value) if isinstance(value, Path) else value
 
     return {name: plain(value) for name, value in vars(args).items()}
-
-
-def check_ignore_label(ignore_label: int, num_classes: int) -> None:
-    """Raise a CommandError if the label of void is that of a class."""
-    if ignore_label < num_classes:
-        raise CommandError(f"--ignore-label {ignore_label}: expected --num-classes {num_classes} or more")
 
 
 def check_memory(flag: str, num_images: int, image_size: tuple[int, int]) -> None:

@@ -20,12 +20,13 @@ from .checkpoint import (
 )
 from .commandline import CommandError, plain_flags, with_network
 from .distributed import World
+from .network_file import read_network
 from .training import poly_learning_rate
 
 # Flags that may differ on --resume: they affect devices, speed and logging, not what is learnt.
 _FREE_FLAGS = {
-    "accumulate", "amp", "compile", "data_dir", "device", "gpu", "keep", "num_workers", "print_frequency", "procs",
-    "restore_from", "resume", "save_num_images", "save_pred_every", "skip_nonfinite", "snapshot_dir",
+    "accumulate", "amp", "classes", "compile", "data_dir", "device", "gpu", "keep", "num_workers", "print_frequency",
+    "procs", "restore_from", "resume", "save_num_images", "save_pred_every", "skip_nonfinite", "snapshot_dir",
 }  # fmt: skip
 
 
@@ -46,11 +47,28 @@ def run_network(args: argparse.Namespace, world: World) -> argparse.Namespace:
         return world.broadcast(None)
     may_differ = ["recurrence"]
     folder = args.restore_from and args.restore_from.parent
-    if training_steps(args.snapshot_dir):
+    resuming = bool(training_steps(args.snapshot_dir))
+    if resuming:
         folder = args.snapshot_dir
     elif args.not_restore_last:
         may_differ.append("num_classes")
-    return world.broadcast(with_network(args, folder, may_differ))
+    args = with_network(args, folder, may_differ)
+    if resuming:
+        check_same_classes(args)
+    return world.broadcast(args)
+
+
+def check_same_classes(args: argparse.Namespace) -> None:
+    """Raise a CommandError if the run in --snapshot-dir learns from other label values than the class table has."""
+    found = read_network(args.snapshot_dir)
+    if found is None or found.classes is None or found.classes == args.classes:
+        return
+    pairs = zip((*found.classes.classes, found.classes.void), (*args.classes.classes, args.classes.void), strict=True)
+    changed = "".join(f"\n    was {was}\n    is  {now}" for was, now in pairs if was != now)
+    raise CommandError(
+        f"--resume: the run in {args.snapshot_dir} was started with another class table; resume with the same, or give "
+        f"another --snapshot-dir:{changed}"
+    )
 
 
 def start_or_resume(

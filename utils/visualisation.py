@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from cc_attention import ca_map, ca_weight
-from dataset.labels import PALETTE
+from dataset import ClassTable
 from dataset.transforms import denormalise
 from networks import CCNet
 
@@ -18,14 +18,15 @@ _PANEL_WIDTH = 400
 _TITLE_HEIGHT = 18
 
 
-def palette_image(train_ids: np.ndarray) -> Image.Image:
-    """uint8 [H, W] training ids to a palette image: its pixels are the ids, shown in Cityscapes' colours."""
+def palette_image(train_ids: np.ndarray, classes: ClassTable) -> Image.Image:
+    """Training ids [H, W] to an image whose pixels are the ids: in 8 bits with the classes' colours, or in 16 bits."""
     image = Image.fromarray(train_ids)
-    image.putpalette(PALETTE.tobytes())
+    if train_ids.dtype == np.uint8:
+        image.putpalette(classes.palette.tobytes())
     return image
 
 
-def training_panel(image: Tensor, label: Tensor, logits: Tensor) -> np.ndarray:
+def training_panel(image: Tensor, label: Tensor, logits: Tensor, classes: ClassTable) -> np.ndarray:
     """Image, label and prediction side by side: uint8 [H, 3W, 3] RGB.
 
     image: float32 [3, H, W], normalised as for the network; label: [H, W] training ids; logits: [K, h, w]. Void pixels
@@ -33,8 +34,9 @@ def training_panel(image: Tensor, label: Tensor, logits: Tensor) -> np.ndarray:
     """
     prediction = upsample(logits[None].float(), label.shape)[0].argmax(0)
     label_pixels = label.cpu().numpy()
-    prediction_pixels = np.where(PALETTE[label_pixels].any(-1), prediction.cpu().numpy(), 255)
-    return np.concatenate([denormalise(image.cpu().numpy()), PALETTE[label_pixels], PALETTE[prediction_pixels]], axis=1)
+    is_valid = (label_pixels < len(classes))[..., None]
+    colours = (classes.palette[pixels] * is_valid for pixels in (label_pixels, prediction.cpu().numpy()))
+    return np.concatenate([denormalise(image.cpu().numpy()), *colours], axis=1)
 
 
 @torch.no_grad()
@@ -72,7 +74,7 @@ def composed_influence(passes: list[Tensor], row: int, column: int) -> list[Tens
     return influences
 
 
-def attention_figure(model: CCNet, image: Tensor, pixels: list[tuple[int, int]]) -> Image.Image:
+def attention_figure(model: CCNet, image: Tensor, pixels: list[tuple[int, int]], classes: ClassTable) -> Image.Image:
     """The paper's figure of the attention, one row for each pixel.
 
     A row shows the image with the pixel as a green cross, the influence on it with R=1, R=2, ..., and the prediction.
@@ -100,7 +102,7 @@ def attention_figure(model: CCNet, image: Tensor, pixels: list[tuple[int, int]])
         column = round(x * (passes[0].shape[3] - 1) / max(width - 1, 1))
         heats = [_heat(influence, photograph) for influence in composed_influence(passes, row, column)]
         panels = [cv2.resize(panel, size, interpolation=cv2.INTER_AREA) for panel in (photograph, *heats)]
-        panels.append(cv2.resize(PALETTE[prediction], size, interpolation=cv2.INTER_NEAREST))
+        panels.append(cv2.resize(classes.palette[prediction], size, interpolation=cv2.INTER_NEAREST))
         centre = (round(x * size[0] / width), round(y * size[1] / height))
         for panel in panels[:-1]:
             cv2.drawMarker(panel, centre, _GREEN, cv2.MARKER_CROSS, markerSize=14, thickness=2)
