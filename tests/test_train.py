@@ -613,5 +613,5 @@ def test_errors_of_the_real_process_are_one_message(tmp_path):
         [sys.executable, "train.py", "--data-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path}: no images of the split 'train'")
+    assert done.stderr.startswith(f"error: {tmp_path}: expected a data set in one of these layouts")
     assert "Traceback" not in done.stderr
