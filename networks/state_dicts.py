@@ -57,8 +57,11 @@ def load_state(
     source: str,
     restore_last: bool = True,
     allow_backbone: bool = False,
-) -> None:
+    allow_other_classes: bool = False,
+) -> list[str]:
     """Load a state dict of any version of the original into the model.
+
+    Returns the names of the classifying layers' tensors if they were left out.
 
     Prefixes of wrappers are removed and old names renamed. No key may be missing or unexpected, except that an ImageNet
     backbone has fc.* and lacks head.* and dsn.*. Norms with num_batches_tracked are torch's and are converted to
@@ -69,6 +72,7 @@ def load_state(
         source: its path, for messages.
         restore_last: whether to load the two classifying layers; if not, their shapes may differ.
         allow_backbone: whether an ImageNet backbone is accepted; the heads then stay as they are.
+        allow_other_classes: whether the classifying layers are left out if the file has another number of classes.
 
     Raises:
         StateDictError: keys are missing or unexpected, shapes differ, numbers are not finite, a tensor is not a plain
@@ -78,10 +82,14 @@ def load_state(
     backbone_only = allow_backbone and not any(key.startswith(_HEADS) for key in state)
     if backbone_only:
         state = {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
+    own = model.state_dict()
+    classifiers = [key for key in state if key.startswith(_CLASSIFIERS) and key in own]
+    if allow_other_classes and any(state[key].shape[:1] != own[key].shape[:1] for key in classifiers):
+        restore_last = False
     if not restore_last:
         state = {key: tensor for key, tensor in state.items() if not key.startswith(_CLASSIFIERS)}
     left_alone = (*(_HEADS if backbone_only else ()), *(() if restore_last else _CLASSIFIERS))
-    expected = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(left_alone)}
+    expected = {key: tensor for key, tensor in own.items() if not key.startswith(left_alone)}
     found = {key: tensor for key, tensor in state.items() if not key.endswith(f".{_COUNTER}")}
 
     shared = [(key, found[key], expected[key]) for key in expected if key in found]
@@ -114,17 +122,18 @@ def load_state(
         kind = "an ImageNet backbone" if backbone_only else "a whole network"
         hint = ""
         if other_shapes and all(key.startswith(_CLASSIFIERS) for key in other_shapes):
-            classes, own = (tensors[other_shapes[0]].shape[:1] for tensors in (found, expected))
+            classes, wanted = (tensors[other_shapes[0]].shape[:1] for tensors in (found, expected))
             hint = (
-                f"\nThe file has {', '.join(map(str, classes))} classes, the network {own[0]}: set --num-classes, or "
+                f"\nThe file has {', '.join(map(str, classes))} classes, the network {wanted[0]}: give --classes, or "
                 "train new classifying layers with --not-restore-last"
             )
         raise StateDictError(
-            f"{source}: read as {kind}, it does not fit this network (--backbone, --num-classes):\n"
+            f"{source}: read as {kind}, it does not fit this network (--backbone, --classes):\n"
             + "\n".join(problems)
             + hint
         )
     model.load_state_dict(state, strict=False)
+    return [] if restore_last else classifiers
 
 
 def _why_unusable(tensor: Tensor) -> str | None:

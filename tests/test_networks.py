@@ -341,7 +341,7 @@ def test_another_number_of_classes_names_the_keys_and_restore_last_skips_them(mo
     assert "head.bottleneck.3.weight: the file has [21, 128, 1, 1], the network [19, 128, 1, 1]" in str(error.value)
     assert "dsn.3.bias: the file has [21], the network [19]" in str(error.value)
     assert str(error.value).endswith(
-        "The file has 21 classes, the network 19: set --num-classes, or train new classifying layers with "
+        "The file has 21 classes, the network 19: give --classes, or train new classifying layers with "
         "--not-restore-last"
     )
     classifier = model.dsn[3].weight.detach().clone()

@@ -528,7 +528,7 @@ def test_checkpoints_that_do_not_do(scenes, tmp_path, capsys):
     path.write_text("no checkpoint")
     assert "x.pth: expected a checkpoint, cannot read it" in failing(scenes, out, capsys, "--restore-from", path)
     torch.save(build_model("resnet18", num_classes=20).state_dict(), path)
-    message = failing(scenes, out, capsys, "--restore-from", path)
+    message = failing(scenes, out, capsys, "--restore-from", path, "--ft")  # otherwise these layers begin anew
     assert "head.bottleneck.3.weight: the file has [20, 128, 1, 1], the network [19, 128, 1, 1]" in message
 
 

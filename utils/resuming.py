@@ -50,7 +50,7 @@ def run_network(args: argparse.Namespace, world: World) -> argparse.Namespace:
     resuming = bool(training_steps(args.snapshot_dir))
     if resuming:
         folder = args.snapshot_dir
-    elif args.not_restore_last:
+    elif not args.ft or args.not_restore_last:  # the classifying layers begin anew if they differ
         may_differ.append("num_classes")
     args = with_network(args, folder, may_differ)
     if resuming:
@@ -119,13 +119,27 @@ def restore(
     if snapshot is not None:
         return snapshot.step, resume(args, defaults, model, optimizer, snapshot)
     if args.restore_from is not None:
-        state = read_state_dict(args.restore_from)
-        load_state(
-            model, state, str(args.restore_from), restore_last=not args.not_restore_last, allow_backbone=not args.ft
+        left_out = load_state(
+            model,
+            read_state_dict(args.restore_from),
+            str(args.restore_from),
+            restore_last=not args.not_restore_last and not of_other_classes(args),
+            allow_backbone=not args.ft,
+            allow_other_classes=not args.ft,
         )
+        if left_out:
+            print(
+                f"{args.restore_from}: loaded without its classifying layers, {', '.join(left_out)}, which begin anew"
+            )
     elif args.ft:
         raise CommandError("--ft: expected --restore-from, the trained network that is to be fine-tuned")
     return args.start_iters, None
+
+
+def of_other_classes(args: argparse.Namespace) -> bool:
+    """Whether network.json beside --restore-from says that these weights are of other classes than those to learn."""
+    found = read_network(args.restore_from.parent)
+    return found is not None and found.classes is not None and found.classes.names != args.classes.names
 
 
 def resume(
