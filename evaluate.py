@@ -4,11 +4,14 @@
 
 is the paper's single-scale evaluation by sliding window. Add --whole to evaluate whole images, averaged over six scales
 and their mirror images, and --gpu 0,1,2,3 for four GPUs, or run it with torchrun.
+
+    python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --images street.jpg holidays/
+
+predicts any images.
 """
 
 import argparse
 import json
-import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,6 +27,7 @@ from tqdm import tqdm
 
 from dataset import SPLITS, EvaluationSet, Item, check_labels, load_batches, output_names, submission_name
 from dataset.images import ImageFile
+from dataset.transforms import denormalise
 from networks import CCNet, PredictionNetwork, build_model, load_state
 from utils.arguments import MOST_IMAGES, ArgumentParser, number, pixel
 from utils.checkpoint import read_state_dict
@@ -42,11 +46,12 @@ from utils.launch import launch
 from utils.metrics import ConfusionMatrix
 from utils.network_file import network_path, read_network
 from utils.precision import in_mixed_precision
-from utils.visualisation import attention_figure, palette_image
+from utils.report import read_others, save_report
+from utils.visualisation import attention_figure, overlay, palette_image
 
 _WHOLE_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 # Subfolders of --output-dir
-_FOLDERS = ("predictions", "submit", "attention")
+_FOLDERS = ("predictions", "overlays", "submit", "attention")
 
 
 def get_parser() -> ArgumentParser:
@@ -54,6 +59,10 @@ def get_parser() -> ArgumentParser:
     add_shared_flags(parser)
     add = parser.add_argument_group("evaluation").add_argument
     add("--restore-from", type=Path, required=True, help="state dict to evaluate")
+    add(
+        "--images", type=Path, nargs="+", metavar="FILE|FOLDER",
+        help="predict these images, of any size, in place of a data set's: predictions, and overlays with a legend",
+    )  # fmt: skip
     add("--split", choices=SPLITS, default="val", help="images to evaluate; those of test are only predicted")
     add("--batch-size", type=number(int, 1, MOST_IMAGES), default=1, help="images predicted at a time")
     add("--whole", action="store_true", help="predict whole images, at six scales and mirrored, instead of tiles")
@@ -77,36 +86,13 @@ def get_parser() -> ArgumentParser:
     add = parser.add_argument_group("results").add_argument
     add(
         "--output-dir", type=Path,
-        help="folder of the results, for this evaluation alone: report.md, result.json, predictions/, submit/, "
-        "attention/; by default outputs/<name of the state dict>/<split or list>/ beside the state dict",
+        help="folder of the results, for this evaluation alone: report.md, result.json, predictions/, overlays/, "
+        "submit/, attention/; by default outputs/<name of the state dict>/<split or list>/ beside the state dict",
     )  # fmt: skip
     add("--submit", action="store_true", help="also write label values, for Cityscapes under its server's names")
     add("--attention", type=pixel, action="append", metavar="Y,X", help="show where this pixel attends to; repeatable")
     add("--attention-image", metavar="NAME", help="file name of the image for --attention; by default the first one")
     return parser
-
-
-def read_others(paths: list[Path], names: list[str]) -> dict[str, dict]:
-    """What the evaluations of --compare-with measured, by the names of their checkpoints' folders.
-
-    Raises:
-        CommandError: one is no result.json, of other classes, or of a folder of the same name as another.
-    """
-    others: dict[str, dict] = {}
-    for path in paths:
-        try:
-            result = json.loads(path.read_text())
-            name, classes = Path(result["flags"]["restore_from"]).resolve().parent.name, list(result["classes"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CommandError(f"--compare-with {path}: expected an evaluation's result.json: {error!r}") from error
-        if classes != names:
-            raise CommandError(
-                f"--compare-with {path}: expected the {len(names)} classes measured here, found {classes}"
-            )
-        if name in others:
-            raise CommandError(f"--compare-with {path}: two evaluations of checkpoints in folders named {name}")
-        others[name] = result
-    return others
 
 
 def find_attention_item(args: argparse.Namespace, items: list[Item]) -> Item:
@@ -148,7 +134,7 @@ def prepare_output(args: argparse.Namespace) -> Path:
     Raises:
         CommandError: it has files of these names that are not from an evaluation.
     """
-    name = args.split if args.data_list is None else args.data_list.stem
+    name = "images" if args.images else args.split if args.data_list is None else args.data_list.stem
     output_dir = args.output_dir or args.restore_from.parent / "outputs" / args.restore_from.stem / name
     marker = output_dir / "evaluation.json"
     earlier = [path for folder in _FOLDERS for path in (output_dir / folder).glob("*")]
@@ -160,7 +146,7 @@ def prepare_output(args: argparse.Namespace) -> Path:
         )
     for path in earlier:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    wanted = {"predictions": True, "submit": args.submit, "attention": args.attention}
+    wanted = {"predictions": True, "overlays": args.images, "submit": args.submit, "attention": args.attention}
     for folder in _FOLDERS:
         if wanted[folder]:
             (output_dir / folder).mkdir(parents=True, exist_ok=True)
@@ -170,11 +156,14 @@ def prepare_output(args: argparse.Namespace) -> Path:
     return output_dir
 
 
-def save_prediction(args: argparse.Namespace, prediction: np.ndarray, name: str, output_dir: Path) -> None:
-    """Write training ids [H, W] as a coloured image and, to submit, as label values."""
-    images = {output_dir / "predictions" / f"{name}.png": palette_image(prediction, args.classes)}
+def save_prediction(args: argparse.Namespace, sample: dict, prediction: np.ndarray, name: str, folder: Path) -> None:
+    """Write training ids [H, W] as a coloured image, over the image with --images, and to submit as label values."""
+    images = {folder / "predictions" / f"{name}.png": palette_image(prediction, args.classes)}
+    if args.images:
+        pixels = denormalise(sample["image"].numpy())
+        images[folder / "overlays" / f"{name}.jpg"] = overlay(pixels, prediction, args.classes)
     if args.submit:
-        path = output_dir / "submit" / submission_name(name)
+        path = folder / "submit" / submission_name(name)
         images[path] = Image.fromarray(args.classes.label_values[prediction])
     for path, image in images.items():
         path.parent.mkdir(parents=True, exist_ok=True)  # names may have folders
@@ -204,7 +193,7 @@ def predict_all(
                         confusion.update(sample["label"].to(device), prediction)
                     if output_dir is not None:
                         train_ids = prediction.cpu().numpy().astype(args.classes.dtype)
-                        save_prediction(args, train_ids, names[sample["item"]], output_dir)
+                        save_prediction(args, sample, train_ids, names[sample["item"]], output_dir)
                 bar.update(len(group))
     confusion.counts = world.sum(confusion.counts)
     return confusion
@@ -216,68 +205,6 @@ def attention_picture(args: argparse.Namespace, model: CCNet, item: Item, folder
     path = folder / f"{item.name}.png"
     attention_figure(model, image.to(memory_format=torch.channels_last), args.attention, args.classes).save(path)
     return path
-
-
-def percent(value: float | None) -> str:
-    return "absent" if value is None else f"{100 * value:.2f}"
-
-
-def iou_table(results: dict[str, dict]) -> str:
-    """A Markdown table of IoUs, their mean and the pixel accuracy, in percent, with a column for each result."""
-    columns = [
-        [*result["classes"].items(), ("**mean IoU**", result["meanIU"]), ("pixel accuracy", result["pixel_accuracy"])]
-        for result in results.values()
-    ]
-    lines = [f"| class | {' | '.join(results)} |", "|:--" + "|--:" * len(results) + "|"]
-    for row in zip(*columns, strict=True):
-        lines.append(f"| {row[0][0]} | {' | '.join(percent(value) for _, value in row)} |")
-    return "\n".join(lines)
-
-
-def measures(confusion: ConfusionMatrix, names: list[str]) -> dict:
-    """The entries of result.json for a confusion matrix; the IoU of an absent class is null."""
-    ious = [None if math.isnan(iou) else iou for iou in confusion.iou().tolist()]
-    return {
-        "meanIU": confusion.mean_iou(),
-        "IU_array": ious,
-        "classes": dict(zip(names, ious, strict=True)),
-        "pixel_accuracy": confusion.pixel_accuracy(),
-    }
-
-
-def save_report(
-    args: argparse.Namespace,
-    confusion: ConfusionMatrix,
-    compared: dict[int, ConfusionMatrix],
-    others: dict[str, dict],
-    gamma: float,
-    num_images: int,
-    output_dir: Path,
-) -> str:
-    """Write result.json and report.md; returns the table of IoUs.
-
-    Args:
-        compared: results of the same weights with other numbers of passes.
-        others: results of other evaluations, from `read_others`.
-        gamma: gamma of the attention.
-        num_images: number of images with a label.
-    """
-    names = args.classes.names
-    flags = plain_flags(args)
-    result = measures(confusion, names) | {
-        "recurrence": {str(r): measures(passes, names) for r, passes in compared.items()},
-        "gamma": gamma,
-        "images": num_images,
-        "flags": flags,
-    }
-    (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    passes = {f"R={r}": result["recurrence"][str(r)] for r in compared}
-    table = iou_table({"IoU, %": result, **passes, **others})
-    settings = "\n".join(f"- {name}: {value}" for name, value in flags.items())
-    (output_dir / "report.md").write_text(
-        f"# {args.restore_from}\n\n{num_images} images, gamma {gamma:.4g}\n\n{table}\n\n{settings}\n"
-    )
-    return table
 
 
 def network_line(args: argparse.Namespace) -> str:
@@ -326,6 +253,8 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
         print(f"report:       {output_dir / 'report.md'}, {output_dir / 'result.json'}")
     print(f"checkpoint:   {args.restore_from}")
     print(f"predictions:  {output_dir / 'predictions'}")
+    if args.images:
+        print(f"overlays:     {output_dir / 'overlays'}")
     if args.submit:
         print(f"submission:   {output_dir / 'submit'}")
     if attention_item is not None:

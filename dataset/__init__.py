@@ -4,7 +4,7 @@ from .checks import check_labels
 from .classes import BUILT_IN, CITYSCAPES, IGNORE_LABEL, ClassTable, load_classes, parse_classes, plain_classes
 from .images import Box, ImageFile
 from .items import DatasetError, Item, output_names, read_list, submission_name
-from .layouts import SPLITS, default_classes, find_layout, scan
+from .layouts import SPLITS, default_classes, find_images, find_layout, scan
 from .loading import load_batches
 from .sampler import EpochSampler, part_size, shard
 from .samples import EvaluationSet, TrainingSet
@@ -24,6 +24,7 @@ __all__ = [
     "TrainingSet",
     "check_labels",
     "default_classes",
+    "find_images",
     "find_layout",
     "load_batches",
     "load_classes",

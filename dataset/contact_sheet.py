@@ -1,8 +1,10 @@
 """A picture of some images of a data set with their labels in colour, and the legend of the classes."""
 
+from collections.abc import Sequence
+
 from PIL import Image, ImageDraw
 
-from .classes import ClassTable
+from .classes import ClassTable, LabelClass
 from .images import ImageFile
 from .items import DatasetError, Item
 from .samples import read_train_ids
@@ -24,7 +26,7 @@ def contact_sheet(items: list[Item], classes: ClassTable) -> Image.Image:
     tiles = tiles[:_MOST]
     width = 2 * _WIDTH * _IN_A_ROW
     rows = [tiles[start : start + _IN_A_ROW] for start in range(0, len(tiles), _IN_A_ROW)]
-    names = legend(classes, width)
+    names = legend(classes.classes, width)
     sheet = Image.new("RGB", (width, sum(max(tile.height for tile in row) for row in rows) + names.height), "white")
     top = 0
     for row in rows:
@@ -48,14 +50,14 @@ def _tile(item: Item, classes: ClassTable) -> Image.Image:
     return tile
 
 
-def legend(classes: ClassTable, width: int) -> Image.Image:
+def legend(classes: Sequence[LabelClass], width: int) -> Image.Image:
     """The names of the classes beside their colours, in as many columns as fit."""
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    column = max(int(draw.textlength(name)) for name in classes.names) + 3 * _LINE
+    column = max(int(draw.textlength(name)) for name in [entry.name for entry in classes]) + 3 * _LINE
     columns = max(min(width // column, len(classes)), 1)
     picture = Image.new("RGB", (width, _LINE * -(-len(classes) // columns) + 4), "white")
     draw = ImageDraw.Draw(picture)
-    for index, entry in enumerate(classes.classes):
+    for index, entry in enumerate(classes):
         y, x = _LINE * (index // columns) + 2, column * (index % columns) + 4
         draw.rectangle((x, y + 2, x + _LINE, y + _LINE - 3), fill=entry.colour, outline="black")
         draw.text((x + _LINE + 6, y + 1), entry.name, fill="black")

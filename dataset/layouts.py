@@ -259,6 +259,21 @@ def scan(root: str | Path, split: str, encoding: str | None = None) -> list[Item
     return items
 
 
+def find_images(paths: list[Path]) -> list[Item]:
+    """Images without labels: files, and all images below folders, sorted.
+
+    Raises:
+        DatasetError: a path does not exist, or a folder holds no image.
+    """
+    items: list[Item] = []
+    for path in paths:
+        found = _files(path) if path.is_dir() else [path] if path.is_file() else []
+        if not found:
+            raise DatasetError(f"{path}: expected an image or a folder of images ({', '.join(_IMAGE_SUFFIXES)})")
+        items += [Item(image, None) for image in found]
+    return items
+
+
 def default_classes(root: Path) -> ClassTable | None:
     """The class table of a data set for which none is given: classes.toml in its folder, or its layout's; or None.
 

@@ -1,4 +1,7 @@
-"""The networks: one builder, and a loader for the original's state dicts."""
+"""The networks: one builder, a loader for the original's state dicts, and trained ones that predict images."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .ccnet import CCNet, build_model
 from .config import NetworkConfig
@@ -6,6 +9,9 @@ from .layers import BatchDropout2d, BatchShard
 from .prediction import PredictionNetwork
 from .resnet import BACKBONE_ACTIVATIONS, BACKBONES
 from .state_dicts import StateDictError, load_state
+
+if TYPE_CHECKING:
+    from utils.model import Model
 
 __all__ = [
     "BACKBONES",
@@ -17,5 +23,13 @@ __all__ = [
     "PredictionNetwork",
     "StateDictError",
     "build_model",
+    "load_model",
     "load_state",
 ]
+
+
+def load_model(path: str | Path, **settings: Any) -> "Model":
+    """The network of a snapshot, whose `predict` takes any image; see `utils.model.load_model`."""
+    from utils.model import load_model  # which imports this package
+
+    return load_model(path, **settings)

@@ -16,12 +16,12 @@ import evaluate
 import train
 from dataset import CITYSCAPES, scan
 from dataset.scenes import LABEL_IDS
-from evaluate import read_others
 from networks import NetworkConfig, build_model
 from utils.checkpoint import CheckpointError
 from utils.commandline import CommandError
 from utils.launch import launch
 from utils.network_file import read_network, save_network
+from utils.report import read_others
 
 ROOT = Path(evaluate.__file__).parent
 

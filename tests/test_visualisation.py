@@ -7,7 +7,14 @@ from cc_attention import ca_map, ca_weight
 from dataset import CITYSCAPES
 from dataset.transforms import normalise
 from networks import build_model
-from utils.visualisation import attention_figure, attention_passes, composed_influence, palette_image, training_panel
+from utils.visualisation import (
+    attention_figure,
+    attention_passes,
+    composed_influence,
+    overlay,
+    palette_image,
+    training_panel,
+)
 
 
 def dense(weight):
@@ -60,6 +67,18 @@ def test_predictions_keep_their_ids_and_have_the_colours():
     image = palette_image(ids, CITYSCAPES)
     assert np.array_equal(np.asarray(image), ids)
     assert np.array_equal(np.asarray(image.convert("RGB")), CITYSCAPES.palette[ids])
+
+
+def test_overlay_mixes_image_and_colours_and_names_the_classes_that_are_there():
+    image = np.random.default_rng(0).integers(0, 256, (20, 260, 3), dtype=np.uint8)
+    ids = np.full((20, 260), 10, np.uint8)
+    picture = np.asarray(overlay(image, ids, CITYSCAPES))
+    mixed = (image.astype(int) + CITYSCAPES.palette[10]) / 2
+    assert np.abs(picture[:20] - mixed).max() <= 0.5
+    legend = picture[20:]
+    assert (legend == CITYSCAPES.palette[10]).all(-1).any()
+    assert not (legend == CITYSCAPES.palette[13]).all(-1).any()
+    assert overlay(image[:, :8], ids[:, :8], CITYSCAPES).width == 200  # room for the legend
 
 
 def test_training_panel_shows_image_label_and_prediction():

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dataset import BUILT_IN, CITYSCAPES, ClassTable, Item, default_classes, find_layout, read_list, scan
+from dataset import BUILT_IN, CITYSCAPES, ClassTable, Item, default_classes, find_images, find_layout, read_list, scan
 from dataset.classes import ENCODINGS, MOST_CLASSES
 from networks import BACKBONE_ACTIVATIONS, BACKBONES, NetworkConfig
 
@@ -110,7 +110,7 @@ def with_network(
         DatasetError: the data set's class table cannot be read, or is not known.
     """
     found = None if folder is None else read_network(folder)
-    classes = _class_table(args, found.classes if found and "num_classes" not in may_differ else None)
+    classes = _class_table(args, found.classes if found else None, "num_classes" in may_differ)
     settings = asdict(found.config if found else NetworkConfig()) | {"num_classes": len(classes)}
     if folder and found and found.config.num_classes != len(classes) and "num_classes" not in may_differ:
         raise CommandError(
@@ -141,16 +141,23 @@ def with_network(
     return argparse.Namespace(**vars(args) | settings | {"classes": classes, "ignore_label": ignore_label})
 
 
-def _class_table(args: argparse.Namespace, trained: ClassTable | None) -> ClassTable:
-    """The class table of the command line, by default the data set's own; it has the classes that were trained."""
-    classes = args.classes or default_classes(args.data_dir) or trained or (CITYSCAPES if args.data_list else None)
+def _class_table(args: argparse.Namespace, trained: ClassTable | None, may_differ: bool) -> ClassTable:
+    """The class table of the command line, or the data set's own, or that with which the weights were trained.
+
+    Args:
+        may_differ: whether it may have other classes than the last.
+    """
+    classes = args.classes
+    if classes is None and not getattr(args, "images", None):  # those have no labels
+        classes = default_classes(args.data_dir)
+    classes = classes or trained or (CITYSCAPES if args.data_list or getattr(args, "images", None) else None)
     if classes is None:
         find_layout(args.data_dir)  # an error if there is no data set
         raise CommandError(
             f"--classes: expected what the label images in {args.data_dir} mean: NAME or FILE, or classes.toml there; "
             f"python -m dataset {args.data_dir} shows what they hold"
         )
-    if trained is not None and classes.names != trained.names:
+    if trained is not None and classes.names != trained.names and not may_differ:
         which = f"--classes {classes.name}" if args.classes else f"{args.data_dir}, with labels of {classes.name}"
         raise CommandError(
             f"{which}: network.json says that the weights beside it were trained with the classes of {trained.name}, "
@@ -176,11 +183,13 @@ def shared_arguments(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def find_items(args: argparse.Namespace, split: str, need_labels: bool = False) -> list[Item]:
-    """The images of --data-list, or else of the split.
+    """The images of evaluate.py's --images, of --data-list, or else of the split.
 
     Raises:
-        DatasetError: as `read_list` and `scan`.
+        DatasetError: as `find_images`, `read_list` and `scan`.
     """
+    if getattr(args, "images", None):
+        return find_images(args.images)
     if args.data_list is not None:
         return read_list(args.data_dir, args.data_list, args.label_encoding, need_labels)
     return scan(args.data_dir, split, args.label_encoding)

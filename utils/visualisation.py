@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cc_attention import ca_map, ca_weight
 from dataset import ClassTable
+from dataset.contact_sheet import legend
 from dataset.transforms import denormalise
 from networks import CCNet
 
@@ -24,6 +25,20 @@ def palette_image(train_ids: np.ndarray, classes: ClassTable) -> Image.Image:
     if train_ids.dtype == np.uint8:
         image.putpalette(classes.palette.tobytes())
     return image
+
+
+def overlay(image: np.ndarray, train_ids: np.ndarray, classes: ClassTable) -> Image.Image:
+    """The classes' colours over the image, half and half, and below it a legend of the classes that it has.
+
+    image: uint8 [H, W, 3] RGB; train_ids: [H, W].
+    """
+    mixed = cv2.addWeighted(image, 0.5, classes.palette[train_ids], 0.5, 0)
+    present = np.unique(train_ids).tolist()
+    names = legend([entry for index, entry in enumerate(classes.classes) if index in present], max(image.shape[1], 200))
+    picture = Image.new("RGB", (names.width, image.shape[0] + names.height), "white")
+    picture.paste(Image.fromarray(mixed), (0, 0))
+    picture.paste(names, (0, image.shape[0]))
+    return picture
 
 
 def training_panel(image: Tensor, label: Tensor, logits: Tensor, classes: ClassTable) -> np.ndarray:
