@@ -26,7 +26,7 @@ class Box:
 
 # Keywords of the PNG text chunks in which Pillow looks for an orientation.
 _EXIF_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
-_COLOUR_MODES = ("RGB", "RGBA", "L", "LA", "La", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
+_COLOUR_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "HSV")
 _GREY_16_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _LABEL_MODES = ("L", "P", "I", "I;16", "I;16B", "RGB", "RGBA")
 _LABEL_FORMATS = ("PNG", "BMP", "TIFF")
