@@ -18,7 +18,8 @@ from .classes import ENCODINGS, ClassTable
 from .contact_sheet import contact_sheet
 from .items import DatasetError, Item
 from .layouts import SPLITS, default_classes, find_layout
-from .survey import Survey, Value, survey
+from .samples import Value
+from .survey import Survey, survey
 
 _PARTS = [split for split, parts in SPLITS.items() if parts == (split,)]
 

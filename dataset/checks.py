@@ -2,12 +2,9 @@
 
 from collections.abc import Iterable
 
-import numpy as np
-
 from .classes import ClassTable
-from .images import ImageFile
 from .items import DatasetError, Item
-from .samples import read_train_ids
+from .samples import Value, count_values, read_label, to_train_ids
 
 # Number of label images that are searched for values that only label ids have.
 _FIRST = 16
@@ -31,10 +28,12 @@ def check_labels(items: Iterable[Item], classes: ClassTable) -> None:
 
 def _check_encoding(items: list[Item], classes: ClassTable) -> None:
     """Raise a DatasetError unless some label image has a value that only label ids have."""
-    found: set[int] = set()
-    training_ids = {*range(len(classes)), classes.ignore_label, -1}
+    found: set[Value] = set()
+    training_ids: set[Value] = {*range(len(classes)), classes.ignore_label, -1}
     for item in items:
-        found |= _values(item, classes)
+        label = read_label(item, classes)
+        to_train_ids(label, item, classes)  # an error if a value is not in the table
+        found |= count_values(label).keys()
         if found - training_ids:
             return
     if items:
@@ -47,11 +46,12 @@ def _check_encoding(items: list[Item], classes: ClassTable) -> None:
 
 def _check_classes(items: list[Item], classes: ClassTable) -> None:
     """Raise a DatasetError unless some label image has a pixel of a class."""
-    found: set[int] = set()
+    found: set[Value] = set()
     for item in items:
-        if (read_train_ids(item, classes) != classes.ignore_label).any():
+        label = read_label(item, classes)
+        if (to_train_ids(label, item, classes) != classes.ignore_label).any():
             return
-        found |= _values(item, classes)
+        found |= count_values(label).keys()
     if items:
         encodings = " or ".join(classes.describe(name) for name in sorted({item.encoding for item in items}))
         raise DatasetError(
@@ -60,15 +60,5 @@ def _check_classes(items: list[Item], classes: ClassTable) -> None:
         )
 
 
-def _values(item: Item, classes: ClassTable) -> set:
-    """The values or colours of the item's label image, once they are known to be of the class table."""
-    read_train_ids(item, classes)
-    assert item.label is not None
-    label = ImageFile(item.label).read_label()
-    if label.ndim == 3:
-        return set(map(tuple, np.unique(label.reshape(-1, 3), axis=0).tolist()))
-    return set(np.unique(label).tolist())
-
-
-def _listed(values: set) -> str:
+def _listed(values: set[Value]) -> str:
     return "the values " + ", ".join(map(str, sorted(values)))

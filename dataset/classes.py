@@ -175,7 +175,7 @@ class ClassTable:
 
     def _ids_of_colours(self, label: np.ndarray, void: int) -> np.ndarray:
         codes, ids = self._colours
-        pixels = _codes(label)
+        pixels = colour_codes(label)
         places = np.minimum(np.searchsorted(codes, pixels), len(codes) - 1)
         unknown = codes[places] != pixels
         if unknown.any():
@@ -188,12 +188,12 @@ class ClassTable:
         """The label colours as sorted numbers, and their training ids."""
         entries = [(colour, i) for i, entry in enumerate(self.classes) for colour in entry.label_colours]
         entries += [(colour, self.ignore_label) for colour in self.void.label_colours]
-        pairs = sorted((int(_codes(np.array(colour))), index) for colour, index in entries)
+        pairs = sorted((int(colour_codes(np.array(colour))), index) for colour, index in entries)
         codes, ids = zip(*pairs, strict=True)
         return np.array(codes), np.array(ids)
 
 
-def _codes(colours: np.ndarray) -> np.ndarray:
+def colour_codes(colours: np.ndarray) -> np.ndarray:
     """RGB colours [..., 3] as numbers."""
     red, green, blue = np.moveaxis(colours.astype(np.int32), -1, 0)
     return (red << 16) + (green << 8) + blue

@@ -217,13 +217,17 @@ LAYOUTS = (
 )
 
 
+def _layout_that_fits(root: Path) -> Layout | None:
+    return next((layout for layout in LAYOUTS if layout.fits(root)), None)
+
+
 def find_layout(root: Path) -> Layout:
     """The layout of the folder.
 
     Raises:
         DatasetError: it has none that is known.
     """
-    layout = next((layout for layout in LAYOUTS if layout.fits(root)), None)
+    layout = _layout_that_fits(root)
     if layout is None:
         expected = "".join(f"\n    {layout.name}: {layout.expected}" for layout in LAYOUTS)
         raise DatasetError(f"{root}: expected a data set in one of these layouts:{expected}\nfound: {_found(root)}")
@@ -283,7 +287,7 @@ def default_classes(root: Path) -> ClassTable | None:
     own = root / "classes.toml"
     if own.exists():
         return load_classes(own)
-    layout = next((layout for layout in LAYOUTS if layout.fits(root)), None)
+    layout = _layout_that_fits(root)
     return load_classes(layout.classes) if layout and layout.classes else None
 
 

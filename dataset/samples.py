@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .classes import CITYSCAPES, ClassTable
+from .classes import CITYSCAPES, ClassTable, colour_codes
 from .images import Box, ImageFile
 from .items import DatasetError, Item
 from .sampler import AUGMENTATION_STREAM
 from .transforms import draw_crop, normalise, pad_label, resize_image, resize_label, source_box
+
+Value = int | tuple[int, ...]
 
 
 def _open_label(item: Item, image: ImageFile | None) -> ImageFile:
@@ -71,12 +73,28 @@ def read_train_ids(
     Raises:
         DatasetError: as `read_label`, or a value is not in the class table.
     """
+    return to_train_ids(read_label(item, classes, image, box), item, classes, ignore_label)
+
+
+def to_train_ids(label: np.ndarray, item: Item, classes: ClassTable, ignore_label: int | None = None) -> np.ndarray:
+    """The training ids of what `read_label` returned for the item; see `read_train_ids`."""
     try:
-        return classes.train_ids(read_label(item, classes, image, box), item.encoding, ignore_label)
-    except DatasetError:
-        raise
+        return classes.train_ids(label, item.encoding, ignore_label)
     except ValueError as error:
         raise DatasetError(f"{item.label}: {error}") from None
+
+
+def count_values(label: np.ndarray) -> dict[Value, int]:
+    """The number of pixels of each value, or colour, of what `read_label` returned."""
+    if label.ndim == 3:
+        codes, counts = np.unique(colour_codes(label), return_counts=True)
+        colours = [(code >> 16, code >> 8 & 255, code & 255) for code in codes.tolist()]
+        return dict(zip(colours, counts.tolist(), strict=True))
+    if label.dtype == np.uint8:
+        counts = np.bincount(label.ravel(), minlength=256)
+        return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
+    values, counts = np.unique(label, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 class TrainingSet(Dataset):

@@ -12,9 +12,7 @@ import numpy as np
 from .classes import ClassTable
 from .images import ImageFile
 from .items import DatasetError, Item
-from .samples import read_label
-
-Value = int | tuple[int, ...]
+from .samples import Value, count_values, read_label
 
 
 @dataclass
@@ -84,21 +82,9 @@ def _survey_one(item: Item, classes: ClassTable | None) -> Survey:
     try:
         label = read_label(item, classes, image)
         found.labels = 1
-        for value, count in _count(label).items():
+        for value, count in count_values(label).items():
             found.pixels[item.encoding, value] = count
             found.files[item.encoding, value] = item.label
     except DatasetError as error:
         found.problems.append(" ".join(str(error).split()))
     return found
-
-
-def _count(label: np.ndarray) -> dict[Value, int]:
-    """The number of pixels of each value or colour."""
-    if label.ndim == 3:
-        colours, counts = np.unique(label.reshape(-1, 3), axis=0, return_counts=True)
-        return dict(zip(map(tuple, colours.tolist()), counts.tolist(), strict=True))
-    if label.dtype == np.uint8:
-        counts = np.bincount(label.ravel(), minlength=256)
-        return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
-    values, counts = np.unique(label, return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))

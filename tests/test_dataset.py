@@ -415,6 +415,12 @@ def test_training_ids_without_their_name_are_refused_unless_told(scenes, tmp_pat
         check_labels(scan(scenes, "val", "trainids"), CITYSCAPES)
 
 
+def test_training_ids_in_three_equal_channels_are_refused_as_well(scenes, tmp_path):
+    copy_as(scenes, tmp_path, "labelIds", np.stack([TRAIN_IDS] * 3, axis=1))
+    with pytest.raises(DatasetError, match=r"labelIds.png: .* only the values 0, .*, 255; .*rainids"):
+        check_labels(scan(tmp_path, "val"), CITYSCAPES)
+
+
 @pytest.mark.parametrize("values", [[0, 1, 2, 3, 4], [0, 255]])
 def test_labels_without_a_valid_pixel_are_refused(scenes, tmp_path, values):
     copy_as(scenes, tmp_path, "labelIds", np.resize(values, 256).astype(np.uint8))

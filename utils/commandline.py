@@ -147,10 +147,10 @@ def _class_table(args: argparse.Namespace, trained: ClassTable | None, may_diffe
     Args:
         may_differ: whether it may have other classes than the last.
     """
-    classes = args.classes
-    if classes is None and not getattr(args, "images", None):  # those have no labels
-        classes = default_classes(args.data_dir)
-    classes = classes or trained or (CITYSCAPES if args.data_list or getattr(args, "images", None) else None)
+    has_data_set = not getattr(args, "images", None)
+    classes = args.classes or (default_classes(args.data_dir) if has_data_set else None) or trained
+    if classes is None and (args.data_list or not has_data_set):
+        classes = CITYSCAPES
     if classes is None:
         find_layout(args.data_dir)  # an error if there is no data set
         raise CommandError(

@@ -25,13 +25,14 @@ class Model:
     """A network that predicts images.
 
     Attributes:
-        network: CCNet, in evaluation mode.
+        network: CCNet, in evaluation mode; predictions are made by a copy with folded norms, made once.
         classes: the class table; its names and palette belong to the predicted numbers.
     """
 
     def __init__(self, network: CCNet, classes: ClassTable):
         self.network = network.eval()
         self.classes = classes
+        self._prediction = PredictionNetwork(network)
 
     @torch.no_grad()
     def predict(
@@ -56,7 +57,7 @@ class Model:
         """
         device = next(self.network.parameters()).device
         pixels = torch.from_numpy(normalise(_pixels(image)))[None].to(device, memory_format=torch.channels_last)
-        predict = multi_scale(sliding_predictor(PredictionNetwork(self.network), tile_size), scales, flip)
+        predict = multi_scale(sliding_predictor(self._prediction, tile_size), scales, flip)
         return predict(pixels)[0].argmax(0).cpu().numpy().astype(self.classes.dtype)
 
 
