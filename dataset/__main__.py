@@ -12,9 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-from utils.arguments import MOST_PROCESSES, ArgumentParser, class_table, number
+from utils.arguments import MOST_PROCESSES, ArgumentParser, loaded_by, number
 
-from .classes import ENCODINGS, ClassTable
+from .classes import ENCODINGS, ClassTable, load_classes
 from .contact_sheet import contact_sheet
 from .items import DatasetError, Item
 from .layouts import SPLITS, default_classes, find_layout
@@ -28,7 +28,12 @@ def get_parser() -> ArgumentParser:
     parser = ArgumentParser("Look at a data set before training on it.")
     add = parser.add_argument
     add("data_dir", type=Path, metavar="DATA", help="folder of the data set")
-    add("--classes", type=class_table, metavar="NAME|FILE", help="class table; by default that of the folder")
+    add(
+        "--classes",
+        type=loaded_by(load_classes, DatasetError),
+        metavar="NAME|FILE",
+        help="class table; by default that of the folder",
+    )
     add("--label-encoding", choices=ENCODINGS, help="values in the label images, as in train.py")
     add("--contact-sheet", type=Path, help="picture to write; by default <name of DATA>_contact_sheet.jpg here")
     add("--num-workers", type=number(int, 1, MOST_PROCESSES), default=os.cpu_count() or 1, help="processes")

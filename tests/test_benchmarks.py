@@ -1,12 +1,14 @@
 """The benchmarks do what they say, on little data."""
 
 import platform
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from programs import ROOT
 from targets import ALL_CAPABILITIES, best_capability, capability, running_on
 
 from benchmarks import context, criss_cross, fused_axes, inplace_abn, loading, measuring, peak, train_step
@@ -27,6 +29,16 @@ def test_the_loaders_compared_give_the_same_samples(tmp_path, monkeypatch, capsy
     items = loading.generate(tmp_path, 1)
     with pytest.raises(SystemExit, match="other gives other samples than ours"):
         loading.check_same({"ours": loading.crop_first(items), "other": other}, items)
+
+
+def test_benchmarks_of_the_operators_need_pytorch_alone():
+    """Not the packages of training: the operators are used, tested and measured without them."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['PIL', 'cv2', 'torchvision', 'tensorboardX', 'tqdm']))\n"
+        "import benchmarks.criss_cross, benchmarks.cuda_roofline, benchmarks.fused_axes, benchmarks.inplace_abn"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_turns_begin_with_each_in_turn():

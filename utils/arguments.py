@@ -2,10 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from typing import NoReturn
-
-from dataset.classes import ClassTable, load_classes
-from dataset.items import DatasetError
+from typing import Any, NoReturn
 
 # More than anybody needs, and small enough that counters alone do not fill the memory.
 MOST_STEPS = 10**9
@@ -54,12 +51,16 @@ def pixel(text: str) -> tuple[int, int]:
     return y, x
 
 
-def class_table(text: str) -> ClassTable:
-    """Load a class table by its name or file."""
-    try:
-        return load_classes(text)
-    except DatasetError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def loaded_by(load: Callable[[str], Any], error: type[Exception]) -> Callable[[str], Any]:
+    """A parser of what `load` makes of the text; errors of that type become errors of the command line."""
+
+    def parse(text: str):
+        try:
+            return load(text)
+        except error as reason:
+            raise argparse.ArgumentTypeError(str(reason)) from None
+
+    return parse
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:

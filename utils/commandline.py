@@ -12,11 +12,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dataset import BUILT_IN, CITYSCAPES, ClassTable, Item, default_classes, find_images, find_layout, read_list, scan
+from dataset import (
+    BUILT_IN,
+    CITYSCAPES,
+    ClassTable,
+    DatasetError,
+    Item,
+    default_classes,
+    find_images,
+    find_layout,
+    load_classes,
+    read_list,
+    scan,
+)
 from dataset.classes import ENCODINGS, MOST_CLASSES
 from networks import BACKBONE_ACTIVATIONS, BACKBONES, NetworkConfig
 
-from .arguments import MOST_PROCESSES, ArgumentParser, class_table, number, size
+from .arguments import MOST_PROCESSES, ArgumentParser, loaded_by, number, size
 from .network_file import network_path, read_network
 from .precision import AMP_DTYPES
 
@@ -35,7 +47,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         "separated by a tab or spaces; evaluation does not need labels",
     )  # fmt: skip
     add(
-        "--classes", type=class_table, metavar="NAME|FILE",
+        "--classes", type=loaded_by(load_classes, DatasetError), metavar="NAME|FILE",
         help=f"class table of the label images: {', '.join(BUILT_IN)} or a TOML file; by default that of network.json "
         "beside the weights, classes.toml in --data-dir, or that of the layout of --data-dir",
     )  # fmt: skip
