@@ -44,7 +44,7 @@ from utils.distributed import World
 from utils.inference import Predictor, multi_scale, sliding_predictor, whole_predictor
 from utils.launch import launch
 from utils.metrics import ConfusionMatrix
-from utils.network_file import network_path, read_network
+from utils.network_file import SavedNetwork, find_network
 from utils.precision import in_mixed_precision
 from utils.report import read_others, save_report
 from utils.visualisation import attention_figure, overlay, palette_image
@@ -207,13 +207,11 @@ def attention_picture(args: argparse.Namespace, model: CCNet, item: Item, folder
     return path
 
 
-def network_line(args: argparse.Namespace) -> str:
+def network_line(args: argparse.Namespace, found: SavedNetwork | None) -> str:
     """A line on which network is evaluated, and where that information is from."""
-    folder = args.restore_from.parent
-    trained = read_network(folder)
-    source = f"as {network_path(folder)} says" if trained else f"no network.json in {folder}: as the flags say"
-    if trained and trained.config.recurrence != args.recurrence:
-        source += f", but R, with which it was trained, was {trained.config.recurrence}"
+    source = f"as {found.source}" if found else "as the flags say"
+    if found and "recurrence" in found.known and found.config.recurrence != args.recurrence:
+        source += f", but R, with which it was trained, was {found.config.recurrence}"
     settings = asdict(network_config(args)).items()
     return f"{', '.join(f'{name} {value}' for name, value in settings)} ({source})"
 
@@ -221,7 +219,9 @@ def network_line(args: argparse.Namespace) -> str:
 @torch.no_grad()
 def evaluate(args: argparse.Namespace, world: World) -> int:
     """Evaluate, and return the exit status."""
-    args = with_network(args, args.restore_from.parent)
+    state = read_state_dict(args.restore_from)
+    found = find_network(args.restore_from, state)
+    args = with_network(args, found)
     items = find_items(args, args.split)
     output_names(items)  # an error if two are equal
     check_labels(items, args.classes)
@@ -229,10 +229,10 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
     attention_item = find_attention_item(args, items) if args.attention else None
     others = read_others(args.compare_with, args.classes.names)
     model = build_model(network_config(args))
-    load_state(model, read_state_dict(args.restore_from), str(args.restore_from))
+    load_state(model, state, str(args.restore_from))
     model.to(world.device).eval()
     if world.is_main:
-        print(f"network: {network_line(args)}")
+        print(f"network: {network_line(args, found)}")
 
     output_dir = world.broadcast(prepare_output(args) if world.is_main else None)
     confusion = predict_all(args, world, make_predictor(args, world, model), items, output_dir)

@@ -93,7 +93,7 @@ if [[ $RESTORE_FROM == dataset/resnet101-imagenet.pth ]]; then
     if [[ $BACKBONE != resnet101 ]]; then
         RESTORE_FROM= # the weights are ResNet-101's: another backbone starts from scratch unless told what from
     elif [[ ! -e $RESTORE_FROM ]]; then
-        fail "$RESTORE_FROM: expected the ImageNet weights; README.md says where they are, RESTORE_FROM= trains from scratch"
+        fail "$RESTORE_FROM: expected the ImageNet weights; README.md says where they are; RESTORE_FROM=torchvision takes torchvision's, RESTORE_FROM= trains from scratch"
     fi
 fi
 TRAIN=(

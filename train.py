@@ -39,7 +39,7 @@ from utils.commandline import (
 from utils.criterion import CriterionDSN, CriterionOhemDSN
 from utils.distributed import World, stop_requests
 from utils.launch import launch
-from utils.network_file import save_network
+from utils.network_file import describe, save_network
 from utils.resuming import run_flags, run_network, start_or_resume
 from utils.training import (
     Part,
@@ -113,7 +113,8 @@ def get_parser() -> ArgumentParser:
     add = parser.add_argument_group("weights").add_argument
     add(
         "--restore-from", type=Path,
-        help="weights to start with: ImageNet backbone or whole network; from scratch if not given",
+        help="weights to start with: an ImageNet backbone, of this project, torchvision, timm or mmsegmentation, or a "
+        "whole network; torchvision: download its backbone; from scratch if not given",
     )  # fmt: skip
     add(
         "--initial-gamma", type=number(float, 0, 1e3), default=0,
@@ -185,8 +186,9 @@ class Run(NamedTuple):
         """Save a snapshot; returns the path of its state dict."""
         check_weights(self.model, step)
         optimizer, scaler = self.training_step.optimizer, self.training_step.scaler
-        flags = run_flags(self.args)
-        return save_snapshot(self.model, optimizer, self.args.snapshot_dir, step, flags, self.args.keep, scaler)
+        flags, description = run_flags(self.args), describe(network_config(self.args), self.args.classes)
+        folder, keep = self.args.snapshot_dir, self.args.keep
+        return save_snapshot(self.model, optimizer, folder, step, flags, keep, scaler, description)
 
 
 _DIVERGED = "training has diverged: start again with a lower --learning-rate and another --snapshot-dir"
@@ -321,7 +323,7 @@ def train(args: argparse.Namespace, world: World) -> int:
     if world.is_main:
         where = f"on {world.device}" if world.size == 1 else f"on {world.size} processes"
         steps = f"steps {run.first} to {args.num_steps}"
-        print(f"{args.backbone}, R={args.recurrence}, {where}: {len(run.items)} images, {steps}")
+        print(f"{args.backbone}, R={args.recurrence}, stem {args.stem}, {where}: {len(run.items)} images, {steps}")
     log = TrainingLog(args.snapshot_dir if world.is_main else None, run.first, args.num_steps, args.batch_size)
     with stop_requests(world.received), closing(log):
         step, stopped_by = train_steps(run, log)

@@ -7,7 +7,7 @@ from .ccnet import CCNet, build_model
 from .config import NetworkConfig
 from .layers import BatchDropout2d, BatchShard
 from .prediction import PredictionNetwork
-from .resnet import BACKBONE_ACTIVATIONS, BACKBONES
+from .resnet import BACKBONE_ACTIVATIONS, BACKBONES, STEMS
 from .state_dicts import StateDictError, load_state
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKBONES",
     "BACKBONE_ACTIVATIONS",
+    "STEMS",
     "BatchDropout2d",
     "BatchShard",
     "CCNet",

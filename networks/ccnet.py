@@ -21,7 +21,7 @@ class CCNet(DilatedResNet):
     """
 
     def __init__(self, config: NetworkConfig):
-        super().__init__(config.backbone, config.backbone_activation)
+        super().__init__(config.backbone, config.backbone_activation, config.stem)
         layer3_channels, layer4_channels = self.out_channels
         self.head = RCCAModule(layer4_channels, config.num_classes, config.recurrence)
         self.dsn = nn.Sequential(
@@ -45,17 +45,18 @@ def build_model(
     num_classes: int = NetworkConfig.num_classes,
     recurrence: int = NetworkConfig.recurrence,
     backbone_activation: str = NetworkConfig.backbone_activation,
+    stem: str = NetworkConfig.stem,
 ) -> CCNet:
     """Build CCNet, in channels_last memory format.
 
     Args:
         backbone: its name; or a NetworkConfig, in place of all arguments.
-        num_classes, recurrence, backbone_activation: as in NetworkConfig.
+        num_classes, recurrence, backbone_activation, stem: as in NetworkConfig.
 
     Raises:
         ValueError: an argument is out of range, and the message names it; or there are others beside a NetworkConfig.
     """
-    config = NetworkConfig(NetworkConfig.backbone, backbone_activation, recurrence, num_classes)
+    config = NetworkConfig(NetworkConfig.backbone, backbone_activation, recurrence, num_classes, stem)
     if isinstance(backbone, str):
         config = replace(config, backbone=backbone)
     elif config == NetworkConfig():

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .resnet import BACKBONE_ACTIVATIONS, BACKBONES
+from .resnet import BACKBONE_ACTIVATIONS, BACKBONES, STEMS
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class NetworkConfig:
             that they were trained with.
         recurrence: R, how many times criss-cross attention is applied, 0 or more. A state dict loads for every R.
         num_classes: channels of the logits.
+        stem: the backbone's first convolutions: conv3x3, three of 64, 64 and 128 channels (the original's);
+            conv3x3_narrow, of 32, 32 and 64; or conv7x7, one of 64.
 
     Raises:
         ValueError: a setting is out of range or has another type; the message names it.
@@ -25,10 +27,12 @@ class NetworkConfig:
     backbone_activation: str = "identity"
     recurrence: int = 2
     num_classes: int = 19
+    stem: str = "conv3x3"
 
     def __post_init__(self) -> None:
         _check_choice("backbone", self.backbone, tuple(BACKBONES))
         _check_choice("backbone_activation", self.backbone_activation, BACKBONE_ACTIVATIONS)
+        _check_choice("stem", self.stem, tuple(STEMS))
         _check_at_least("recurrence", self.recurrence, 0)
         _check_at_least("num_classes", self.num_classes, 1)
 

@@ -1,7 +1,7 @@
 """Dilated residual networks: ResNets whose last two stages have 1/8 of the input's resolution.
 
-He et al., arXiv 1512.03385, with the three-convolution stem and the dilation of the CCNet paper (section 4.2).
-Parameters have the names of the ImageNet models that the original starts from.
+He et al., arXiv 1512.03385, with the dilation of the CCNet paper (section 4.2) and, if not asked for another, the stem
+of three convolutions of the original. Parameters have the names of the ImageNet models that the original starts from.
 """
 
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from .layers import conv3x3
 # Activation of the backbone's batch norms. identity: none, and a separate ReLU follows, which keeps a second tensor for
 # the backward pass. leaky_relu: only one tensor is kept (docs/inplace_abn.md).
 BACKBONE_ACTIVATIONS = ("identity", "leaky_relu")
+
+# Output channels of the stem's convolutions. conv3x3: three of 3x3, the original's and that of ResNet V1s;
+# conv3x3_narrow: that of V1c; conv7x7: one of 7x7, that of He et al. and of torchvision.
+STEMS = {"conv3x3": (64, 64, 128), "conv3x3_narrow": (32, 32, 64), "conv7x7": (64,)}
 
 
 def _norm(channels: int, activation: str = "identity") -> InPlaceABNSync:
@@ -107,22 +111,26 @@ class DilatedResNet(nn.Module):
     Args:
         name: one of BACKBONES.
         activation: one of BACKBONE_ACTIVATIONS.
+        stem: one of STEMS.
 
     Attributes:
         out_channels: channels of (layer3, layer4).
     """
 
-    def __init__(self, name: str, activation: str = "identity"):
+    def __init__(self, name: str, activation: str = "identity", stem: str = "conv3x3"):
         super().__init__()
         block, (n1, n2, n3, n4) = BACKBONES[name]
-        self.conv1 = conv3x3(3, 64, stride=2)
-        self.bn1, self.relu1 = _norm(64, activation), _relu_unless(activation)
-        self.conv2 = conv3x3(64, 64)
-        self.bn2, self.relu2 = _norm(64, activation), _relu_unless(activation)
-        self.conv3 = conv3x3(64, 128)
-        self.bn3, self.relu3 = _norm(128, activation), _relu_unless(activation)
+        channels = STEMS[stem]
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False) if stem == "conv7x7" else conv3x3(3, channels[0], stride=2)
+        self.bn1, self.relu1 = _norm(channels[0], activation), _relu_unless(activation)
+        self.three_convolutions = len(channels) == 3
+        if self.three_convolutions:
+            self.conv2 = conv3x3(channels[0], channels[1])
+            self.bn2, self.relu2 = _norm(channels[1], activation), _relu_unless(activation)
+            self.conv3 = conv3x3(channels[1], channels[2])
+            self.bn3, self.relu3 = _norm(channels[2], activation), _relu_unless(activation)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
-        self.layer1 = _make_stage(block, activation, 128, 64, n1)
+        self.layer1 = _make_stage(block, activation, channels[-1], 64, n1)
         self.layer2 = _make_stage(block, activation, 64 * block.expansion, 128, n2, stride=2)
         self.layer3 = _make_stage(block, activation, 128 * block.expansion, 256, n3, dilation=2)
         self.layer4 = _make_stage(block, activation, 256 * block.expansion, 512, n4, dilation=4)
@@ -134,8 +142,9 @@ class DilatedResNet(nn.Module):
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 3, H, W] to (layer3, layer4), each [N, C, ~H/8, ~W/8]."""
         x = self.relu1(self.bn1(self.conv1(images)))
-        x = self.relu2(self.bn2(self.conv2(x)))
-        x = self.relu3(self.bn3(self.conv3(x)))
+        if self.three_convolutions:
+            x = self.relu2(self.bn2(self.conv2(x)))
+            x = self.relu3(self.bn3(self.conv3(x)))
         layer3 = self.layer3(self.layer2(self.layer1(self.maxpool(x))))
         return layer3, self.layer4(layer3)
 

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from libs import absorb_negative_weights
 
+from .pretrained import MMSEGMENTATION_DIFFERS, from_other_project, is_mmsegmentations
+
 _HEADS = ("head.", "dsn.")
 _CLASSIFIERS = ("head.bottleneck.3.", "dsn.3.")
 _RENAMED = {"head.conv1a.": "head.conva.", "head.conv1b.": "head.convb."}
@@ -56,84 +58,111 @@ def load_state(
     state: dict[str, Tensor],
     source: str,
     restore_last: bool = True,
-    allow_backbone: bool = False,
-    allow_other_classes: bool = False,
+    as_start: bool = False,
 ) -> list[str]:
-    """Load a state dict of any version of the original into the model.
+    """Load a state dict of any version of the original into the model, or that of another project.
 
-    Returns the names of the classifying layers' tensors if they were left out.
+    Returns the names of tensors of the heads that were left as they are though the file is of a whole network.
 
-    Prefixes of wrappers are removed and old names renamed. No key may be missing or unexpected, except that an ImageNet
-    backbone has fc.* and lacks head.* and dsn.*. Norms with num_batches_tracked are torch's and are converted to
-    activated batch norm; if their weights are negative, the convolutions before them are changed too.
+    Prefixes of wrappers are removed and old names renamed; `pretrained` has the names of other projects. No key may be
+    missing or unexpected, except that an ImageNet backbone has fc.* and lacks head.* and dsn.*. Norms with
+    num_batches_tracked are torch's and are converted to activated batch norm; if their weights are negative, the
+    convolutions before them are changed too.
 
     Args:
         state: names to tensors.
         source: its path, for messages.
         restore_last: whether to load the two classifying layers; if not, their shapes may differ.
-        allow_backbone: whether an ImageNet backbone is accepted; the heads then stay as they are.
-        allow_other_classes: whether the classifying layers are left out if the file has another number of classes.
+        as_start: whether training begins with these weights. Then an ImageNet backbone, a network with another number
+            of classes and mmsegmentation's CCNet are accepted, and what they lack or does not fit stays as it is.
 
     Raises:
         StateDictError: keys are missing or unexpected, shapes differ, numbers are not finite, a tensor is not a plain
-            floating-point one, or a negative weight has no convolution before it. The model is unchanged then.
+            floating-point one, a negative weight has no convolution before it, or it is another project's, which cannot
+            be converted. The model is unchanged then.
     """
     state = _in_names_of(model, state, source)
-    backbone_only = allow_backbone and not any(key.startswith(_HEADS) for key in state)
-    if backbone_only:
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
+    of_mmsegmentation = is_mmsegmentations(state)
+    if of_mmsegmentation and not as_start:
+        raise StateDictError(
+            f"{source}: expected the weights of this project's CCNet, found mmsegmentation's, which is another "
+            f"network: {MMSEGMENTATION_DIFFERS}; training can begin with it (train.py --restore-from)"
+        )
+    try:
+        state = from_other_project(state) or state
+    except ValueError as error:
+        raise StateDictError(f"{source}: {error}") from None
     own = model.state_dict()
-    classifiers = [key for key in state if key.startswith(_CLASSIFIERS) and key in own]
-    if allow_other_classes and any(state[key].shape[:1] != own[key].shape[:1] for key in classifiers):
+    backbone_only = as_start and not any(key.startswith(_HEADS) for key in state)
+    if as_start and any(state[key].shape[:1] != own[key].shape[:1] for key in _classifiers(state, own)):
         restore_last = False
-    if not restore_last:
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(_CLASSIFIERS)}
-    left_alone = (*(_HEADS if backbone_only else ()), *(() if restore_last else _CLASSIFIERS))
+    left_alone = _HEADS if backbone_only else (*(() if restore_last else _CLASSIFIERS), *("dsn.",) * of_mmsegmentation)
+    state = {key: x for key, x in state.items() if not key.startswith((*left_alone, *("fc.",) * backbone_only))}
     expected = {key: tensor for key, tensor in own.items() if not key.startswith(left_alone)}
-    found = {key: tensor for key, tensor in state.items() if not key.endswith(f".{_COUNTER}")}
+    problems = _problems(state, expected)
+    if not problems:
+        state = absorb_negative_weights(model, state)
+        problems = _negative(state)
+    if problems:
+        kind = "an ImageNet backbone" if backbone_only else "a whole network"
+        raise StateDictError(
+            f"{source}: read as {kind}, it does not fit this network (--backbone, --stem, --classes):\n"
+            + "\n".join(problems)
+            + _hint_of_classes(state, expected)
+        )
+    model.load_state_dict(state, strict=False)
+    return [] if backbone_only else sorted(own.keys() - expected.keys())
 
-    shared = [(key, found[key], expected[key]) for key in expected if key in found]
-    unusable = {key: reason for key, tensor, _ in shared if (reason := _why_unusable(tensor))}
-    other_shapes = [key for key, file, own in shared if key not in unusable and file.shape != own.shape]
-    problems = [
+
+def _classifiers(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    return [key for key in state if key.startswith(_CLASSIFIERS) and key in own]
+
+
+def _problems(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Lines on all that keeps the state dict from being loaded where these tensors are expected."""
+    found = {key: tensor for key, tensor in state.items() if not key.endswith(f".{_COUNTER}")}
+    unusable = {key: reason for key in expected if key in found and (reason := _why_unusable(found[key]))}
+    other_shapes = [
+        f"{key}: the file has {list(found[key].shape)}, the network {list(expected[key].shape)}"
+        for key in _of_other_shapes(state, expected)
+        if key not in unusable
+    ]
+    return [
         *_listed("missing", sorted(expected.keys() - found.keys())),
         *_listed("unexpected", sorted(found.keys() - expected.keys())),
         *_listed("unusable", [f"{key}: {reason}" for key, reason in unusable.items()]),
-        *_listed(
-            "of another shape",
-            [
-                f"{key}: the file has {list(found[key].shape)}, the network {list(expected[key].shape)}"
-                for key in other_shapes
-            ],
-        ),
+        *_listed("of another shape", other_shapes),
     ]
-    if not problems:
-        state = absorb_negative_weights(model, state)
-        problems = _listed(
-            "with negative numbers, as torch's batch norm may have and activated batch norm may not, and no "
-            "convolution directly before it",
-            [
-                f"{key}: {int((state[key] < 0).sum())} of {state[key].numel()}"
-                for key in found
-                if key.removesuffix("weight") + _COUNTER in state and (state[key] < 0).any()
-            ],
-        )
-    if problems:
-        kind = "an ImageNet backbone" if backbone_only else "a whole network"
-        hint = ""
-        if other_shapes and all(key.startswith(_CLASSIFIERS) for key in other_shapes):
-            classes, wanted = (tensors[other_shapes[0]].shape[:1] for tensors in (found, expected))
-            hint = (
-                f"\nThe file has {', '.join(map(str, classes))} classes, the network {wanted[0]}: give --classes, or "
-                "train new classifying layers with --not-restore-last"
-            )
-        raise StateDictError(
-            f"{source}: read as {kind}, it does not fit this network (--backbone, --classes):\n"
-            + "\n".join(problems)
-            + hint
-        )
-    model.load_state_dict(state, strict=False)
-    return [] if restore_last else classifiers
+
+
+def _of_other_shapes(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    return [key for key in expected if key in state and state[key].shape != expected[key].shape]
+
+
+def _negative(state: dict[str, Tensor]) -> list[str]:
+    """Lines on the norms of torch's that have negative weights."""
+    counted = [key.removesuffix(_COUNTER) + "weight" for key in state if key.endswith(_COUNTER)]
+    return _listed(
+        "with negative numbers, as torch's batch norm may have and activated batch norm may not, and no convolution "
+        "directly before it",
+        [
+            f"{key}: {int((state[key] < 0).sum())} of {state[key].numel()}"
+            for key in counted
+            if key in state and (state[key] < 0).any()
+        ],
+    )
+
+
+def _hint_of_classes(state: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """What to do if nothing but the classifying layers is of another shape."""
+    keys = _of_other_shapes(state, expected)
+    if not keys or not all(key.startswith(_CLASSIFIERS) for key in keys):
+        return ""
+    classes, wanted = (tensors[keys[0]].shape[:1] for tensors in (state, expected))
+    return (
+        f"\nThe file has {', '.join(map(str, classes))} classes, the network {wanted[0]}: give --classes, or train new "
+        "classifying layers with --not-restore-last"
+    )
 
 
 def _why_unusable(tensor: Tensor) -> str | None:

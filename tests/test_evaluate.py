@@ -16,11 +16,11 @@ import evaluate
 import train
 from dataset import CITYSCAPES, scan
 from dataset.scenes import LABEL_IDS
-from networks import NetworkConfig, build_model
-from utils.checkpoint import CheckpointError
+from networks import BACKBONES, STEMS, NetworkConfig, build_model
+from utils.checkpoint import CheckpointError, described
 from utils.commandline import CommandError
 from utils.launch import launch
-from utils.network_file import read_network, save_network
+from utils.network_file import describe, find_network, read_network, save_network
 from utils.report import read_others
 
 ROOT = Path(evaluate.__file__).parent
@@ -220,11 +220,11 @@ def test_shared_flags_mean_the_same_in_both_scripts():
 def test_every_flag_is_read():
     source = "".join((ROOT / name).read_text() for name in ("evaluate.py", "utils/commandline.py", "utils/launch.py"))
     for action in evaluate.get_parser()._actions:
-        if action.dest != "help":
+        if action.dest not in ("help", *asdict(NetworkConfig())):  # those, by network_config
             assert re.search(rf"args\.{action.dest}\b", source), action.dest
 
 
-# ---- the network, as network.json says
+# ---- the network, as the file or network.json says
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_the_network_is_the_one_of_network_json(scenes, leaky, monkeypatch, caps
     monkeypatch.setattr(evaluate, "build_model", lambda config: built.append(config) or build_model(config))
     assert plain_evaluation(scenes, leaky) == 0
     assert built == [NetworkConfig("resnet18", "leaky_relu", 1)]
-    line = "network: backbone resnet18, backbone_activation leaky_relu, recurrence 1, num_classes 19 "
+    line = "network: backbone resnet18, backbone_activation leaky_relu, recurrence 1, num_classes 19, stem conv3x3 "
     assert f"{line}(as {leaky.parent / 'network.json'} says)" in capsys.readouterr().out
     result = json.loads((leaky.parent / "outputs" / "CS_scenes_1" / "val" / "result.json").read_text())
     assert (result["flags"]["backbone_activation"], result["flags"]["recurrence"]) == ("leaky_relu", 1)
@@ -261,7 +261,7 @@ def test_the_network_is_the_one_of_network_json(scenes, leaky, monkeypatch, caps
 def test_a_flag_that_contradicts_network_json_is_refused(scenes, leaky, capsys, flags):
     assert plain_evaluation(scenes, leaky, *flags) == 2
     value = {"--backbone": "resnet18", "--backbone-activation": "leaky_relu"}[flags[0]]
-    expected = f"error: {flags[0]} {flags[1]}: {leaky.parent / 'network.json'} says {value}, with which the weights"
+    expected = f"error: {flags[0]} {flags[1]}: the weights are of {value}, as {leaky.parent / 'network.json'} says"
     assert expected in capsys.readouterr().err
 
 
@@ -271,7 +271,8 @@ def test_a_flag_that_contradicts_network_json_is_refused(scenes, leaky, capsys, 
         ("{", "cannot read it"),
         ("[1]", "expected an object with the keys backbone"),
         ('{"backbone": "resnet18"}', "missing: backbone_activation, num_classes, recurrence"),
-        ({"stem": "deep"}, "unknown: stem"),
+        ({"stern": "conv7x7"}, "unknown: stern"),
+        ({"stem": "deep"}, "stem: expected one of conv3x3, conv3x3_narrow, conv7x7, got 'deep'"),
         ({"recurrence": "2"}, "recurrence: expected a whole number, got '2'"),
         ({"recurrence": True}, "recurrence: expected a whole number, got True"),
         ({"num_classes": -1}, "num_classes: expected 1 or more, got -1"),
@@ -285,9 +286,33 @@ def test_a_damaged_network_json_is_named(tmp_path, content, message):
         read_network(tmp_path)
 
 
-def test_without_network_json_the_flags_say_what_it_is(scenes, checkpoint, tmp_path, capsys):
+def test_what_the_file_says_wins_over_network_json(scenes, leaky, monkeypatch):
+    """As network.json may be of another run, into whose folder the file was copied."""
+    config = NetworkConfig("resnet18", stem="conv7x7", recurrence=1)
+    torch.save(described(build_model(config).state_dict(), describe(config, CITYSCAPES)), leaky)
+    built = []
+    monkeypatch.setattr(evaluate, "build_model", lambda config: built.append(config) or build_model(config))
+    assert plain_evaluation(scenes, leaky) == 0
+    assert built == [config]
+
+
+def test_otherwise_the_shapes_say_what_it_is(scenes, checkpoint, tmp_path, capsys):
     assert evaluation(scenes, checkpoint, tmp_path) == 0
-    assert f"(no network.json in {checkpoint.parent}: as the flags say)" in capsys.readouterr().out
+    assert f"(as the shapes in {checkpoint} say)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_shapes_say_backbone_stem_and_classes(tmp_path, backbone, stem):
+    config = NetworkConfig(backbone, num_classes=3, stem=stem)
+    with torch.device("meta"):
+        state = build_model(config).state_dict()
+    for names in (lambda key: key, lambda key: f"module.{key}"):
+        found = find_network(tmp_path / "x.pth", {names(key): tensor for key, tensor in state.items()})
+        assert found == (config, None, f"the shapes in {tmp_path / 'x.pth'} say", ("backbone", "stem", "num_classes"))
+    imagenet = {key: tensor for key, tensor in state.items() if not key.startswith(("head.", "dsn."))}
+    assert find_network(tmp_path / "x.pth", imagenet).known == ("backbone", "stem")
+    assert find_network(tmp_path / "x.pth", {"weight": torch.zeros(2)}) is None
 
 
 def test_other_numbers_of_passes_are_compared(scenes, checkpoint, tmp_path, capsys):
@@ -369,8 +394,8 @@ def test_a_folder_of_something_else_is_not_written_to(scenes, checkpoint, tmp_pa
         (["--attention", "1,1", "--attention-image", "nobody"], "--attention-image nobody: expected an image"),
         (["--attention", "1,1", "--recurrence", "0"], "--attention: expected --recurrence 1 or more"),
         (["--num-classes", "20"], "--num-classes 20: the class table cityscapes has 19 classes"),
-        (["--classes", "camvid"], "_labelIds.png: expected label ids 0..11 of camvid, found 2"),
-        (["--backbone", "resnet34"], "missing:"),
+        (["--classes", "camvid"], "--classes camvid: has 11 classes, and the weights 19, as the shapes in"),
+        (["--backbone", "resnet34"], "--backbone resnet34: the weights are of resnet18, as the shapes in"),
         (["--data-list", "nowhere.lst"], "nowhere.lst: expected a list file"),
         (["--restore-from", "nowhere.pth"], "nowhere.pth: expected a checkpoint, there is no such file"),
     ],

@@ -244,7 +244,7 @@ def test_loads_an_imagenet_backbone(model):
     head_before = model.head.conva[0].weight.detach().clone()
     with pytest.raises(StateDictError, match=r"(?s)missing:.*dsn.0.bias.*unexpected:.*fc.bias"):
         load_state(model, {**backbone, **extra}, "imagenet.pth")
-    load_state(model, {**backbone, **extra}, "imagenet.pth", allow_backbone=True)
+    load_state(model, {**backbone, **extra}, "imagenet.pth", as_start=True)
     assert_loaded(model, backbone)
     assert torch.equal(model.head.conva[0].weight, head_before)
 
@@ -264,7 +264,7 @@ def test_weights_trained_with_torchs_batch_norm_give_the_same_logits(backbone_on
     if backbone_only:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "dsn."))}
         state |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
-    load_state(model, state, "torch.pth", allow_backbone=backbone_only)
+    load_state(model, state, "torch.pth", as_start=backbone_only)
     images = torch.randn(1, 3, 17, 25, dtype=torch.float64)
     with torch.no_grad():
         actual, expected = (net.features(images) if backbone_only else net(images) for net in (model, plain))
@@ -322,7 +322,7 @@ def test_missing_and_unexpected_keys_are_listed_and_nothing_is_loaded(model, kin
     state["layer1.0.bn1.waight"] = state.pop("layer1.0.bn1.weight")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(StateDictError) as error:
-        load_state(model, state, "file.pth", allow_backbone=True)
+        load_state(model, state, "file.pth", as_start=True)
     assert "file.pth" in str(error.value)
     assert "1 missing:\n    layer1.0.bn1.weight" in str(error.value)
     assert "1 unexpected:\n    layer1.0.bn1.waight" in str(error.value)

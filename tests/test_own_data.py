@@ -89,10 +89,7 @@ def test_own_classes_in_the_layout_of_cityscapes(scenes, tmp_path, capsys):
     assert trained(scenes, tmp_path, "--classes", table) == 0
     assert evaluated(scenes, tmp_path) == 2
     message = capsys.readouterr().err
-    assert (
-        "with labels of cityscapes: network.json says that the weights beside it were trained with the classes of"
-        in message
-    )
+    assert "with labels of cityscapes: the weights were trained with the classes of" in message
     assert evaluated(scenes, tmp_path, "--classes", table) == 0
     assert "| vehicle | " in capsys.readouterr().out
     assert trained(scenes, tmp_path, "--classes", table, "--resume") == 0
@@ -107,11 +104,9 @@ def test_networks_and_data_of_different_classes_do_not_go_together(scenes, tmp_p
     voc(tmp_path / "voc")
     assert trained(scenes, tmp_path) == 0
     assert evaluated(tmp_path / "voc", tmp_path) == 2
-    assert "voc, with labels of voc2012: network.json says that the weights" in capsys.readouterr().err
+    assert "voc, with labels of voc2012: the weights were trained" in capsys.readouterr().err
     assert evaluated(tmp_path / "voc", tmp_path, "--classes", "voc2012") == 2
-    assert (
-        "--classes voc2012: network.json says that the weights beside it were trained with" in capsys.readouterr().err
-    )
+    assert "--classes voc2012: the weights were trained with" in capsys.readouterr().err
 
 
 def test_data_without_a_class_table_are_refused(tmp_path, capsys):

@@ -14,6 +14,7 @@ import os
 import re
 import tempfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -41,6 +42,8 @@ _TRAINING_TYPES: dict[str, type | tuple[type, ...]] = {
 _DIRECTORY = 0x10
 # Prefix of the temporary files.
 _WRITING = ".writing-"
+# Key of the network's description in the metadata of a state dict.
+_DESCRIPTION = "ccnet"
 # How many .training.pth files are kept if all state dicts are: the newest, and one to fall back on.
 _TRAINING_KEPT = 2
 
@@ -167,6 +170,7 @@ def save_snapshot(
     flags: dict,
     keep: int | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    description: dict[str, Any] | None = None,
 ) -> Path:
     """Write both files of the step, then remove older snapshots. Returns the path of the state dict.
 
@@ -177,6 +181,7 @@ def save_snapshot(
         keep: how many snapshots to keep, this one included, 1 or more; None keeps all state dicts and the newest two
             training states.
         scaler: gradient scaler, if training uses one.
+        description: what the network is, to travel with the state dict; see `described`.
 
     Raises:
         CheckpointError: a file cannot be written, for instance because the disk is full. Earlier snapshots remain.
@@ -185,7 +190,7 @@ def save_snapshot(
         raise ValueError(f"keep: expected 1 or more, got {keep}")
     path = snapshot_path(folder, step)
     # On the CPU, so that the file loads on a machine without this GPU.
-    state_dict = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    state_dict = described({name: tensor.cpu() for name, tensor in model.state_dict().items()}, description)
     device = next(model.parameters()).device
     training = {
         "version": _TRAINING_VERSION,
@@ -204,6 +209,25 @@ def save_snapshot(
             put(training_file, training_path(folder, step))
     _remove_older(folder, step, keep)
     return path
+
+
+def described(state: dict[str, Tensor], description: dict[str, Any] | None) -> dict[str, Tensor]:
+    """The state dict with a description of its network in its metadata.
+
+    That is where `Module.state_dict` notes the versions of modules, and it is saved and loaded with the state dict,
+    which is the same names and tensors as before for `load_state_dict`.
+
+    Args:
+        description: of numbers, text, lists, tuples, dictionaries and None.
+    """
+    state = OrderedDict(state)
+    state._metadata = OrderedDict({"": {_DESCRIPTION: description}})  # type: ignore[attr-defined]
+    return state
+
+
+def description_of(state: dict[str, Tensor]) -> dict[str, Any] | None:
+    """The description that `described` has added; None if there is none."""
+    return getattr(state, "_metadata", {}).get("", {}).get(_DESCRIPTION)
 
 
 def _remove_older(folder: Path, step: int, keep: int | None) -> None:

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from dataset import (
@@ -26,10 +26,10 @@ from dataset import (
     scan,
 )
 from dataset.classes import ENCODINGS, MOST_CLASSES
-from networks import BACKBONE_ACTIVATIONS, BACKBONES, NetworkConfig
+from networks import BACKBONE_ACTIVATIONS, BACKBONES, STEMS, NetworkConfig
 
 from .arguments import MOST_PROCESSES, ArgumentParser, loaded_by, number, size
-from .network_file import network_path, read_network
+from .network_file import SavedNetwork
 from .precision import AMP_DTYPES
 
 
@@ -48,8 +48,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--classes", type=loaded_by(load_classes, DatasetError), metavar="NAME|FILE",
-        help=f"class table of the label images: {', '.join(BUILT_IN)} or a TOML file; by default that of network.json "
-        "beside the weights, classes.toml in --data-dir, or that of the layout of --data-dir",
+        help=f"class table of the label images: {', '.join(BUILT_IN)} or a TOML file; by default classes.toml in "
+        "--data-dir, that of the layout of --data-dir, or that of the weights",
     )  # fmt: skip
     add(
         "--label-encoding", choices=ENCODINGS,
@@ -64,9 +64,15 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group(
         "network",
-        f"The default is what network.json beside the weights says, or without that file {_paper()}.",
+        f"The default is what is known of the weights: what their file says, or network.json beside it, or their "
+        f"shapes. Otherwise {_paper()}.",
     ).add_argument
     add("--backbone", choices=BACKBONES, help="the paper's is resnet101")
+    add(
+        "--stem", choices=STEMS,
+        help="the backbone's first convolutions: conv3x3, three of 64, 64 and 128 channels, as in the original; "
+        "conv3x3_narrow, of 32, 32 and 64, those of ResNet V1c; conv7x7, one, that of torchvision",
+    )  # fmt: skip
     add(
         "--backbone-activation", choices=BACKBONE_ACTIVATIONS,
         help="activation of the backbone's batch norms: identity, followed by ReLU, as in the original; leaky_relu "
@@ -74,7 +80,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--recurrence", type=number(int, 0, 64),
-        help="R, how many times criss-cross attention is applied; 0 for none; may differ from network.json",
+        help="R, how many times criss-cross attention is applied; 0 for none; may differ from that of the weights",
     )  # fmt: skip
     add("--num-classes", type=number(int, 1, MOST_CLASSES), help="channels of the logits, those of the class table")
 
@@ -104,30 +110,29 @@ def _flag(name: str) -> str:
 
 def network_config(args: argparse.Namespace) -> NetworkConfig:
     """The network that a command line from `with_network` describes."""
-    return NetworkConfig(args.backbone, args.backbone_activation, args.recurrence, args.num_classes)
+    return NetworkConfig(**{field.name: getattr(args, field.name) for field in fields(NetworkConfig)})
 
 
 def with_network(
-    args: argparse.Namespace, folder: Path | None, may_differ: Sequence[str] = ("recurrence",)
+    args: argparse.Namespace, found: SavedNetwork | None, may_differ: Sequence[str] = ("recurrence",)
 ) -> argparse.Namespace:
-    """The command line with all network flags and the class table set: by default those of the folder's network.json.
+    """The command line with all network flags and the class table set: by default those of the weights.
 
     Args:
-        folder: folder of the weights; None if there are none.
-        may_differ: settings that may differ from network.json.
+        found: what is known of the weights; None if there are none.
+        may_differ: settings that may differ from it.
 
     Raises:
-        CommandError: a flag contradicts network.json, or another flag.
-        CheckpointError: network.json cannot be read.
+        CommandError: a flag contradicts what is known, or another flag.
         DatasetError: the data set's class table cannot be read, or is not known.
     """
-    found = None if folder is None else read_network(folder)
-    classes = _class_table(args, found.classes if found else None, "num_classes" in may_differ)
+    classes = _class_table(args, found, "num_classes" in may_differ)
     settings = asdict(found.config if found else NetworkConfig()) | {"num_classes": len(classes)}
-    if folder and found and found.config.num_classes != len(classes) and "num_classes" not in may_differ:
+    fixed = set(found.known) - set(may_differ) if found else set()
+    if found and found.config.num_classes != len(classes) and "num_classes" in fixed:
         raise CommandError(
-            f"{network_path(folder)} says {found.config.num_classes} classes, and {classes.name} has {len(classes)}: "
-            "expected --classes with the table of which the weights beside it were trained"
+            f"--classes {classes.name}: has {len(classes)} classes, and the weights {found.config.num_classes}, as "
+            f"{found.source}; expected the class table with which they were trained"
         )
     for name, value in settings.items():
         given = getattr(args, name)
@@ -138,10 +143,9 @@ def with_network(
                 f"--num-classes {given}: the class table {classes.name} has {value} classes; leave the flag out, or "
                 "give --classes"
             )
-        if folder is not None and found is not None and name not in may_differ:
+        if found and name in fixed:
             raise CommandError(
-                f"{_flag(name)} {given}: {network_path(folder)} says {value}, with which the weights beside it were "
-                "trained; leave the flag out"
+                f"{_flag(name)} {given}: the weights are of {value}, as {found.source}; leave the flag out"
             )
         settings[name] = given
     ignore_label = classes.ignore_label if args.ignore_label is None else args.ignore_label
@@ -153,13 +157,14 @@ def with_network(
     return argparse.Namespace(**vars(args) | settings | {"classes": classes, "ignore_label": ignore_label})
 
 
-def _class_table(args: argparse.Namespace, trained: ClassTable | None, may_differ: bool) -> ClassTable:
+def _class_table(args: argparse.Namespace, found: SavedNetwork | None, may_differ: bool) -> ClassTable:
     """The class table of the command line, or the data set's own, or that with which the weights were trained.
 
     Args:
         may_differ: whether it may have other classes than the last.
     """
     has_data_set = not getattr(args, "images", None)
+    trained = found.classes if found else None
     classes = args.classes or (default_classes(args.data_dir) if has_data_set else None) or trained
     if classes is None and (args.data_list or not has_data_set):
         classes = CITYSCAPES
@@ -169,11 +174,11 @@ def _class_table(args: argparse.Namespace, trained: ClassTable | None, may_diffe
             f"--classes: expected what the label images in {args.data_dir} mean: NAME or FILE, or classes.toml there; "
             f"python -m dataset {args.data_dir} shows what they hold"
         )
-    if trained is not None and classes.names != trained.names and not may_differ:
+    if found and trained and classes.names != trained.names and not may_differ:
         which = f"--classes {classes.name}" if args.classes else f"{args.data_dir}, with labels of {classes.name}"
         raise CommandError(
-            f"{which}: network.json says that the weights beside it were trained with the classes of {trained.name}, "
-            f"{_some(trained.names)}; expected a class table (--classes) with these, found {_some(classes.names)}"
+            f"{which}: the weights were trained with the classes of {trained.name}, {_some(trained.names)}, as "
+            f"{found.source}; expected a class table (--classes) with these, found {_some(classes.names)}"
         )
     return classes
 

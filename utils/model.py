@@ -1,24 +1,19 @@
 """A trained network with its classes, to predict any image from Python."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from dataset import CITYSCAPES, ClassTable, DatasetError, ImageFile
 from dataset.transforms import normalise
-from networks import CCNet, NetworkConfig, PredictionNetwork, StateDictError, build_model, load_state
+from networks import CCNet, PredictionNetwork, StateDictError, build_model, load_state
 
 from .checkpoint import read_state_dict
 from .inference import multi_scale, sliding_predictor
-from .network_file import read_network
-
-# Blocks of layer3 of the backbones, and whether these are bottlenecks
-_BACKBONES = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
+from .network_file import find_network
 
 
 class Model:
@@ -82,13 +77,13 @@ def load_model(
 ) -> Model:
     """The network of a snapshot.
 
-    network.json beside the snapshot says what network it is. Without it, backbone and number of classes are read off
-    the weights, and the rest is the paper's: R=2, identity, and Cityscapes' classes if there are 19.
+    The file says what network it is, or network.json beside it. Otherwise backbone, stem and number of classes are read
+    off the weights, and the rest is the paper's: R=2, identity, and Cityscapes' classes if there are 19.
 
     Args:
         device: where it computes.
         recurrence: R, in place of that with which it was trained.
-        classes: the class table; by default that of network.json.
+        classes: the class table; by default that with which it was trained.
 
     Raises:
         CheckpointError: the snapshot or network.json cannot be read.
@@ -96,23 +91,15 @@ def load_model(
         DatasetError: the classes are not known, or their number is not the network's.
     """
     path = Path(path)
-    saved, state = read_network(path.parent), read_state_dict(path)
-    config = saved.config if saved else _config_of(state, str(path))
-    classes = classes or (saved and saved.classes) or (CITYSCAPES if config.num_classes == len(CITYSCAPES) else None)
+    state = read_state_dict(path)
+    found = find_network(path, state)
+    if found is None:
+        raise StateDictError(f"{path}: expected the weights of CCNet, found {', '.join(list(state)[:3])}, ...")
+    config = found.config
+    classes = classes or found.classes or (CITYSCAPES if config.num_classes == len(CITYSCAPES) else None)
     if classes is None or len(classes) != config.num_classes:
-        found = f"{classes.name} with {len(classes)}" if classes else "none"
-        raise DatasetError(f"{path}: expected a class table of its {config.num_classes} classes, found {found}")
+        given = f"{classes.name} with {len(classes)}" if classes else "none"
+        raise DatasetError(f"{path}: expected a class table of its {config.num_classes} classes, found {given}")
     network = build_model(config if recurrence is None else replace(config, recurrence=recurrence))
     load_state(network, state, str(path))
     return Model(network.to(device), classes)
-
-
-def _config_of(state: dict[str, Tensor], source: str) -> NetworkConfig:
-    """What the shapes of a state dict say about its network."""
-    blocks = [int(match[1]) for key in state if (match := re.search(r"layer3\.(\d+)\.", key))]
-    is_bottleneck = any("layer3.0.conv3." in key for key in state)
-    backbone = _BACKBONES.get((max(blocks, default=-1) + 1, is_bottleneck))
-    biases = [tensor for key, tensor in state.items() if key.endswith("dsn.3.bias")]
-    if backbone is None or not biases:
-        raise StateDictError(f"{source}: expected the weights of CCNet, found {', '.join(list(state)[:3])}, ...")
-    return NetworkConfig(backbone, num_classes=len(biases[0]))

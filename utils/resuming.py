@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from networks import load_state
+from networks import NetworkConfig, load_state
+from networks.pretrained import torchvision_weights
 
 from .checkpoint import (
     CheckpointError,
@@ -20,7 +22,7 @@ from .checkpoint import (
 )
 from .commandline import CommandError, plain_flags, with_network
 from .distributed import World
-from .network_file import read_network
+from .network_file import find_network, read_network
 from .training import poly_learning_rate
 
 # Flags that may differ on --resume: they affect devices, speed and logging, not what is learnt.
@@ -36,26 +38,43 @@ def run_flags(args: argparse.Namespace) -> dict:
 
 
 def run_network(args: argparse.Namespace, world: World) -> argparse.Namespace:
-    """The command line with all network flags set: those not given are taken from network.json.
+    """The command line with all network flags set: by default those of the run to resume, or else of --restore-from.
 
-    It is that of the run to resume, or else the one beside --restore-from. Only the main process reads it.
+    `--restore-from torchvision` is replaced by the path of the file. Only the main process reads and downloads.
 
     Raises:
-        CommandError: a flag contradicts network.json.
+        CommandError: a flag contradicts the weights, or torchvision's cannot be downloaded.
+        CheckpointError: the weights or network.json cannot be read.
     """
     if not world.is_main:
         return world.broadcast(None)
-    may_differ = ["recurrence"]
-    folder = args.restore_from and args.restore_from.parent
+    may_differ, found = ["recurrence"], None
     resuming = bool(training_steps(args.snapshot_dir))
     if resuming:
-        folder = args.snapshot_dir
-    elif not args.ft or args.not_restore_last:  # the classifying layers begin anew if they differ
+        found = read_network(args.snapshot_dir)
+    elif args.restore_from is not None:
+        args = argparse.Namespace(**vars(args) | {"restore_from": weights_path(args)})
+        found = find_network(args.restore_from, read_state_dict(args.restore_from))
+    if not resuming and (not args.ft or args.not_restore_last):  # the classifying layers begin anew if they differ
         may_differ.append("num_classes")
-    args = with_network(args, folder, may_differ)
+    args = with_network(args, found, may_differ)
     if resuming:
         check_same_classes(args)
     return world.broadcast(args)
+
+
+def weights_path(args: argparse.Namespace) -> Path:
+    """The file of --restore-from; raise a CommandError if it is torchvision's and cannot be downloaded."""
+    if str(args.restore_from) != "torchvision":
+        return args.restore_from
+    backbone = args.backbone or NetworkConfig.backbone
+    try:
+        return torchvision_weights(backbone)
+    except (OSError, RuntimeError) as error:
+        raise CommandError(
+            f"--restore-from torchvision: expected to download its weights of {backbone}, found: {error}; give a file "
+            "of them"
+        ) from error
 
 
 def check_same_classes(args: argparse.Namespace) -> None:
@@ -119,27 +138,16 @@ def restore(
     if snapshot is not None:
         return snapshot.step, resume(args, defaults, model, optimizer, snapshot)
     if args.restore_from is not None:
-        left_out = load_state(
-            model,
-            read_state_dict(args.restore_from),
-            str(args.restore_from),
-            restore_last=not args.not_restore_last and not of_other_classes(args),
-            allow_backbone=not args.ft,
-            allow_other_classes=not args.ft,
-        )
+        state = read_state_dict(args.restore_from)
+        found = find_network(args.restore_from, state)
+        other_classes = found is not None and found.classes is not None and found.classes.names != args.classes.names
+        restore_last = not args.not_restore_last and not other_classes
+        left_out = load_state(model, state, str(args.restore_from), restore_last, as_start=not args.ft)
         if left_out:
-            print(
-                f"{args.restore_from}: loaded without its classifying layers, {', '.join(left_out)}, which begin anew"
-            )
+            print(f"{args.restore_from}: loaded without {', '.join(left_out)}, which begin anew")
     elif args.ft:
         raise CommandError("--ft: expected --restore-from, the trained network that is to be fine-tuned")
     return args.start_iters, None
-
-
-def of_other_classes(args: argparse.Namespace) -> bool:
-    """Whether network.json beside --restore-from says that these weights are of other classes than those to learn."""
-    found = read_network(args.restore_from.parent)
-    return found is not None and found.classes is not None and found.classes.names != args.classes.names
 
 
 def resume(
