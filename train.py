@@ -24,9 +24,10 @@ import torch
 from torch import nn
 
 from dataset import SPLITS, EpochSampler, Item, TrainingSet, check_labels, load_batches, part_size
+from dataset.transforms import parse_scales
 from libs import freeze_statistics
 from networks import BatchShard, CCNet, build_model
-from utils.arguments import MOST_IMAGES, MOST_STEPS, ArgumentParser, boolean, number
+from utils.arguments import MOST_IMAGES, MOST_STEPS, ArgumentParser, boolean, loaded_by, number
 from utils.checkpoint import save_snapshot, snapshot_path, training_steps
 from utils.commandline import (
     CommandError,
@@ -68,7 +69,11 @@ def get_parser() -> ArgumentParser:
         help="images to train on; by default train, or trainval with --ft",
     )
     add("--random-mirror", action="store_true", help="mirror images with probability 1/2")
-    add("--random-scale", action="store_true", help="scale each image by one of 0.7, 0.8, ... 2.1")
+    add(
+        "--random-scale", type=loaded_by(parse_scales, ValueError), nargs="?", const=True, default=False,
+        metavar="LOW,HIGH",
+        help="scale each image by one of LOW, LOW + 0.1, ... HIGH; without a value by the recipe's, 0.7 to 2.1",
+    )  # fmt: skip
     add("--random-seed", type=number(int, 0, 2**63 - 1), default=12345, help="seed of initialisation, data and dropout")
 
     add = parser.add_argument_group("optimisation").add_argument

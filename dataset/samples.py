@@ -10,7 +10,7 @@ from .classes import CITYSCAPES, ClassTable, colour_codes
 from .images import Box, ImageFile
 from .items import DatasetError, Item
 from .sampler import AUGMENTATION_STREAM
-from .transforms import draw_crop, normalise, pad_label, resize_image, resize_label, source_box
+from .transforms import draw_crop, normalise, pad_label, resize_image, resize_label, scale_tenths, source_box
 
 Value = int | tuple[int, ...]
 
@@ -107,9 +107,12 @@ class TrainingSet(Dataset):
         crop_size: (height, width) of the samples.
         classes: what the label images mean.
         ignore_label: training label of void and padded pixels; by default the class table's.
-        random_scale: scale by one of 0.7, 0.8, ... 2.1, drawn uniformly.
+        random_scale: scale by a multiple of 0.1 drawn uniformly from (LOW, HIGH); True: the recipe's 0.7, 0.8, ... 2.1.
         random_mirror: mirror with probability 1/2.
         seed: seed of the augmentation.
+
+    Raises:
+        ValueError: random_scale is not as `scale_tenths` expects.
     """
 
     def __init__(
@@ -118,10 +121,11 @@ class TrainingSet(Dataset):
         crop_size: tuple[int, int],
         classes: ClassTable = CITYSCAPES,
         ignore_label: int | None = None,
-        random_scale: bool = True,
+        random_scale: bool | tuple[float, float] = True,
         random_mirror: bool = True,
         seed: int = 0,
     ):
+        scale_tenths(random_scale)  # an error if there are no such scales
         self.items = items
         self.crop_size = crop_size
         self.classes = classes

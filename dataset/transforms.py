@@ -16,7 +16,9 @@ from .images import Box
 
 # Mean colour of the ImageNet backbone's training images: B, G, R in 0..255.
 IMAGE_MEAN = np.array([104.00698793, 116.66876762, 122.67891434], dtype=np.float32)
+# Scales are tenths. The recipe's, and the least and the greatest that may be asked for.
 SCALE_TENTHS = range(7, 22)
+_LEAST_SCALE, _GREATEST_SCALE = 0.1, 8
 
 
 class Span(NamedTuple):
@@ -36,20 +38,51 @@ class Crop:
     mirror: bool
 
 
+def scale_tenths(scales: bool | tuple[float, float]) -> range:
+    """The scales to draw from, in tenths.
+
+    Args:
+        scales: (LOW, HIGH) for LOW, LOW + 0.1, ... HIGH; True: the recipe's; False: 1 alone.
+
+    Raises:
+        ValueError: LOW or HIGH is no multiple of 0.1 or out of bounds, or they are in the wrong order.
+    """
+    if isinstance(scales, bool):
+        return SCALE_TENTHS if scales else range(10, 11)
+    low, high = scales
+    expected = f"expected LOW,HIGH, multiples of 0.1 with {_LEAST_SCALE} <= LOW <= HIGH <= {_GREATEST_SCALE}"
+    if not _LEAST_SCALE <= low <= high <= _GREATEST_SCALE or any(abs(10 * s - round(10 * s)) > 1e-6 for s in scales):
+        raise ValueError(f"{expected}, got {low:g},{high:g}")
+    return range(round(10 * low), round(10 * high) + 1)
+
+
+def parse_scales(text: str) -> bool | tuple[float, float]:
+    """The scales of the text "LOW,HIGH", as `scale_tenths` takes them; True for the recipe's.
+
+    Raises:
+        ValueError: as `scale_tenths`, or these are not two numbers.
+    """
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"expected LOW,HIGH (e.g. 0.5,2.0), got {text!r}") from None
+    return True if scale_tenths((low, high)) == SCALE_TENTHS else (low, high)
+
+
 def scaled_length(length: int, tenths: int) -> int:
-    """Length of an axis after scaling, rounded as by OpenCV (halves to even)."""
-    return round(length * (tenths / 10))
+    """Length of an axis after scaling, 1 or more, rounded as by OpenCV (halves to even)."""
+    return max(round(length * (tenths / 10)), 1)
 
 
 def draw_crop(
     generator: np.random.Generator,
     image_size: tuple[int, int],
     crop_size: tuple[int, int],
-    random_scale: bool,
+    random_scale: bool | tuple[float, float],
     random_mirror: bool,
 ) -> Crop:
-    """Draw scale, position and mirroring; sizes are (height, width)."""
-    tenths = int(generator.choice(SCALE_TENTHS)) if random_scale else 10
+    """Draw scale (see `scale_tenths`), position and mirroring; sizes are (height, width)."""
+    tenths = 10 if random_scale is False else int(generator.choice(scale_tenths(random_scale)))
     spans = []
     for length, crop in zip(image_size, crop_size, strict=True):
         scaled = scaled_length(length, tenths)

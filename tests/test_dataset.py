@@ -464,13 +464,16 @@ def crop_by_definition(image, label, crop):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32), st.integers(8, 70), st.integers(8, 70), st.integers(1, 60), st.integers(1, 60))
-def test_crop_first_gives_the_pixels_of_resize_first(seed, height, width, crop_height, crop_width):
+@given(
+    st.sampled_from([True, (0.1, 8)]), st.integers(0, 2**32), st.integers(8, 70), st.integers(8, 70),
+    st.integers(1, 60), st.integers(1, 60),
+)  # fmt: skip
+def test_crop_first_gives_the_pixels_of_resize_first(scales, seed, height, width, crop_height, crop_width):
     """From 8 pixels on: OpenCV copies an image whose size rounds to itself, as that of 4 scaled by 1.1 does."""
     generator = np.random.default_rng(seed)
     image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
     label = generator.integers(0, 34, (height, width), dtype=np.uint8)
-    crop = draw_crop(generator, (height, width), (crop_height, crop_width), True, False)
+    crop = draw_crop(generator, (height, width), (crop_height, crop_width), scales, False)
     box = source_box(crop)
     part = np.s_[box.top : box.bottom, box.left : box.right]
     expected_image, expected_label = crop_by_definition(image, label, crop)
@@ -501,6 +504,24 @@ def test_distribution_of_the_augmentation():
     assert abs(np.mean([crop.mirror for crop in crops]) - 0.5) < 0.03
     at_one = [crop.columns.start for crop in crops if crop.tenths == 10]
     assert set(at_one) == set(range(31))  # every position, both ends included
+
+
+def test_scales_are_drawn_from_those_given():
+    recipe, same = np.random.default_rng(1), np.random.default_rng(1)
+    for _ in range(50):
+        crop = draw_crop(recipe, (20, 40), (10, 10), True, True)
+        assert crop == draw_crop(same, (20, 40), (10, 10), (0.7, 2.1), True)
+    drawn = [draw_crop(recipe, (20, 40), (10, 10), (0.5, 0.9), True).tenths for _ in range(200)]
+    assert set(drawn) == {5, 6, 7, 8, 9}
+    assert draw_crop(recipe, (2, 3), (10, 10), (0.1, 0.1), True).rows == Span(0, 1)  # a pixel at least
+
+
+@pytest.mark.parametrize("scales", [(0.55, 2.0), (2.0, 0.5), (0.0, 1.0), (0.5, 8.1), (float("nan"), 1.0)])
+def test_other_scales_are_refused(scales):
+    low, high = scales
+    message = rf"expected LOW,HIGH, multiples of 0.1 with 0.1 <= LOW <= HIGH <= 8, got {low:g},{high:g}"
+    with pytest.raises(ValueError, match=message):
+        TrainingSet([], (8, 8), random_scale=scales)
 
 
 def test_no_augmentation_unless_asked_for():

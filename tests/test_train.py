@@ -94,6 +94,11 @@ def test_ohem_can_be_turned_on_and_off(text, value):
     assert train.get_parser().parse_args(["--ohem", *text]).ohem is value
 
 
+@pytest.mark.parametrize(("text", "value"), [([], True), (["0.5,2.0"], (0.5, 2.0)), (["0.7,2.1"], True)])
+def test_scales_are_those_of_the_recipe_or_given(text, value):
+    assert train.get_parser().parse_args(["--random-scale", *text]).random_scale == value
+
+
 def test_it_trains_and_logs(scenes, tmp_path, capsys):
     flags = ["--num-steps", 4, "--print-frequency", 2, "--save-pred-every", 3, "--random-mirror", "--random-scale"]
     assert run_training(scenes, tmp_path, *flags) == 0
@@ -214,6 +219,17 @@ def test_a_run_from_before_a_flag_existed_has_its_default(scenes, tmp_path, caps
     network_path(tmp_path).unlink()  # which did not exist yet either
     assert run_training(scenes, tmp_path, "--num-steps", 1, "--resume", "--backbone-activation", "leaky_relu") == 2
     assert "--backbone-activation: was identity, is leaky_relu" in capsys.readouterr().err
+
+
+def test_scales_stay_as_they_were(scenes, tmp_path, capsys):
+    """Snapshots hold True for the recipe's, as they did when there were no others."""
+    run = [scenes, tmp_path, "--num-steps", 0]
+    assert run_training(*run, "--random-scale") == 0
+    training = torch.load(tmp_path / "CS_scenes_0.training.pth", weights_only=True)
+    assert training["flags"]["random_scale"] is True
+    assert run_training(*run, "--random-scale", "--resume") == 0
+    message = failing(*run[:2], capsys, *run[2:], "--random-scale", "0.5,2.0", "--resume")
+    assert "--random-scale: was True, is (0.5, 2.0)" in message
 
 
 def test_network_json_is_beside_the_snapshots_and_goes_with_the_run(scenes, tmp_path, capsys):
@@ -541,6 +557,8 @@ def test_checkpoints_that_do_not_do(scenes, tmp_path, capsys):
         (["--batch-size", "0"], "argument --batch-size: expected 1 to 65536, got '0'"),
         (["--learning-rate", "fast"], "argument --learning-rate: expected float, got 'fast'"),
         (["--ohem", "maybe"], "argument --ohem: expected 1 or 0"),
+        (["--random-scale", "0.5"], "argument --random-scale: expected LOW,HIGH (e.g. 0.5,2.0), got '0.5'"),
+        (["--random-scale", "0.55,2"], "argument --random-scale: expected LOW,HIGH, multiples of 0.1 with 0.1 <= LOW"),
         (["--num-classes", "0"], "argument --num-classes: expected 1 to 65535"),
         (["--ignore-label", "0"], "argument --ignore-label: expected 1 to 65535"),
         (["--classes", "cityscape"], "argument --classes: cityscape: expected a class table: ade20k, camvid, citys"),
