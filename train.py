@@ -74,6 +74,10 @@ def get_parser() -> ArgumentParser:
         metavar="LOW,HIGH",
         help="scale each image by one of LOW, LOW + 0.1, ... HIGH; without a value by the recipe's, 0.7 to 2.1",
     )  # fmt: skip
+    add(
+        "--random-rotate", type=number(float, 0, 180), default=0, metavar="DEGREES",
+        help="rotate each image by an angle of up to that, in both directions",
+    )  # fmt: skip
     add("--random-seed", type=number(int, 0, 2**63 - 1), default=12345, help="seed of initialisation, data and dropout")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -264,7 +268,7 @@ def load_steps(run: Run) -> Iterator[list[Part]]:
     args, world = run.args, run.world
     samples = TrainingSet(
         run.items, args.input_size, args.classes, args.ignore_label, args.random_scale, args.random_mirror,
-        args.random_seed,
+        args.random_seed, args.random_rotate,
     )  # fmt: skip
     batches = EpochSampler(
         len(run.items), args.batch_size, run.first, args.num_steps, args.random_seed, args.accumulate, world.rank,

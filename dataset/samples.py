@@ -10,7 +10,17 @@ from .classes import CITYSCAPES, ClassTable, colour_codes
 from .images import Box, ImageFile
 from .items import DatasetError, Item
 from .sampler import AUGMENTATION_STREAM
-from .transforms import draw_crop, normalise, pad_label, resize_image, resize_label, scale_tenths, source_box
+from .transforms import (
+    draw_crop,
+    normalise,
+    pad_label,
+    resize_image,
+    resize_label,
+    rotate_image,
+    rotate_label,
+    scale_tenths,
+    source_box,
+)
 
 Value = int | tuple[int, ...]
 
@@ -109,6 +119,8 @@ class TrainingSet(Dataset):
         ignore_label: training label of void and padded pixels; by default the class table's.
         random_scale: scale by a multiple of 0.1 drawn uniformly from (LOW, HIGH); True: the recipe's 0.7, 0.8, ... 2.1.
         random_mirror: mirror with probability 1/2.
+        random_rotate: rotate about the crop's centre by an angle drawn uniformly from [-random_rotate, random_rotate]
+            degrees.
         seed: seed of the augmentation.
 
     Raises:
@@ -124,6 +136,7 @@ class TrainingSet(Dataset):
         random_scale: bool | tuple[float, float] = True,
         random_mirror: bool = True,
         seed: int = 0,
+        random_rotate: float = 0,
     ):
         scale_tenths(random_scale)  # an error if there are no such scales
         self.items = items
@@ -133,6 +146,7 @@ class TrainingSet(Dataset):
         self.random_scale = random_scale
         self.random_mirror = random_mirror
         self.seed = seed
+        self.random_rotate = random_rotate
 
     def __len__(self) -> int:
         return len(self.items)
@@ -150,10 +164,13 @@ class TrainingSet(Dataset):
         item = self.item(key)
         generator = np.random.default_rng([self.seed, AUGMENTATION_STREAM, epoch, index])
         image = ImageFile(item.image)
-        crop = draw_crop(generator, image.size, self.crop_size, self.random_scale, self.random_mirror)
+        crop = draw_crop(
+            generator, image.size, self.crop_size, self.random_scale, self.random_mirror, self.random_rotate
+        )
         box = source_box(crop)
-        pixels = resize_image(image.read_colour(box), crop)
+        pixels = rotate_image(resize_image(image.read_colour(box), crop), crop)
         train_ids = resize_label(read_train_ids(item, self.classes, self.ignore_label, image, box), crop)
+        train_ids = rotate_label(train_ids, crop, self.ignore_label)
         return {
             "image": torch.from_numpy(normalise(pixels, self.crop_size, crop.mirror)),
             "label": _tensor(pad_label(train_ids, self.crop_size, self.ignore_label, crop.mirror)),

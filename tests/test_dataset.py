@@ -41,12 +41,15 @@ from dataset.transforms import (
     IMAGE_MEAN,
     SCALE_TENTHS,
     Crop,
+    Rotation,
     Span,
     denormalise,
     draw_crop,
     normalise,
     resize_image,
     resize_label,
+    rotate_image,
+    rotate_label,
     scaled_length,
     source_box,
 )
@@ -480,6 +483,74 @@ def test_crop_first_gives_the_pixels_of_resize_first(scales, seed, height, width
     # OpenCV may round its interpolation weights differently at other positions: at most one grey level.
     assert np.abs(resize_image(image[part], crop).astype(int) - expected_image).max(initial=0) <= 1
     assert np.array_equal(resize_label(label[part], crop), expected_label)
+
+
+def rotated_by_definition(scaled, rotation):
+    """The whole scaled image [H, W, C] rotated bilinearly, and by nearest pixel; NaN where nothing is."""
+    height, width = scaled.shape[:2]
+    out = np.full((2, *rotation.size, scaled.shape[2]), np.nan)
+    centre = [(span.start + span.stop - 1) / 2 for span in (rotation.rows, rotation.columns)]
+    turn = np.exp(1j * np.radians(rotation.degrees))  # the y axis points down: counter-clockwise is exp(-i angle)
+    for i in range(rotation.size[0]):
+        for j in range(rotation.size[1]):
+            offset = complex(rotation.columns.start + j - centre[1], rotation.rows.start + i - centre[0]) * turn
+            y, x = centre[0] + offset.imag, centre[1] + offset.real
+            if 0 <= y <= height - 1 and 0 <= x <= width - 1:
+                a, b = min(int(y), height - 2), min(int(x), width - 2)
+                corners = scaled[a : a + 2, b : b + 2].astype(float)
+                weights = np.outer([a + 1 - y, y - a], [b + 1 - x, x - b])
+                out[0, i, j] = (corners * weights[..., None]).sum((0, 1))
+            if -0.5 < y < height - 0.5 and -0.5 < x < width - 0.5:
+                out[1, i, j] = scaled[round(y), round(x)]
+    return out
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rotating_the_crop_gives_the_pixels_of_rotating_the_whole(seed):
+    generator = np.random.default_rng(seed)
+    smooth = cv2.GaussianBlur(generator.integers(0, 256, (60, 80, 3), dtype=np.uint8), (0, 0), 3)
+    image = cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX)
+    label = generator.integers(0, 34, image.shape[:2], dtype=np.uint8)
+    crop = draw_crop(generator, image.shape[:2], (25, 40), (0.3, 2.1), False, 60)
+    whole = Crop(crop.tenths, *(Span(0, scaled_length(length, crop.tenths)) for length in image.shape[:2]), False)
+    box = source_box(crop)
+    part = np.s_[box.top : box.bottom, box.left : box.right]
+    pixels = rotate_image(resize_image(image[part], crop), crop)
+    ids = rotate_label(resize_label(label[part], crop), crop, 255)
+    scaled_image, scaled_label = crop_by_definition(image, label, whole)
+    expected, _ = rotated_by_definition(scaled_image, crop.rotation)
+    _, expected_ids = rotated_by_definition(scaled_label[..., None], crop.rotation)
+    # OpenCV interpolates at multiples of 1/32 pixel.
+    steps = max(np.abs(np.diff(scaled_image.astype(int), axis=axis)).max() for axis in (0, 1))
+    inside = ~np.isnan(expected)
+    assert np.abs(pixels[inside] - expected[inside]).max() <= 2 + 2 * steps / 64
+    assert np.array_equal(ids, np.nan_to_num(expected_ids, nan=255)[..., 0])
+    beyond = cv2.erode((ids == 255).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    assert (pixels[beyond] == np.rint(IMAGE_MEAN[::-1])).all()
+
+
+def test_corners_of_a_rotated_crop_hold_what_the_image_has_there():
+    image = np.full((100, 100, 3), 200, np.uint8)
+    spans = (Span(30, 60), Span(40, 70))
+    rotation = Rotation(45.0, *spans, (30, 30))
+    crop = Crop(10, *rotation.reach((100, 100)), False, rotation)
+    box = source_box(crop)
+    assert (box.top, box.bottom) < (30, 60)
+    part = image[box.top : box.bottom, box.left : box.right]
+    assert (rotate_image(resize_image(part, crop), crop) == 200).all()
+    assert (rotate_label(resize_label(part[..., 0], crop), crop, 255) == 200).all()
+
+
+def test_rotation_is_drawn_last_and_only_if_it_is_on():
+    for seed in range(20):
+        plain, with_none, rotated = (np.random.default_rng(seed) for _ in range(3))
+        crop = draw_crop(plain, (90, 120), (40, 50), True, True)
+        assert crop == draw_crop(with_none, (90, 120), (40, 50), True, True, 0)
+        assert plain.bit_generator.state == with_none.bit_generator.state
+        other = draw_crop(rotated, (90, 120), (40, 50), True, True, 30)
+        assert (other.tenths, other.mirror) == (crop.tenths, crop.mirror)
+        assert (other.rotation.rows, other.rotation.columns) == (crop.rows, crop.columns)
+        assert -30 <= other.rotation.degrees <= 30
 
 
 def test_the_sizes_are_opencvs():

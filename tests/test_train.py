@@ -377,7 +377,7 @@ def test_files_are_always_loaded_without_running_code():
     [
         ["--learning-rate", 0.1], ["--weight-decay", 0.3], ["--ohem", "1", "--ohem-keep", 64, "--ohem-thres", 0.01],
         ["--random-mirror"], ["--random-scale"], ["--batch-size", 3], ["--input-size", "40,40"], ["--recurrence", 0],
-        ["--split", "val"], ["--random-seed", 1], ["--initial-gamma", 0.5],
+        ["--split", "val"], ["--random-seed", 1], ["--initial-gamma", 0.5], ["--random-rotate", 20],
     ],
 )  # fmt: skip
 def test_flags_change_what_is_learnt(scenes, tmp_path, plain_step, flags):
