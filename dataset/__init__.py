@@ -8,6 +8,7 @@ from .layouts import SPLITS, default_classes, find_images, find_layout, scan
 from .loading import load_batches
 from .sampler import EpochSampler, part_size, shard
 from .samples import EvaluationSet, TrainingSet
+from .tv_transforms import Transform, color_jitter
 
 __all__ = [
     "BUILT_IN",
@@ -22,7 +23,9 @@ __all__ = [
     "ImageFile",
     "Item",
     "TrainingSet",
+    "Transform",
     "check_labels",
+    "color_jitter",
     "default_classes",
     "find_images",
     "find_layout",

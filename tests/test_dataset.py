@@ -18,7 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
+from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import evaluate
 import train
@@ -626,6 +629,112 @@ def test_sample_of_a_small_image_is_padded_and_consistent(tmp_path):
             assert not (a.numpy() & (cv2.dilate(b.numpy().astype(np.uint8), kernel) == 0)).any()
         assert road.any()
         assert (sample["image"][:, void] == 0).all()
+
+
+# ---- transforms of torchvision, and torch's DataLoader
+
+
+def jitter(image, label):
+    return v2.ColorJitter(0.5, 0.5, 0.5, 0.5)(image, label)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_both_sets_go_into_torchs_data_loader(scenes, workers):
+    samples = TrainingSet(scan(scenes, "train"), (40, 48), seed=5)
+    loader = DataLoader(samples, batch_size=2, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    for epoch in (0, 3):
+        samples.set_epoch(epoch)
+        names = []
+        for batch in loader:
+            assert batch["image"].shape == (2, 3, 40, 48)
+            for image, label, name in zip(batch["image"], batch["label"], batch["name"], strict=True):
+                index = [item.name for item in samples.items].index(name)
+                assert torch.equal(image, samples[(epoch, index)]["image"])
+                assert torch.equal(label, samples[(epoch, index)]["label"])
+                names.append(name)
+        assert sorted(names) == sorted(item.name for item in samples.items)
+    whole = EvaluationSet(scan(scenes, "val"))
+    (batch,) = DataLoader(whole, batch_size=3, num_workers=workers)
+    assert batch["index"].tolist() == [0, 1, 2]
+    assert batch["name"] == [item.name for item in whole.items]
+    assert torch.equal(batch["label"][2], whole[2]["label"])
+    assert torch.equal(whole[-1]["image"], whole[2]["image"])
+    (unlabelled,) = DataLoader(EvaluationSet(scan(scenes, "test")), batch_size=2)
+    assert set(unlabelled) == {"image", "name", "index"}
+    assert len(list(samples)) == 6  # iteration ends
+
+
+def test_transforms_get_rgb_and_training_ids_after_the_crop_and_before_normalisation(scenes):
+    seen = []
+
+    def swap(image, label):
+        seen.append((image, label))
+        return image.flip(0), label.where(label != 0, 5)
+
+    items = scan(scenes, "train")
+    for plain, changed, size in (
+        (EvaluationSet(items), EvaluationSet(items, transform=swap), (48, 64)),
+        (TrainingSet(items, (30, 40)), TrainingSet(items, (30, 40), transform=swap), (30, 40)),
+    ):
+        before, after = plain[1], changed[1]
+        image, label = seen.pop()
+        assert isinstance(image, tv_tensors.Image)
+        assert isinstance(label, tv_tensors.Mask)
+        assert (image.dtype, tuple(image.shape), tuple(label.shape)) == (torch.uint8, (3, *size), size)
+        mean = torch.from_numpy(IMAGE_MEAN)[:, None, None]
+        torch.testing.assert_close(after["image"] + mean, (before["image"] + mean).flip(0), atol=1e-4, rtol=0)
+        assert torch.equal(after["label"], before["label"].where(before["label"] != 0, 5))
+
+
+def test_what_a_transform_draws_depends_on_seed_epoch_and_index_alone(scenes):
+    items = scan(scenes, "train")
+
+    def images(samples, keys):
+        return torch.stack([samples[key]["image"] for key in keys])
+
+    def training_set(seed=5, transform=jitter):
+        return TrainingSet(items, (40, 48), seed=seed, transform=transform)
+
+    keys = [(epoch, index) for epoch in (0, 1) for index in range(6)]
+    before = torch.get_rng_state()
+    expected = images(training_set(), keys)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(images(training_set(), reversed(keys)).flip(0), expected)
+    assert not torch.equal(images(training_set(), keys[:1]), images(training_set(transform=None), keys[:1]))
+    assert not torch.equal(images(training_set(seed=6), keys[:1]), expected[:1])
+    # The draws of crop, scale and mirroring stay as they are.
+    labels = [[samples[key]["label"] for key in keys] for samples in (training_set(), training_set(transform=None))]
+    assert all(torch.equal(a, b) for a, b in zip(*labels, strict=True))
+    whole = EvaluationSet(items, transform=jitter, seed=1), EvaluationSet(items, transform=jitter, seed=2)
+    assert torch.equal(images(whole[0], [3]), images(whole[0], [3]))
+    assert not torch.equal(images(whole[0], [3]), images(whole[1], [3]))
+
+
+def test_transforms_of_torchvision_work_as_they_are(scenes, tmp_path):
+    fill = {tv_tensors.Image: 0, tv_tensors.Mask: 255}
+    transform = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomRotation(20, fill=fill), v2.GaussianBlur(3)])
+    both = TrainingSet(scan(scenes, "train"), (40, 48), transform=transform)
+    assert len(torch.stack([sample["image"] for sample in both])) == 6
+    small = EvaluationSet(scan(scenes, "val"), transform=v2.Resize((24, 32)))[0]
+    assert small["image"].shape[1:] == small["label"].shape == (24, 32)
+    without_label = EvaluationSet(scan(scenes, "test"), transform=transform)[0]
+    assert "label" not in without_label
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda image, label: image, r"and its label, uint8 \[H, W\], got uint8 \[3, 30, 40\] and None"),
+        (lambda image, label: (image / 255, label), r"got float32 \[3, 30, 40\] and uint8 \[30, 40\]"),
+        (lambda image, label: (image, label.long()), r"got uint8 \[3, 30, 40\] and int64 \[30, 40\]"),
+        (lambda image, label: (image, label[1:]), r"got uint8 \[3, 30, 40\] and uint8 \[29, 40\]"),
+        (v2.Resize((31, 40)), "at most 30x40, the crop's size, got 31x40"),
+    ],
+)
+def test_what_a_transform_returns_is_checked(scenes, transform, message):
+    items = scan(scenes, "train")[:1]
+    with pytest.raises(DatasetError, match=rf"{items[0].image}: expected the transform to return .*{message}"):
+        TrainingSet(items, (30, 40), transform=transform)[0]
 
 
 # ---- loading
