@@ -23,11 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dataset import SPLITS, EpochSampler, Item, TrainingSet, check_labels, load_batches, part_size
+from dataset import SPLITS, EpochSampler, Item, TrainingSet, check_labels, color_jitter, load_batches, part_size
 from dataset.transforms import parse_scales
 from libs import freeze_statistics
 from networks import BatchShard, CCNet, build_model
-from utils.arguments import MOST_IMAGES, MOST_STEPS, ArgumentParser, boolean, loaded_by, number
+from utils.arguments import MOST_IMAGES, MOST_STEPS, ArgumentParser, boolean, loaded_by, number, numbers
 from utils.checkpoint import save_snapshot, snapshot_path, training_steps
 from utils.commandline import (
     CommandError,
@@ -77,6 +77,11 @@ def get_parser() -> ArgumentParser:
     add(
         "--random-rotate", type=number(float, 0, 180), default=0, metavar="DEGREES",
         help="rotate each image by an angle of up to that, in both directions",
+    )  # fmt: skip
+    jitter = "BRIGHTNESS,CONTRAST,SATURATION,HUE"
+    add(
+        "--color-jitter", type=numbers(jitter, 10, 10, 10, 0.5), metavar=jitter,
+        help="change the colours by torchvision's ColorJitter, e.g. 0.4,0.4,0.4,0.1",
     )  # fmt: skip
     add("--random-seed", type=number(int, 0, 2**63 - 1), default=12345, help="seed of initialisation, data and dropout")
 
@@ -268,7 +273,7 @@ def load_steps(run: Run) -> Iterator[list[Part]]:
     args, world = run.args, run.world
     samples = TrainingSet(
         run.items, args.input_size, args.classes, args.ignore_label, args.random_scale, args.random_mirror,
-        args.random_seed, args.random_rotate,
+        args.random_seed, args.random_rotate, color_jitter(*args.color_jitter) if args.color_jitter else None,
     )  # fmt: skip
     batches = EpochSampler(
         len(run.items), args.batch_size, run.first, args.num_steps, args.random_seed, args.accumulate, world.rank,

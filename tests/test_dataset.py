@@ -32,6 +32,7 @@ from dataset import (
     EvaluationSet,
     TrainingSet,
     check_labels,
+    color_jitter,
     load_batches,
     read_list,
     scan,
@@ -634,8 +635,7 @@ def test_sample_of_a_small_image_is_padded_and_consistent(tmp_path):
 # ---- transforms of torchvision, and torch's DataLoader
 
 
-def jitter(image, label):
-    return v2.ColorJitter(0.5, 0.5, 0.5, 0.5)(image, label)
+jitter = color_jitter(0.5, 0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -684,6 +684,18 @@ def test_transforms_get_rgb_and_training_ids_after_the_crop_and_before_normalisa
         mean = torch.from_numpy(IMAGE_MEAN)[:, None, None]
         torch.testing.assert_close(after["image"] + mean, (before["image"] + mean).flip(0), atol=1e-4, rtol=0)
         assert torch.equal(after["label"], before["label"].where(before["label"] != 0, 5))
+
+
+def test_colour_jitter_is_torchvisions_drawn_from_the_samples_stream(scenes):
+    items = scan(scenes, "train")
+    plain = TrainingSet(items, (40, 48), random_scale=False, random_mirror=False, seed=5)[(2, 3)]
+    sample = TrainingSet(items, (40, 48), random_scale=False, random_mirror=False, seed=5, transform=jitter)[(2, 3)]
+    stream = np.random.default_rng([5, 1, 2, 3])
+    draw_crop(stream, (48, 64), (40, 48), False, False)
+    torch.manual_seed(int(stream.integers(2**63)))
+    pixels = torch.from_numpy(denormalise(plain["image"].numpy())).permute(2, 0, 1)
+    expected = v2.ColorJitter(0.5, 0.5, 0.5, 0.5)(pixels).permute(1, 2, 0).numpy()
+    assert np.array_equal(denormalise(sample["image"].numpy()), expected)
 
 
 def test_what_a_transform_draws_depends_on_seed_epoch_and_index_alone(scenes):

@@ -139,6 +139,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(scenes, tmp_pat
 def test_a_resumed_run_equals_an_uninterrupted_one(scenes, tmp_path, monkeypatch):
     """A run that is stopped by SIGTERM after its third step, against one that is not."""
     flags = ["--num-steps", 6, "--random-mirror", "--random-scale", "--ohem", "--ohem-keep", "640"]
+    flags += ["--random-rotate", 10, "--color-jitter", "0.4,0.4,0.4,0.1"]
     assert run_training(scenes, tmp_path / "through", *flags) == 0
 
     real = train.poly_learning_rate
@@ -378,6 +379,7 @@ def test_files_are_always_loaded_without_running_code():
         ["--learning-rate", 0.1], ["--weight-decay", 0.3], ["--ohem", "1", "--ohem-keep", 64, "--ohem-thres", 0.01],
         ["--random-mirror"], ["--random-scale"], ["--batch-size", 3], ["--input-size", "40,40"], ["--recurrence", 0],
         ["--split", "val"], ["--random-seed", 1], ["--initial-gamma", 0.5], ["--random-rotate", 20],
+        ["--color-jitter", "0.4,0.4,0.4,0.1"],
     ],
 )  # fmt: skip
 def test_flags_change_what_is_learnt(scenes, tmp_path, plain_step, flags):
@@ -563,6 +565,8 @@ def test_checkpoints_that_do_not_do(scenes, tmp_path, capsys):
         (["--ignore-label", "0"], "argument --ignore-label: expected 1 to 65535"),
         (["--classes", "cityscape"], "argument --classes: cityscape: expected a class table: ade20k, camvid, citys"),
         (["--backbone", "vgg"], "argument --backbone: invalid choice"),
+        (["--color-jitter", "0.4,0.4"], "argument --color-jitter: expected the numbers BRIGHTNESS,CONTRAST,"),
+        (["--color-jitter", "0,0,0,0.6"], "argument --color-jitter: expected HUE from 0 to 0.5, got 0.6 in '0,0"),
         (["--recurence", "2"], "unrecognized arguments: --recurence"),
     ],
 )
