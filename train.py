@@ -41,7 +41,7 @@ from utils.criterion import CriterionDSN, CriterionOhemDSN
 from utils.distributed import World, stop_requests
 from utils.launch import launch
 from utils.network_file import save_network
-from utils.resuming import run_flags, run_network, start_or_resume
+from utils.resuming import run_class_weights, run_flags, run_network, start_or_resume
 from utils.training import (
     Part,
     PendingLosses,
@@ -122,6 +122,11 @@ def get_parser() -> ArgumentParser:
     add(
         "--ohem-keep", type=number(int, 0, MOST_STEPS), default=200000,
         help="least number of pixels of a batch to keep; recommended 100000",
+    )  # fmt: skip
+    add(
+        "--class-weights", metavar="balanced|FILE",
+        help="weights of the classes in both heads' losses: the median frequency over that of each in the training "
+        "images, or a TOML file with one for each name; by default all are 1",
     )  # fmt: skip
 
     add = parser.add_argument_group("weights").add_argument
@@ -226,11 +231,12 @@ def check_weights(model: nn.Module, step: int) -> None:
             raise CommandError(f"{name} is not finite after step {step}; {_DIVERGED}")
 
 
-def make_criterion(args: argparse.Namespace, shard: BatchShard | None) -> CriterionDSN:
+def make_criterion(args: argparse.Namespace, world: World, shard: BatchShard | None) -> CriterionDSN:
     """The loss of a part of the batch."""
+    weight = torch.tensor(list(args.class_weights.values()), device=world.device) if args.class_weights else None
     if args.ohem:
-        return CriterionOhemDSN(args.ohem_thres, args.ohem_keep // args.accumulate, args.ignore_label, shard)
-    return CriterionDSN(args.ignore_label, shard)
+        return CriterionOhemDSN(args.ohem_thres, args.ohem_keep // args.accumulate, args.ignore_label, shard, weight)
+    return CriterionDSN(args.ignore_label, shard, weight)
 
 
 def set_up(args: argparse.Namespace, world: World) -> Run:
@@ -240,6 +246,7 @@ def set_up(args: argparse.Namespace, world: World) -> Run:
     args = run_network(args, world)
     items = find_items(args, training_split(args), need_labels=True)
     check_labels(items, args.classes)
+    args.class_weights = run_class_weights(args, items, world)
     torch.manual_seed(args.random_seed)
     model = build_model(network_config(args)).to(world.device)
     nn.init.constant_(model.head.cca.gamma, args.initial_gamma)
@@ -257,7 +264,7 @@ def set_up(args: argparse.Namespace, world: World) -> Run:
         model.compile()
     shard = batch_shard(world, images)
     training_step = TrainingStep(
-        distribute(model, world, shard), make_criterion(args, shard), optimizer, scaler, world, args.amp,
+        distribute(model, world, shard), make_criterion(args, world, shard), optimizer, scaler, world, args.amp,
         args.clip_grad_norm, args.skip_nonfinite,
     )  # fmt: skip
     run = Run(args, world, items, model, training_step, first)

@@ -1,6 +1,7 @@
 """Data sets: class tables, files, augmentation and loading; and generated scenes."""
 
 from .checks import check_labels
+from .class_weights import class_weights
 from .classes import BUILT_IN, CITYSCAPES, IGNORE_LABEL, ClassTable, load_classes, parse_classes, plain_classes
 from .images import Box, ImageFile
 from .items import DatasetError, Item, output_names, read_list, submission_name
@@ -25,6 +26,7 @@ __all__ = [
     "TrainingSet",
     "Transform",
     "check_labels",
+    "class_weights",
     "color_jitter",
     "default_classes",
     "find_images",

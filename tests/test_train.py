@@ -24,7 +24,7 @@ from dataset import CITYSCAPES, scan
 from libs import ABN
 from networks import BatchDropout2d, NetworkConfig, build_model
 from utils.commandline import CommandError, find_items, with_network
-from utils.criterion import CriterionDSN
+from utils.criterion import CriterionDSN, CriterionOhemDSN
 from utils.distributed import World
 from utils.launch import launch
 from utils.network_file import network_path, read_network
@@ -379,7 +379,7 @@ def test_files_are_always_loaded_without_running_code():
         ["--learning-rate", 0.1], ["--weight-decay", 0.3], ["--ohem", "1", "--ohem-keep", 64, "--ohem-thres", 0.01],
         ["--random-mirror"], ["--random-scale"], ["--batch-size", 3], ["--input-size", "40,40"], ["--recurrence", 0],
         ["--split", "val"], ["--random-seed", 1], ["--initial-gamma", 0.5], ["--random-rotate", 20],
-        ["--color-jitter", "0.4,0.4,0.4,0.1"],
+        ["--color-jitter", "0.4,0.4,0.4,0.1"], ["--class-weights", "balanced"],
     ],
 )  # fmt: skip
 def test_flags_change_what_is_learnt(scenes, tmp_path, plain_step, flags):
@@ -424,11 +424,13 @@ def test_a_gradient_too_large_for_float16_is_left_out(scenes):
     assert scaler.get_scale() < 1e30
 
 
-def test_accumulated_gradients_are_the_mean_of_the_parts():
+@pytest.mark.parametrize(
+    "criterion", [CriterionDSN(), CriterionOhemDSN(0.1, 640, weight=torch.linspace(0.1, 2, 19).double())]
+)
+def test_accumulated_gradients_are_the_mean_of_the_parts(criterion):
     model, world = build_model("resnet18").double().eval(), World(torch.device("cpu"))
     model.train().apply(lambda module: module.eval() if isinstance(module, (ABN, BatchDropout2d)) else None)
     images, labels = torch.randn(4, 3, 24, 24).double(), torch.randint(0, 19, (4, 24, 24))
-    criterion = CriterionDSN()
     expected = sum(criterion(model(images[i : i + 2]), labels[i : i + 2]) for i in (0, 2)) / 2
     names = [name for name, parameter in model.named_parameters() if "cca." not in name or "gamma" in name]
     gradients = torch.autograd.grad(expected, [model.get_parameter(name) for name in names])
