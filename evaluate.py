@@ -189,11 +189,11 @@ def predict_all(
                 images = torch.stack([sample["image"] for sample in group]).to(device)
                 predictions = predict(images.to(memory_format=torch.channels_last)).argmax(1)
                 for sample, prediction in zip(group, predictions, strict=True):
-                    if sample["label"] is not None:
+                    if "label" in sample:
                         confusion.update(sample["label"].to(device), prediction)
                     if output_dir is not None:
                         train_ids = prediction.cpu().numpy().astype(args.classes.dtype)
-                        save_prediction(args, sample, train_ids, names[sample["item"]], output_dir)
+                        save_prediction(args, sample, train_ids, names[items[sample["index"]]], output_dir)
                 bar.update(len(group))
     confusion.counts = world.sum(confusion.counts)
     return confusion

@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dataset import SPLITS, EpochSampler, Item, TrainingSet, check_labels, load_batches, part_size
+from dataset import SPLITS, EpochSampler, Item, TrainingSet, check_labels, color_jitter, load_batches, part_size
+from dataset.transforms import parse_scales
 from libs import freeze_statistics
 from networks import BatchShard, CCNet, build_model
-from utils.arguments import MOST_IMAGES, MOST_STEPS, ArgumentParser, boolean, number
+from utils.arguments import MOST_IMAGES, MOST_STEPS, ArgumentParser, boolean, loaded_by, number, numbers
 from utils.checkpoint import save_snapshot, snapshot_path, training_steps
 from utils.commandline import (
     CommandError,
@@ -40,7 +41,7 @@ from utils.criterion import CriterionDSN, CriterionOhemDSN
 from utils.distributed import World, stop_requests
 from utils.launch import launch
 from utils.network_file import describe, save_network
-from utils.resuming import run_flags, run_network, start_or_resume
+from utils.resuming import run_class_weights, run_flags, run_network, start_or_resume
 from utils.training import (
     Part,
     PendingLosses,
@@ -68,7 +69,20 @@ def get_parser() -> ArgumentParser:
         help="images to train on; by default train, or trainval with --ft",
     )
     add("--random-mirror", action="store_true", help="mirror images with probability 1/2")
-    add("--random-scale", action="store_true", help="scale each image by one of 0.7, 0.8, ... 2.1")
+    add(
+        "--random-scale", type=loaded_by(parse_scales, ValueError), nargs="?", const=True, default=False,
+        metavar="LOW,HIGH",
+        help="scale each image by one of LOW, LOW + 0.1, ... HIGH; without a value by the recipe's, 0.7 to 2.1",
+    )  # fmt: skip
+    add(
+        "--random-rotate", type=number(float, 0, 180), default=0, metavar="DEGREES",
+        help="rotate each image by an angle of up to that, in both directions",
+    )  # fmt: skip
+    jitter = "BRIGHTNESS,CONTRAST,SATURATION,HUE"
+    add(
+        "--color-jitter", type=numbers(jitter, 10, 10, 10, 0.5), metavar=jitter,
+        help="change the colours by torchvision's ColorJitter, e.g. 0.4,0.4,0.4,0.1",
+    )  # fmt: skip
     add("--random-seed", type=number(int, 0, 2**63 - 1), default=12345, help="seed of initialisation, data and dropout")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -108,6 +122,11 @@ def get_parser() -> ArgumentParser:
     add(
         "--ohem-keep", type=number(int, 0, MOST_STEPS), default=200000,
         help="least number of pixels of a batch to keep; recommended 100000",
+    )  # fmt: skip
+    add(
+        "--class-weights", metavar="balanced|FILE",
+        help="weights of the classes in both heads' losses: the median frequency over that of each in the training "
+        "images, or a TOML file with one for each name; by default all are 1",
     )  # fmt: skip
 
     add = parser.add_argument_group("weights").add_argument
@@ -214,11 +233,12 @@ def check_weights(model: nn.Module, step: int) -> None:
             raise CommandError(f"{name} is not finite after step {step}; {_DIVERGED}")
 
 
-def make_criterion(args: argparse.Namespace, shard: BatchShard | None) -> CriterionDSN:
+def make_criterion(args: argparse.Namespace, world: World, shard: BatchShard | None) -> CriterionDSN:
     """The loss of a part of the batch."""
+    weight = torch.tensor(list(args.class_weights.values()), device=world.device) if args.class_weights else None
     if args.ohem:
-        return CriterionOhemDSN(args.ohem_thres, args.ohem_keep // args.accumulate, args.ignore_label, shard)
-    return CriterionDSN(args.ignore_label, shard)
+        return CriterionOhemDSN(args.ohem_thres, args.ohem_keep // args.accumulate, args.ignore_label, shard, weight)
+    return CriterionDSN(args.ignore_label, shard, weight)
 
 
 def set_up(args: argparse.Namespace, world: World) -> Run:
@@ -228,6 +248,7 @@ def set_up(args: argparse.Namespace, world: World) -> Run:
     args = run_network(args, world)
     items = find_items(args, training_split(args), need_labels=True)
     check_labels(items, args.classes)
+    args.class_weights = run_class_weights(args, items, world)
     torch.manual_seed(args.random_seed)
     model = build_model(network_config(args)).to(world.device)
     nn.init.constant_(model.head.cca.gamma, args.initial_gamma)
@@ -245,7 +266,7 @@ def set_up(args: argparse.Namespace, world: World) -> Run:
         model.compile()
     shard = batch_shard(world, images)
     training_step = TrainingStep(
-        distribute(model, world, shard), make_criterion(args, shard), optimizer, scaler, world, args.amp,
+        distribute(model, world, shard), make_criterion(args, world, shard), optimizer, scaler, world, args.amp,
         args.clip_grad_norm, args.skip_nonfinite,
     )  # fmt: skip
     run = Run(args, world, items, model, training_step, first)
@@ -261,7 +282,7 @@ def load_steps(run: Run) -> Iterator[list[Part]]:
     args, world = run.args, run.world
     samples = TrainingSet(
         run.items, args.input_size, args.classes, args.ignore_label, args.random_scale, args.random_mirror,
-        args.random_seed,
+        args.random_seed, args.random_rotate, color_jitter(*args.color_jitter) if args.color_jitter else None,
     )  # fmt: skip
     batches = EpochSampler(
         len(run.items), args.batch_size, run.first, args.num_steps, args.random_seed, args.accumulate, world.rank,

@@ -223,11 +223,19 @@ def load_classes(name: str | Path) -> ClassTable:
     path = _TABLES / f"{name}.toml" if name in BUILT_IN else Path(name)
     if path.suffix != ".toml" or not path.is_file():
         raise DatasetError(f"{name}: expected a class table: {', '.join(BUILT_IN)} or a .toml file that exists")
+    return parse_classes(read_toml(path, "a class table"), str(path))
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """What a TOML file holds.
+
+    Raises:
+        DatasetError: it cannot be read; the message says that `what` was expected.
+    """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: expected a class table, a TOML file, cannot read it: {error}") from error
-    return parse_classes(content, str(path))
+        raise DatasetError(f"{path}: expected {what}, a TOML file, cannot read it: {error}") from error
 
 
 def parse_classes(content: Any, source: str) -> ClassTable:

@@ -10,7 +10,18 @@ from .classes import CITYSCAPES, ClassTable, colour_codes
 from .images import Box, ImageFile
 from .items import DatasetError, Item
 from .sampler import AUGMENTATION_STREAM
-from .transforms import draw_crop, normalise, pad_label, resize_image, resize_label, source_box
+from .transforms import (
+    draw_crop,
+    normalise,
+    pad_label,
+    resize_image,
+    resize_label,
+    rotate_image,
+    rotate_label,
+    scale_tenths,
+    source_box,
+)
+from .tv_transforms import Transform, label_tensor, transformed
 
 Value = int | tuple[int, ...]
 
@@ -98,7 +109,7 @@ def count_values(label: np.ndarray) -> dict[Value, int]:
 
 
 class TrainingSet(Dataset):
-    """Augmented training samples, indexed by (epoch, index).
+    """Augmented training samples, indexed by (epoch, index), or by an index, which is of the epoch of `set_epoch`.
 
     A sample depends on (seed, epoch, index) alone, which seed its random generator.
 
@@ -107,9 +118,16 @@ class TrainingSet(Dataset):
         crop_size: (height, width) of the samples.
         classes: what the label images mean.
         ignore_label: training label of void and padded pixels; by default the class table's.
-        random_scale: scale by one of 0.7, 0.8, ... 2.1, drawn uniformly.
+        random_scale: scale by a multiple of 0.1 drawn uniformly from (LOW, HIGH); True: the recipe's 0.7, 0.8, ... 2.1.
         random_mirror: mirror with probability 1/2.
         seed: seed of the augmentation.
+        random_rotate: rotate about the crop's centre by an angle drawn uniformly from [-random_rotate, random_rotate]
+            degrees.
+        transform: of torchvision.transforms.v2, or like one, for the crop before it is padded and mirrored; see
+            `Transform`.
+
+    Raises:
+        ValueError: random_scale is not as `scale_tenths` expects.
     """
 
     def __init__(
@@ -118,10 +136,13 @@ class TrainingSet(Dataset):
         crop_size: tuple[int, int],
         classes: ClassTable = CITYSCAPES,
         ignore_label: int | None = None,
-        random_scale: bool = True,
+        random_scale: bool | tuple[float, float] = True,
         random_mirror: bool = True,
         seed: int = 0,
+        random_rotate: float = 0,
+        transform: Transform | None = None,
     ):
+        scale_tenths(random_scale)  # an error if there are no such scales
         self.items = items
         self.crop_size = crop_size
         self.classes = classes
@@ -129,32 +150,59 @@ class TrainingSet(Dataset):
         self.random_scale = random_scale
         self.random_mirror = random_mirror
         self.seed = seed
+        self.random_rotate = random_rotate
+        self.transform = transform
+        self._epoch = torch.tensor(0).share_memory_()  # workers that persist see it change
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def item(self, key: tuple[int, int]) -> Item:
-        """The files of a sample."""
-        return self.items[key[1]]
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of plain indices, in which a DataLoader asks for samples. Call it before each pass."""
+        self._epoch.fill_(epoch)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+    def _key(self, key: int | tuple[int, int]) -> tuple[int, int]:
+        """(epoch, index), with an index from 0."""
+        epoch, index = key if isinstance(key, tuple) else (int(self._epoch), key)
+        return epoch, range(len(self.items))[index]
+
+    def item(self, key: int | tuple[int, int]) -> Item:
+        """The files of a sample."""
+        return self.items[self._key(key)[1]]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """{"image": float32 [3, h, w], "label": [h, w] training ids, "name": str}.
 
         The label is uint8, or int32 if there are more than 255 classes.
         """
-        epoch, index = key
-        item = self.item(key)
+        epoch, index = self._key(key)
+        item = self.items[index]
         generator = np.random.default_rng([self.seed, AUGMENTATION_STREAM, epoch, index])
         image = ImageFile(item.image)
-        crop = draw_crop(generator, image.size, self.crop_size, self.random_scale, self.random_mirror)
+        crop = draw_crop(
+            generator, image.size, self.crop_size, self.random_scale, self.random_mirror, self.random_rotate
+        )
         box = source_box(crop)
-        pixels = resize_image(image.read_colour(box), crop)
+        pixels = rotate_image(resize_image(image.read_colour(box), crop), crop)
         train_ids = resize_label(read_train_ids(item, self.classes, self.ignore_label, image, box), crop)
+        train_ids = rotate_label(train_ids, crop, self.ignore_label)
+        if self.transform is not None:
+            pixels, train_ids = transformed(self.transform, pixels, train_ids, generator, item)
+            self._check_size(pixels, item)
         return {
             "image": torch.from_numpy(normalise(pixels, self.crop_size, crop.mirror)),
-            "label": _tensor(pad_label(train_ids, self.crop_size, self.ignore_label, crop.mirror)),
+            "label": label_tensor(pad_label(train_ids, self.crop_size, self.ignore_label, crop.mirror)),
             "name": item.name,
         }
+
+    def _check_size(self, pixels: np.ndarray, item: Item) -> None:
+        """Raise a DatasetError if the transform has made the crop larger."""
+        (height, width), (most_rows, most_columns) = pixels.shape[:2], self.crop_size
+        if height > most_rows or width > most_columns:
+            raise DatasetError(
+                f"{item.image}: expected the transform to return at most {most_rows}x{most_columns}, the crop's size, "
+                f"got {height}x{width}"
+            )
 
 
 class EvaluationSet(Dataset):
@@ -164,12 +212,23 @@ class EvaluationSet(Dataset):
         items: images, with or without labels.
         classes: what the label images mean.
         ignore_label: label of void pixels; by default the class table's.
+        transform: of torchvision.transforms.v2, or like one; see `Transform`.
+        seed: with the index, seed of what the transform draws.
     """
 
-    def __init__(self, items: list[Item], classes: ClassTable = CITYSCAPES, ignore_label: int | None = None):
+    def __init__(
+        self,
+        items: list[Item],
+        classes: ClassTable = CITYSCAPES,
+        ignore_label: int | None = None,
+        transform: Transform | None = None,
+        seed: int = 0,
+    ):
         self.items = items
         self.classes = classes
         self.ignore_label = ignore_label
+        self.transform = transform
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.items)
@@ -179,15 +238,15 @@ class EvaluationSet(Dataset):
         return self.items[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": float32 [3, H, W], "label": [H, W] training ids or None, "item": Item}."""
-        item = self.item(index)
+        """{"image": float32 [3, H, W], "label": [H, W] training ids, if it has one, "name": str, "index": int}."""
+        index = range(len(self.items))[index]
+        item = self.items[index]
         image = ImageFile(item.image)
-        label = None
+        pixels, train_ids = image.read_colour(), None
         if item.label is not None:
-            label = _tensor(read_train_ids(item, self.classes, self.ignore_label, image))
-        return {"image": torch.from_numpy(normalise(image.read_colour())), "label": label, "item": item}
-
-
-def _tensor(train_ids: np.ndarray) -> torch.Tensor:
-    """uint8, or int32 since PyTorch computes little in uint16."""
-    return torch.from_numpy(train_ids if train_ids.dtype == np.uint8 else train_ids.astype(np.int32))
+            train_ids = read_train_ids(item, self.classes, self.ignore_label, image)
+        if self.transform is not None:
+            generator = np.random.default_rng([self.seed, AUGMENTATION_STREAM, index])
+            pixels, train_ids = transformed(self.transform, pixels, train_ids, generator, item)
+        sample = {"image": torch.from_numpy(normalise(pixels)), "name": item.name, "index": index}
+        return sample if train_ids is None else sample | {"label": label_tensor(train_ids)}

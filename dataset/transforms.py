@@ -2,7 +2,7 @@
 
 The recipe scales an image by 0.7, 0.8, ... 2.1, pads it to the crop's size, and crops it. Here the crop is drawn first,
 in the coordinates of the scaled image, and only the source pixels under it are read and resized. The result is the
-same up to OpenCV's rounding.
+same up to OpenCV's rounding. A crop that is rotated is made of all that it covers of the scaled image, its corners too.
 """
 
 import math
@@ -16,7 +16,9 @@ from .images import Box
 
 # Mean colour of the ImageNet backbone's training images: B, G, R in 0..255.
 IMAGE_MEAN = np.array([104.00698793, 116.66876762, 122.67891434], dtype=np.float32)
+# Scales are tenths. The recipe's, and the least and the greatest that may be asked for.
 SCALE_TENTHS = range(7, 22)
+_LEAST_SCALE, _GREATEST_SCALE = 0.1, 8
 
 
 class Span(NamedTuple):
@@ -26,36 +28,114 @@ class Span(NamedTuple):
     stop: int
 
 
+class Rotation(NamedTuple):
+    """A rotation by `degrees`, counter-clockwise, about the centre of the rows and columns of the scaled image.
+
+    Attributes:
+        size: (height, width) of the result, whose first pixel would be that of rows and columns if it were not rotated.
+    """
+
+    degrees: float
+    rows: Span
+    columns: Span
+    size: tuple[int, int]
+
+    def positions(self, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where pixels at these rows and columns of the result lie in the scaled image: y and x, [rows, columns]."""
+        sine, cosine = math.sin(math.radians(self.degrees)), math.cos(math.radians(self.degrees))
+        y = rows[:, None] - (self.rows.stop - self.rows.start - 1) / 2  # from the centre
+        x = columns - (self.columns.stop - self.columns.start - 1) / 2
+        centre_y, centre_x = ((span.start + span.stop - 1) / 2 for span in (self.rows, self.columns))
+        return centre_y + cosine * y + sine * x, centre_x + cosine * x - sine * y
+
+    def reach(self, scaled_size: tuple[int, int]) -> tuple[Span, Span]:
+        """The rows and columns of the scaled image that the result depends on."""
+        corners = self.positions(*(np.array([0, length - 1]) for length in self.size))
+        rows, columns = (
+            Span(max(math.floor(axis.min()), 0), min(math.floor(axis.max()) + 2, length))
+            for axis, length in zip(corners, scaled_size, strict=True)
+        )
+        return rows, columns
+
+
 @dataclass(frozen=True)
 class Crop:
-    """One draw of the augmentation: the scale in tenths, the crop in the scaled image, and whether it is mirrored."""
+    """One draw of the augmentation.
+
+    Attributes:
+        tenths: the scale.
+        rows, columns: the part of the scaled image: the crop, or what its rotation depends on.
+        mirror: whether it is mirrored.
+        rotation: None for none.
+    """
 
     tenths: int
     rows: Span
     columns: Span
     mirror: bool
+    rotation: Rotation | None = None
+
+
+def scale_tenths(scales: bool | tuple[float, float]) -> range:
+    """The scales to draw from, in tenths.
+
+    Args:
+        scales: (LOW, HIGH) for LOW, LOW + 0.1, ... HIGH; True: the recipe's; False: 1 alone.
+
+    Raises:
+        ValueError: LOW or HIGH is no multiple of 0.1 or out of bounds, or they are in the wrong order.
+    """
+    if isinstance(scales, bool):
+        return SCALE_TENTHS if scales else range(10, 11)
+    low, high = scales
+    expected = f"expected LOW,HIGH, multiples of 0.1 with {_LEAST_SCALE} <= LOW <= HIGH <= {_GREATEST_SCALE}"
+    if not _LEAST_SCALE <= low <= high <= _GREATEST_SCALE or any(abs(10 * s - round(10 * s)) > 1e-6 for s in scales):
+        raise ValueError(f"{expected}, got {low:g},{high:g}")
+    return range(round(10 * low), round(10 * high) + 1)
+
+
+def parse_scales(text: str) -> bool | tuple[float, float]:
+    """The scales of the text "LOW,HIGH", as `scale_tenths` takes them; True for the recipe's.
+
+    Raises:
+        ValueError: as `scale_tenths`, or these are not two numbers.
+    """
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"expected LOW,HIGH (e.g. 0.5,2.0), got {text!r}") from None
+    return True if scale_tenths((low, high)) == SCALE_TENTHS else (low, high)
 
 
 def scaled_length(length: int, tenths: int) -> int:
-    """Length of an axis after scaling, rounded as by OpenCV (halves to even)."""
-    return round(length * (tenths / 10))
+    """Length of an axis after scaling, 1 or more, rounded as by OpenCV (halves to even)."""
+    return max(round(length * (tenths / 10)), 1)
 
 
 def draw_crop(
     generator: np.random.Generator,
     image_size: tuple[int, int],
     crop_size: tuple[int, int],
-    random_scale: bool,
+    random_scale: bool | tuple[float, float],
     random_mirror: bool,
+    random_rotate: float = 0,
 ) -> Crop:
-    """Draw scale, position and mirroring; sizes are (height, width)."""
-    tenths = int(generator.choice(SCALE_TENTHS)) if random_scale else 10
+    """Draw scale (see `scale_tenths`), position, mirroring, and an angle of up to that many degrees in both directions.
+
+    Sizes are (height, width). What is off draws no random number.
+    """
+    tenths = 10 if random_scale is False else int(generator.choice(scale_tenths(random_scale)))
+    scaled_size = (scaled_length(image_size[0], tenths), scaled_length(image_size[1], tenths))
     spans = []
-    for length, crop in zip(image_size, crop_size, strict=True):
-        scaled = scaled_length(length, tenths)
+    for scaled, crop in zip(scaled_size, crop_size, strict=True):
         start = int(generator.integers(0, max(scaled - crop, 0), endpoint=True))
         spans.append(Span(start, min(start + crop, scaled)))
-    return Crop(tenths, spans[0], spans[1], random_mirror and bool(generator.integers(2)))
+    mirror = random_mirror and bool(generator.integers(2))
+    if not random_rotate:
+        return Crop(tenths, spans[0], spans[1], mirror)
+    rotation = Rotation(generator.uniform(-random_rotate, random_rotate), spans[0], spans[1], crop_size)
+    rows, columns = rotation.reach(scaled_size)
+    return Crop(tenths, rows, columns, mirror, rotation)
 
 
 class _Window(NamedTuple):
@@ -88,7 +168,7 @@ def source_box(crop: Crop) -> Box:
 
 
 def resize_image(part: np.ndarray, crop: Crop) -> np.ndarray:
-    """The crop of the bilinearly scaled image, uint8 [rows, columns, 3].
+    """The rows and columns of the bilinearly scaled image, uint8 [rows, columns, 3].
 
     Args:
         part: uint8 [height, width, 3], the image within `source_box(crop)`.
@@ -104,7 +184,7 @@ def resize_image(part: np.ndarray, crop: Crop) -> np.ndarray:
 
 
 def resize_label(part: np.ndarray, crop: Crop) -> np.ndarray:
-    """The crop of the label image scaled by nearest neighbour, [rows, columns].
+    """The rows and columns of the label image scaled by nearest neighbour, [rows, columns].
 
     Args:
         part: [height, width], the label image within `source_box(crop)`.
@@ -115,6 +195,24 @@ def resize_label(part: np.ndarray, crop: Crop) -> np.ndarray:
         for span, first, length in zip((crop.rows, crop.columns), (box.top, box.left), part.shape, strict=True)
     )
     return part[rows].take(columns, axis=1)
+
+
+def rotate_image(image: np.ndarray, crop: Crop) -> np.ndarray:
+    """What `resize_image` returned, rotated bilinearly if the crop is: uint8 [*size, 3]; the mean colour beyond it."""
+    return _rotate(image, crop, cv2.INTER_LINEAR, np.rint(IMAGE_MEAN[::-1]).tolist())
+
+
+def rotate_label(label: np.ndarray, crop: Crop, fill: int) -> np.ndarray:
+    """What `resize_label` returned, rotated by nearest neighbour if the crop is: [*size]; `fill` beyond it."""
+    return _rotate(label, crop, cv2.INTER_NEAREST, fill)
+
+
+def _rotate(part: np.ndarray, crop: Crop, interpolation: int, fill: float | list[float]) -> np.ndarray:
+    if crop.rotation is None:
+        return part
+    y, x = crop.rotation.positions(*map(np.arange, crop.rotation.size))
+    maps = ((x - crop.columns.start).astype(np.float32), (y - crop.rows.start).astype(np.float32))
+    return cv2.remap(part, *maps, interpolation, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
 
 
 def normalise(image: np.ndarray, size: tuple[int, int] | None = None, mirror: bool = False) -> np.ndarray:

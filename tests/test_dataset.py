@@ -18,7 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
+from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import evaluate
 import train
@@ -29,6 +32,7 @@ from dataset import (
     EvaluationSet,
     TrainingSet,
     check_labels,
+    color_jitter,
     load_batches,
     read_list,
     scan,
@@ -41,12 +45,15 @@ from dataset.transforms import (
     IMAGE_MEAN,
     SCALE_TENTHS,
     Crop,
+    Rotation,
     Span,
     denormalise,
     draw_crop,
     normalise,
     resize_image,
     resize_label,
+    rotate_image,
+    rotate_label,
     scaled_length,
     source_box,
 )
@@ -464,19 +471,90 @@ def crop_by_definition(image, label, crop):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32), st.integers(8, 70), st.integers(8, 70), st.integers(1, 60), st.integers(1, 60))
-def test_crop_first_gives_the_pixels_of_resize_first(seed, height, width, crop_height, crop_width):
+@given(
+    st.sampled_from([True, (0.1, 8)]), st.integers(0, 2**32), st.integers(8, 70), st.integers(8, 70),
+    st.integers(1, 60), st.integers(1, 60),
+)  # fmt: skip
+def test_crop_first_gives_the_pixels_of_resize_first(scales, seed, height, width, crop_height, crop_width):
     """From 8 pixels on: OpenCV copies an image whose size rounds to itself, as that of 4 scaled by 1.1 does."""
     generator = np.random.default_rng(seed)
     image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
     label = generator.integers(0, 34, (height, width), dtype=np.uint8)
-    crop = draw_crop(generator, (height, width), (crop_height, crop_width), True, False)
+    crop = draw_crop(generator, (height, width), (crop_height, crop_width), scales, False)
     box = source_box(crop)
     part = np.s_[box.top : box.bottom, box.left : box.right]
     expected_image, expected_label = crop_by_definition(image, label, crop)
     # OpenCV may round its interpolation weights differently at other positions: at most one grey level.
     assert np.abs(resize_image(image[part], crop).astype(int) - expected_image).max(initial=0) <= 1
     assert np.array_equal(resize_label(label[part], crop), expected_label)
+
+
+def rotated_by_definition(scaled, rotation):
+    """The whole scaled image [H, W, C] rotated bilinearly, and by nearest pixel; NaN where nothing is."""
+    height, width = scaled.shape[:2]
+    out = np.full((2, *rotation.size, scaled.shape[2]), np.nan)
+    centre = [(span.start + span.stop - 1) / 2 for span in (rotation.rows, rotation.columns)]
+    turn = np.exp(1j * np.radians(rotation.degrees))  # the y axis points down: counter-clockwise is exp(-i angle)
+    for i in range(rotation.size[0]):
+        for j in range(rotation.size[1]):
+            offset = complex(rotation.columns.start + j - centre[1], rotation.rows.start + i - centre[0]) * turn
+            y, x = centre[0] + offset.imag, centre[1] + offset.real
+            if 0 <= y <= height - 1 and 0 <= x <= width - 1:
+                a, b = min(int(y), height - 2), min(int(x), width - 2)
+                corners = scaled[a : a + 2, b : b + 2].astype(float)
+                weights = np.outer([a + 1 - y, y - a], [b + 1 - x, x - b])
+                out[0, i, j] = (corners * weights[..., None]).sum((0, 1))
+            if -0.5 < y < height - 0.5 and -0.5 < x < width - 0.5:
+                out[1, i, j] = scaled[round(y), round(x)]
+    return out
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rotating_the_crop_gives_the_pixels_of_rotating_the_whole(seed):
+    generator = np.random.default_rng(seed)
+    smooth = cv2.GaussianBlur(generator.integers(0, 256, (60, 80, 3), dtype=np.uint8), (0, 0), 3)
+    image = cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX)
+    label = generator.integers(0, 34, image.shape[:2], dtype=np.uint8)
+    crop = draw_crop(generator, image.shape[:2], (25, 40), (0.3, 2.1), False, 60)
+    whole = Crop(crop.tenths, *(Span(0, scaled_length(length, crop.tenths)) for length in image.shape[:2]), False)
+    box = source_box(crop)
+    part = np.s_[box.top : box.bottom, box.left : box.right]
+    pixels = rotate_image(resize_image(image[part], crop), crop)
+    ids = rotate_label(resize_label(label[part], crop), crop, 255)
+    scaled_image, scaled_label = crop_by_definition(image, label, whole)
+    expected, _ = rotated_by_definition(scaled_image, crop.rotation)
+    _, expected_ids = rotated_by_definition(scaled_label[..., None], crop.rotation)
+    # OpenCV interpolates at multiples of 1/32 pixel.
+    steps = max(np.abs(np.diff(scaled_image.astype(int), axis=axis)).max() for axis in (0, 1))
+    inside = ~np.isnan(expected)
+    assert np.abs(pixels[inside] - expected[inside]).max() <= 2 + 2 * steps / 64
+    assert np.array_equal(ids, np.nan_to_num(expected_ids, nan=255)[..., 0])
+    beyond = cv2.erode((ids == 255).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    assert (pixels[beyond] == np.rint(IMAGE_MEAN[::-1])).all()
+
+
+def test_corners_of_a_rotated_crop_hold_what_the_image_has_there():
+    image = np.full((100, 100, 3), 200, np.uint8)
+    spans = (Span(30, 60), Span(40, 70))
+    rotation = Rotation(45.0, *spans, (30, 30))
+    crop = Crop(10, *rotation.reach((100, 100)), False, rotation)
+    box = source_box(crop)
+    assert (box.top, box.bottom) < (30, 60)
+    part = image[box.top : box.bottom, box.left : box.right]
+    assert (rotate_image(resize_image(part, crop), crop) == 200).all()
+    assert (rotate_label(resize_label(part[..., 0], crop), crop, 255) == 200).all()
+
+
+def test_rotation_is_drawn_last_and_only_if_it_is_on():
+    for seed in range(20):
+        plain, with_none, rotated = (np.random.default_rng(seed) for _ in range(3))
+        crop = draw_crop(plain, (90, 120), (40, 50), True, True)
+        assert crop == draw_crop(with_none, (90, 120), (40, 50), True, True, 0)
+        assert plain.bit_generator.state == with_none.bit_generator.state
+        other = draw_crop(rotated, (90, 120), (40, 50), True, True, 30)
+        assert (other.tenths, other.mirror) == (crop.tenths, crop.mirror)
+        assert (other.rotation.rows, other.rotation.columns) == (crop.rows, crop.columns)
+        assert -30 <= other.rotation.degrees <= 30
 
 
 def test_the_sizes_are_opencvs():
@@ -501,6 +579,24 @@ def test_distribution_of_the_augmentation():
     assert abs(np.mean([crop.mirror for crop in crops]) - 0.5) < 0.03
     at_one = [crop.columns.start for crop in crops if crop.tenths == 10]
     assert set(at_one) == set(range(31))  # every position, both ends included
+
+
+def test_scales_are_drawn_from_those_given():
+    recipe, same = np.random.default_rng(1), np.random.default_rng(1)
+    for _ in range(50):
+        crop = draw_crop(recipe, (20, 40), (10, 10), True, True)
+        assert crop == draw_crop(same, (20, 40), (10, 10), (0.7, 2.1), True)
+    drawn = [draw_crop(recipe, (20, 40), (10, 10), (0.5, 0.9), True).tenths for _ in range(200)]
+    assert set(drawn) == {5, 6, 7, 8, 9}
+    assert draw_crop(recipe, (2, 3), (10, 10), (0.1, 0.1), True).rows == Span(0, 1)  # a pixel at least
+
+
+@pytest.mark.parametrize("scales", [(0.55, 2.0), (2.0, 0.5), (0.0, 1.0), (0.5, 8.1), (float("nan"), 1.0)])
+def test_other_scales_are_refused(scales):
+    low, high = scales
+    message = rf"expected LOW,HIGH, multiples of 0.1 with 0.1 <= LOW <= HIGH <= 8, got {low:g},{high:g}"
+    with pytest.raises(ValueError, match=message):
+        TrainingSet([], (8, 8), random_scale=scales)
 
 
 def test_no_augmentation_unless_asked_for():
@@ -534,6 +630,123 @@ def test_sample_of_a_small_image_is_padded_and_consistent(tmp_path):
             assert not (a.numpy() & (cv2.dilate(b.numpy().astype(np.uint8), kernel) == 0)).any()
         assert road.any()
         assert (sample["image"][:, void] == 0).all()
+
+
+# ---- transforms of torchvision, and torch's DataLoader
+
+
+jitter = color_jitter(0.5, 0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_both_sets_go_into_torchs_data_loader(scenes, workers):
+    samples = TrainingSet(scan(scenes, "train"), (40, 48), seed=5)
+    loader = DataLoader(samples, batch_size=2, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    for epoch in (0, 3):
+        samples.set_epoch(epoch)
+        names = []
+        for batch in loader:
+            assert batch["image"].shape == (2, 3, 40, 48)
+            for image, label, name in zip(batch["image"], batch["label"], batch["name"], strict=True):
+                index = [item.name for item in samples.items].index(name)
+                assert torch.equal(image, samples[(epoch, index)]["image"])
+                assert torch.equal(label, samples[(epoch, index)]["label"])
+                names.append(name)
+        assert sorted(names) == sorted(item.name for item in samples.items)
+    whole = EvaluationSet(scan(scenes, "val"))
+    (batch,) = DataLoader(whole, batch_size=3, num_workers=workers)
+    assert batch["index"].tolist() == [0, 1, 2]
+    assert batch["name"] == [item.name for item in whole.items]
+    assert torch.equal(batch["label"][2], whole[2]["label"])
+    assert torch.equal(whole[-1]["image"], whole[2]["image"])
+    (unlabelled,) = DataLoader(EvaluationSet(scan(scenes, "test")), batch_size=2)
+    assert set(unlabelled) == {"image", "name", "index"}
+    assert len(list(samples)) == 6  # iteration ends
+
+
+def test_transforms_get_rgb_and_training_ids_after_the_crop_and_before_normalisation(scenes):
+    seen = []
+
+    def swap(image, label):
+        seen.append((image, label))
+        return image.flip(0), label.where(label != 0, 5)
+
+    items = scan(scenes, "train")
+    for plain, changed, size in (
+        (EvaluationSet(items), EvaluationSet(items, transform=swap), (48, 64)),
+        (TrainingSet(items, (30, 40)), TrainingSet(items, (30, 40), transform=swap), (30, 40)),
+    ):
+        before, after = plain[1], changed[1]
+        image, label = seen.pop()
+        assert isinstance(image, tv_tensors.Image)
+        assert isinstance(label, tv_tensors.Mask)
+        assert (image.dtype, tuple(image.shape), tuple(label.shape)) == (torch.uint8, (3, *size), size)
+        mean = torch.from_numpy(IMAGE_MEAN)[:, None, None]
+        torch.testing.assert_close(after["image"] + mean, (before["image"] + mean).flip(0), atol=1e-4, rtol=0)
+        assert torch.equal(after["label"], before["label"].where(before["label"] != 0, 5))
+
+
+def test_colour_jitter_is_torchvisions_drawn_from_the_samples_stream(scenes):
+    items = scan(scenes, "train")
+    plain = TrainingSet(items, (40, 48), random_scale=False, random_mirror=False, seed=5)[(2, 3)]
+    sample = TrainingSet(items, (40, 48), random_scale=False, random_mirror=False, seed=5, transform=jitter)[(2, 3)]
+    stream = np.random.default_rng([5, 1, 2, 3])
+    draw_crop(stream, (48, 64), (40, 48), False, False)
+    torch.manual_seed(int(stream.integers(2**63)))
+    pixels = torch.from_numpy(denormalise(plain["image"].numpy())).permute(2, 0, 1)
+    expected = v2.ColorJitter(0.5, 0.5, 0.5, 0.5)(pixels).permute(1, 2, 0).numpy()
+    assert np.array_equal(denormalise(sample["image"].numpy()), expected)
+
+
+def test_what_a_transform_draws_depends_on_seed_epoch_and_index_alone(scenes):
+    items = scan(scenes, "train")
+
+    def images(samples, keys):
+        return torch.stack([samples[key]["image"] for key in keys])
+
+    def training_set(seed=5, transform=jitter):
+        return TrainingSet(items, (40, 48), seed=seed, transform=transform)
+
+    keys = [(epoch, index) for epoch in (0, 1) for index in range(6)]
+    before = torch.get_rng_state()
+    expected = images(training_set(), keys)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(images(training_set(), reversed(keys)).flip(0), expected)
+    assert not torch.equal(images(training_set(), keys[:1]), images(training_set(transform=None), keys[:1]))
+    assert not torch.equal(images(training_set(seed=6), keys[:1]), expected[:1])
+    # The draws of crop, scale and mirroring stay as they are.
+    labels = [[samples[key]["label"] for key in keys] for samples in (training_set(), training_set(transform=None))]
+    assert all(torch.equal(a, b) for a, b in zip(*labels, strict=True))
+    whole = EvaluationSet(items, transform=jitter, seed=1), EvaluationSet(items, transform=jitter, seed=2)
+    assert torch.equal(images(whole[0], [3]), images(whole[0], [3]))
+    assert not torch.equal(images(whole[0], [3]), images(whole[1], [3]))
+
+
+def test_transforms_of_torchvision_work_as_they_are(scenes, tmp_path):
+    fill = {tv_tensors.Image: 0, tv_tensors.Mask: 255}
+    transform = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomRotation(20, fill=fill), v2.GaussianBlur(3)])
+    both = TrainingSet(scan(scenes, "train"), (40, 48), transform=transform)
+    assert len(torch.stack([sample["image"] for sample in both])) == 6
+    small = EvaluationSet(scan(scenes, "val"), transform=v2.Resize((24, 32)))[0]
+    assert small["image"].shape[1:] == small["label"].shape == (24, 32)
+    without_label = EvaluationSet(scan(scenes, "test"), transform=transform)[0]
+    assert "label" not in without_label
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda image, label: image, r"and its label, uint8 \[H, W\], got uint8 \[3, 30, 40\] and None"),
+        (lambda image, label: (image / 255, label), r"got float32 \[3, 30, 40\] and uint8 \[30, 40\]"),
+        (lambda image, label: (image, label.long()), r"got uint8 \[3, 30, 40\] and int64 \[30, 40\]"),
+        (lambda image, label: (image, label[1:]), r"got uint8 \[3, 30, 40\] and uint8 \[29, 40\]"),
+        (v2.Resize((31, 40)), "at most 30x40, the crop's size, got 31x40"),
+    ],
+)
+def test_what_a_transform_returns_is_checked(scenes, transform, message):
+    items = scan(scenes, "train")[:1]
+    with pytest.raises(DatasetError, match=rf"{items[0].image}: expected the transform to return .*{message}"):
+        TrainingSet(items, (30, 40), transform=transform)[0]
 
 
 # ---- loading

@@ -1,7 +1,10 @@
-"""What the README says is there is there."""
+"""What the README says is there is there, and the examples of docs/data.md run."""
 
 import re
+import textwrap
 from pathlib import Path
+
+from test_layouts import folders
 
 import evaluate
 import train
@@ -31,3 +34,12 @@ def test_linked_files_exist():
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_examples_with_torchs_data_loader_run(tmp_path, monkeypatch, capsys):
+    folders(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"(?:^(?:    .*)?\n)+", (ROOT / "docs/data.md").read_text(), re.MULTILINE)
+    (example,) = (textwrap.dedent(block) for block in blocks if "DataLoader" in block)
+    exec(example.replace("(513, 513)", "(24, 32)").replace("num_workers=2", "num_workers=0"), {})
+    assert capsys.readouterr().out.count("torch.Size([2, 3, 24, 32])") == 3

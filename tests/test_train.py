@@ -25,7 +25,7 @@ from dataset import CITYSCAPES, scan
 from libs import ABN
 from networks import BatchDropout2d, NetworkConfig, build_model
 from utils.commandline import CommandError, find_items, with_network
-from utils.criterion import CriterionDSN
+from utils.criterion import CriterionDSN, CriterionOhemDSN
 from utils.distributed import World
 from utils.launch import launch
 from utils.network_file import network_path, read_network
@@ -95,6 +95,11 @@ def test_ohem_can_be_turned_on_and_off(text, value):
     assert train.get_parser().parse_args(["--ohem", *text]).ohem is value
 
 
+@pytest.mark.parametrize(("text", "value"), [([], True), (["0.5,2.0"], (0.5, 2.0)), (["0.7,2.1"], True)])
+def test_scales_are_those_of_the_recipe_or_given(text, value):
+    assert train.get_parser().parse_args(["--random-scale", *text]).random_scale == value
+
+
 def test_it_trains_and_logs(scenes, tmp_path, capsys):
     flags = ["--num-steps", 4, "--print-frequency", 2, "--save-pred-every", 3, "--random-mirror", "--random-scale"]
     assert run_training(scenes, tmp_path, *flags) == 0
@@ -135,6 +140,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(scenes, tmp_pat
 def test_a_resumed_run_equals_an_uninterrupted_one(scenes, tmp_path, monkeypatch):
     """A run that is stopped by SIGTERM after its third step, against one that is not."""
     flags = ["--num-steps", 6, "--random-mirror", "--random-scale", "--ohem", "--ohem-keep", "640"]
+    flags += ["--random-rotate", 10, "--color-jitter", "0.4,0.4,0.4,0.1"]
     assert run_training(scenes, tmp_path / "through", *flags) == 0
 
     real = train.poly_learning_rate
@@ -215,6 +221,17 @@ def test_a_run_from_before_a_flag_existed_has_its_default(scenes, tmp_path, caps
     network_path(tmp_path).unlink()  # which did not exist yet either
     assert run_training(scenes, tmp_path, "--num-steps", 1, "--resume", "--backbone-activation", "leaky_relu") == 2
     assert "--backbone-activation: was identity, is leaky_relu" in capsys.readouterr().err
+
+
+def test_scales_stay_as_they_were(scenes, tmp_path, capsys):
+    """Snapshots hold True for the recipe's, as they did when there were no others."""
+    run = [scenes, tmp_path, "--num-steps", 0]
+    assert run_training(*run, "--random-scale") == 0
+    training = torch.load(tmp_path / "CS_scenes_0.training.pth", weights_only=True)
+    assert training["flags"]["random_scale"] is True
+    assert run_training(*run, "--random-scale", "--resume") == 0
+    message = failing(*run[:2], capsys, *run[2:], "--random-scale", "0.5,2.0", "--resume")
+    assert "--random-scale: was True, is (0.5, 2.0)" in message
 
 
 def test_network_json_is_beside_the_snapshots_and_goes_with_the_run(scenes, tmp_path, capsys):
@@ -365,7 +382,8 @@ def test_files_are_always_loaded_without_running_code():
     [
         ["--learning-rate", 0.1], ["--weight-decay", 0.3], ["--ohem", "1", "--ohem-keep", 64, "--ohem-thres", 0.01],
         ["--random-mirror"], ["--random-scale"], ["--batch-size", 3], ["--input-size", "40,40"], ["--recurrence", 0],
-        ["--split", "val"], ["--random-seed", 1], ["--initial-gamma", 0.5],
+        ["--split", "val"], ["--random-seed", 1], ["--initial-gamma", 0.5], ["--random-rotate", 20],
+        ["--color-jitter", "0.4,0.4,0.4,0.1"], ["--class-weights", "balanced"],
     ],
 )  # fmt: skip
 def test_flags_change_what_is_learnt(scenes, tmp_path, plain_step, flags):
@@ -410,11 +428,13 @@ def test_a_gradient_too_large_for_float16_is_left_out(scenes):
     assert scaler.get_scale() < 1e30
 
 
-def test_accumulated_gradients_are_the_mean_of_the_parts():
+@pytest.mark.parametrize(
+    "criterion", [CriterionDSN(), CriterionOhemDSN(0.1, 640, weight=torch.linspace(0.1, 2, 19).double())]
+)
+def test_accumulated_gradients_are_the_mean_of_the_parts(criterion):
     model, world = build_model("resnet18").double().eval(), World(torch.device("cpu"))
     model.train().apply(lambda module: module.eval() if isinstance(module, (ABN, BatchDropout2d)) else None)
     images, labels = torch.randn(4, 3, 24, 24).double(), torch.randint(0, 19, (4, 24, 24))
-    criterion = CriterionDSN()
     expected = sum(criterion(model(images[i : i + 2]), labels[i : i + 2]) for i in (0, 2)) / 2
     names = [name for name, parameter in model.named_parameters() if "cca." not in name or "gamma" in name]
     gradients = torch.autograd.grad(expected, [model.get_parameter(name) for name in names])
@@ -545,10 +565,14 @@ def test_checkpoints_that_do_not_do(scenes, tmp_path, capsys):
         (["--batch-size", "0"], "argument --batch-size: expected 1 to 65536, got '0'"),
         (["--learning-rate", "fast"], "argument --learning-rate: expected float, got 'fast'"),
         (["--ohem", "maybe"], "argument --ohem: expected 1 or 0"),
+        (["--random-scale", "0.5"], "argument --random-scale: expected LOW,HIGH (e.g. 0.5,2.0), got '0.5'"),
+        (["--random-scale", "0.55,2"], "argument --random-scale: expected LOW,HIGH, multiples of 0.1 with 0.1 <= LOW"),
         (["--num-classes", "0"], "argument --num-classes: expected 1 to 65535"),
         (["--ignore-label", "0"], "argument --ignore-label: expected 1 to 65535"),
         (["--classes", "cityscape"], "argument --classes: cityscape: expected a class table: ade20k, camvid, citys"),
         (["--backbone", "vgg"], "argument --backbone: invalid choice"),
+        (["--color-jitter", "0.4,0.4"], "argument --color-jitter: expected the numbers BRIGHTNESS,CONTRAST,"),
+        (["--color-jitter", "0,0,0,0.6"], "argument --color-jitter: expected HUE from 0 to 0.5, got 0.6 in '0,0"),
         (["--recurence", "2"], "unrecognized arguments: --recurence"),
     ],
 )

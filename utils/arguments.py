@@ -78,6 +78,24 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def numbers(names: str, *greatest: float) -> Callable[[str], tuple[float, ...]]:
+    """A parser of numbers with commas between them, as their `names` have it, each within [0, its greatest]."""
+
+    def parse(text: str):
+        try:
+            values = tuple(float(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if len(values) != len(greatest):
+            raise argparse.ArgumentTypeError(f"expected the numbers {names}, got {text!r}")
+        for name, value, most in zip(names.split(","), values, greatest, strict=True):
+            if not 0 <= value <= most:
+                raise argparse.ArgumentTypeError(f"expected {name} from 0 to {most:g}, got {value:g} in {text!r}")
+        return values
+
+    return parse
+
+
 def boolean(text: str) -> bool:
     """Parse 1/0, true/false, yes/no."""
     try:

@@ -2,7 +2,8 @@
 
 Everything is computed on the logits' device and nothing is copied to the host, so that no step waits for the device.
 
-The loss of a batch that is spread over processes is a mean over the valid pixels of all processes. Each process
+The loss of a batch that is spread over processes is a mean over the valid pixels of all processes, weighted by their
+classes if these have weights. Each process
 computes its own part times the number of processes. The mean over the processes, as DistributedDataParallel takes it of
 the gradients, is then that of the whole batch.
 """
@@ -36,13 +37,16 @@ class Losses(NamedTuple):
     auxiliary: Tensor
 
 
-def _mean_over_valid(pixel_losses: Tensor, valid: Tensor, shard: BatchShard | None) -> Tensor:
-    """Mean over the valid pixels, of all processes if there is a shard; 0, with zero gradients, if none is valid."""
-    total = valid.sum()
+def _weighted_mean(pixel_losses: Tensor, weights: Tensor, shard: BatchShard | None) -> Tensor:
+    """Mean weighted by weights, or over the pixels where a mask is true, of all processes if there is a shard.
+
+    It is 0, with zero gradients, if the weights are.
+    """
+    total = weights.sum()
     if shard is None:
-        return (pixel_losses * valid).sum() / total.clamp(min=1)
+        return (pixel_losses * weights).sum() / torch.where(total > 0, total, 1)
     dist.all_reduce(total)
-    return (pixel_losses * valid).sum() * (dist.get_world_size() / total.clamp(min=1))
+    return (pixel_losses * weights).sum() * (dist.get_world_size() / torch.where(total > 0, total, 1))
 
 
 class CriterionDSN(nn.Module):
@@ -51,15 +55,20 @@ class CriterionDSN(nn.Module):
     Args:
         ignore_index: label of pixels that do not count.
         shard: the images of the batch that this process has; None for all of them.
+        weight: [K], positive weights of the classes, as in nn.CrossEntropyLoss: each head's loss is the sum of the
+            weighted losses of the pixels over the sum of their weights. None: all are 1.
 
     Called with preds, [main, auxiliary] logits [N, K, h, w] each, and target [N, H, W], integer labels; the logits
     are upsampled to H x W. Returns the loss, a scalar.
     """
 
-    def __init__(self, ignore_index: int = 255, shard: BatchShard | None = None):
+    weight: Tensor | None
+
+    def __init__(self, ignore_index: int = 255, shard: BatchShard | None = None, weight: Tensor | None = None):
         super().__init__()
         self.ignore_index = ignore_index
         self.shard = shard
+        self.register_buffer("weight", weight)
 
     def forward(self, preds: list[Tensor], target: Tensor) -> Tensor:
         return self.losses(preds, target).total
@@ -77,7 +86,13 @@ class CriterionDSN(nn.Module):
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         losses = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="none")
-        return _mean_over_valid(losses, target != self.ignore_index, self.shard)
+        return self._mean(losses, target != self.ignore_index, target)
+
+    def _mean(self, losses: Tensor, counted: Tensor, target: Tensor) -> Tensor:
+        """Mean of the pixels' losses where `counted` is true, weighted by the pixels' classes."""
+        if self.weight is None:
+            return _weighted_mean(losses, counted, self.shard)
+        return _weighted_mean(losses, self.weight[torch.where(counted, target, 0)] * counted, self.shard)
 
 
 class CriterionOhemDSN(CriterionDSN):
@@ -90,7 +105,7 @@ class CriterionOhemDSN(CriterionDSN):
     Args:
         thresh: probability below which pixels always count.
         min_kept: about how many pixels of the batch count at least.
-        ignore_index, shard: as in CriterionDSN.
+        ignore_index, shard, weight: as in CriterionDSN. Weights do not decide which pixels are hard.
 
     Raises:
         ValueError: thresh is no probability, or min_kept is negative.
@@ -102,8 +117,9 @@ class CriterionOhemDSN(CriterionDSN):
         min_kept: int = 100000,
         ignore_index: int = 255,
         shard: BatchShard | None = None,
+        weight: Tensor | None = None,
     ):
-        super().__init__(ignore_index, shard)
+        super().__init__(ignore_index, shard, weight)
         if not 0 <= thresh <= 1:
             raise ValueError(f"thresh: expected a probability, 0 to 1, got {thresh}")
         if min_kept < 0:
@@ -115,7 +131,7 @@ class CriterionOhemDSN(CriterionDSN):
         losses = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="none")
         probability = torch.exp(-losses.detach())
         hard = probability <= self.threshold(logits.detach(), target)
-        return _mean_over_valid(losses, hard & (target != self.ignore_index), self.shard)
+        return self._mean(losses, hard & (target != self.ignore_index), target)
 
     def threshold(self, logits: Tensor, target: Tensor) -> Tensor:
         """The probability up to which pixels count, a scalar. logits [N, K, H, W], target [N, H, W]."""

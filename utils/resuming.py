@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dataset import Item, class_weights
 from networks import NetworkConfig, load_state
 from networks.pretrained import torchvision_weights
 
@@ -75,6 +76,22 @@ def weights_path(args: argparse.Namespace) -> Path:
             f"--restore-from torchvision: expected to download its weights of {backbone}, found: {error}; give a file "
             "of them"
         ) from error
+
+
+def run_class_weights(args: argparse.Namespace, items: list[Item], world: World) -> dict[str, float] | None:
+    """The weights of --class-weights by class name, which must be the same on --resume; None without that flag.
+
+    Only the main process reads the file or counts the labels, and prints them.
+
+    Raises:
+        DatasetError: as `class_weights`.
+    """
+    if args.class_weights is None:
+        return None
+    weights = class_weights(args.class_weights, items, args.classes, args.num_workers) if world.is_main else {}
+    if world.is_main:
+        print(f"class weights: {', '.join(f'{name} {weight:.4g}' for name, weight in weights.items())}")
+    return world.broadcast(weights)
 
 
 def check_same_classes(args: argparse.Namespace) -> None:
@@ -166,7 +183,7 @@ def resume(
         changed.remove("num_steps")
         print(_extension(args, snapshot.step, before["num_steps"]))
     if changed:
-        lines = [f"    --{name.replace('_', '-')}: was {before.get(name)}, is {now.get(name)}" for name in changed]
+        lines = [line for name in changed for line in _changes(name, before.get(name), now.get(name))]
         raise CommandError(
             f"--resume: the run in {args.snapshot_dir} was started with other flags; resume with the same, or give "
             "another --snapshot-dir:\n" + "\n".join(lines)
@@ -178,6 +195,15 @@ def resume(
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: the optimiser's state beside it does not fit: {error}") from error
     return training
+
+
+def _changes(name: str, before: object, now: object) -> list[str]:
+    """What has changed of a flag, a line for each class if it has a value for each."""
+    flag = f"    --{name.replace('_', '-')}"
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in before | now if before.get(key) != now.get(key)]
+        return [f"{flag}: {key}: was {before.get(key)}, is {now.get(key)}" for key in keys]
+    return [f"{flag}: was {before}, is {now}"]
 
 
 def _extension(args: argparse.Namespace, step: int, num_steps: int) -> str:
