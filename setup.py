@@ -3,8 +3,12 @@
     pip install -e .
 
 builds their native code, cc_attention/_C, once for all versions of PyTorch from 2.10 and of Python from 3.10
-(LibTorch's stable ABI). It needs a C++17 compiler. The scripts, train.py and evaluate.py, and packages that only they
-use are not installed.
+(LibTorch's stable ABI). It needs a C++17 compiler.
+
+    pip install .[networks]
+
+also installs what the networks need: `from criss_cross_attention import load_model`. The scripts, train.py and
+evaluate.py, are not installed.
 
 CXX names the compiler. The CUDA kernels, cc_attention/_C_cuda, are built too if PyTorch is a CUDA build and an nvcc of
 CUDA 12 or newer works: that in CUDA_HOME, on the PATH, or in NVIDIA's wheels, which
@@ -30,7 +34,7 @@ from pathlib import Path
 from setuptools import Extension, build_meta, setup
 from setuptools.command.build_ext import build_ext
 
-from building import pytorch
+from building import pytorch, scripts
 from building.compilers import NotBuilt, warn
 from building.cuda import forced, missing_nvcc_wheels, nvcc_wheels
 from building.libraries import build_cpu, build_cuda, needs
@@ -71,13 +75,19 @@ def leave_out(name: str, reason: str) -> None:
 
 
 def main() -> None:
+    packages: dict = {"packages": ["cc_attention", "libs"], "cmdclass": {"build_ext": Build}}
+    if "editable_wheel" not in sys.argv:
+        packages["packages"] += scripts.FOLDERS
+        packages |= {"package_dir": scripts.FOLDERS, "package_data": scripts.FILES}
+        packages["cmdclass"]["build_py"] = scripts.BuildPackages
     if {"sdist", "egg_info"} & set(sys.argv):  # neither PyTorch nor a compiler is needed
-        setup()
+        setup(**packages)
         return
+    needed = scripts.requirements(Path("requirements.txt").read_text().splitlines())
     setup(
-        extras_require={"nvcc": nvcc_wheels(pytorch.import_torch())},
+        **packages,
+        extras_require={"networks": needed, "nvcc": nvcc_wheels(pytorch.import_torch())},
         ext_modules=[Extension(f"cc_attention.{name}", [], py_limited_api=True) for name in LIBRARIES],
-        cmdclass={"build_ext": Build},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 

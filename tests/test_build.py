@@ -579,6 +579,14 @@ module = cc_attention.CrissCrossAttention(16)
 module(x).sum().backward()
 print(native.LOADED, native.__file__)
 """
+PREDICT = """
+import numpy, torch
+from criss_cross_attention import build_model, load_model
+torch.save(build_model("resnet18").state_dict(), "snapshot.pth")
+model = load_model("snapshot.pth")
+ids = model.predict(numpy.zeros((30, 40, 3), "uint8"))
+print(ids.dtype, ids.shape, model.classes.name)
+"""
 BUILDING = pytest.mark.xdist_group("building")  # in one process after the other: they build in the same folder
 
 
@@ -590,7 +598,7 @@ def run_python(text: str, folder: Path, **environment: str) -> subprocess.Comple
 
 
 def copy_packages(target: Path, *ignored: str) -> None:
-    for package in ("cc_attention", "libs"):
+    for package in ("cc_attention", "libs", "networks", "dataset", "utils"):
         shutil.copytree(
             ROOT / package, target / package, ignore=shutil.ignore_patterns("*.so", "__pycache__", *ignored)
         )
@@ -617,7 +625,7 @@ def test_native_code_that_does_not_load_is_reported(tmp_path):
     assert re.search(r"cc_attention/_C\.abi3\.so cannot be loaded \(.*\)\. This builds it.*pip install", result.stderr)
 
 
-PROJECT_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+PROJECT_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "requirements.txt")
 
 
 def copy_project(target: Path) -> Path:
@@ -797,11 +805,16 @@ def test_wheel_is_abi3_and_works_away_from_the_checkout(tmp_path):
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
     assert {"cc_attention/__init__.py", "libs/__init__.py", "cc_attention/_C.abi3.so"} <= set(names)
-    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"cc_attention", "libs"}
+    packages = {name.split("/")[0] for name in names if "dist-info" not in name}
+    assert packages == {"cc_attention", "libs", "criss_cross_attention"}
     archive.extractall(tmp_path / "site")
     result = run_python(USE, tmp_path / "site")
     assert result.stdout.startswith(f"True {tmp_path / 'site'}")
     assert "Warning" not in result.stderr
+    for name in ("networks", "dataset", "utils"):  # those of somebody else's project
+        (tmp_path / "site" / f"{name}.py").write_text("raise ImportError('not this one')")
+    result = run_python(PREDICT, tmp_path / "site")
+    assert result.stdout == "uint8 (30, 40) cityscapes\n", result.stderr
 
 
 @BUILDING

@@ -57,6 +57,7 @@ from dataset.transforms import (
     scaled_length,
     source_box,
 )
+from networks import build_model
 from utils.distributed import World
 
 
@@ -452,7 +453,8 @@ def test_scripts_refuse_meaningless_labels_before_anything_else(scenes, tmp_path
     world = World(torch.device("cpu"))
     with pytest.raises(DatasetError, match="no pixel of a class"):
         train.train(train.parse_flags(command), world)
-    arguments = evaluate.get_parser().parse_args([*command, "--restore-from", "none.pth"])
+    torch.save(build_model("resnet18").state_dict(), tmp_path / "x.pth")  # it says which classes there are
+    arguments = evaluate.get_parser().parse_args([*command, "--restore-from", str(tmp_path / "x.pth")])
     with pytest.raises(DatasetError, match="no pixel of a class"):
         evaluate.evaluate(arguments, world)
 
