@@ -28,24 +28,17 @@ from dataset.transforms import parse_scales
 from libs import freeze_statistics
 from networks import BatchShard, CCNet, build_model
 from utils.arguments import MOST_IMAGES, MOST_STEPS, ArgumentParser, boolean, loaded_by, number, numbers
-from utils.checkpoint import save_snapshot, snapshot_path, training_steps
-from utils.commandline import (
-    CommandError,
-    add_shared_flags,
-    check_memory,
-    find_items,
-    network_config,
-    with_network,
-)
+from utils.checkpoint import save_snapshot, snapshot_path
+from utils.commandline import CommandError, add_shared_flags, check_memory, find_items, network_config, with_network
 from utils.criterion import CriterionDSN, CriterionOhemDSN
 from utils.distributed import World, stop_requests
+from utils.divergence import check_losses, check_weights
 from utils.launch import launch
 from utils.network_file import describe, save_network
 from utils.resuming import run_class_weights, run_flags, run_network, start_or_resume
 from utils.training import (
     Part,
     PendingLosses,
-    StepRecord,
     TrainingStep,
     batch_shard,
     distribute,
@@ -210,29 +203,6 @@ class Run(NamedTuple):
         return save_snapshot(self.model, optimizer, folder, step, flags, keep, scaler, description)
 
 
-_DIVERGED = "training has diverged: start again with a lower --learning-rate and another --snapshot-dir"
-
-
-def check_losses(run: Run, records: list[StepRecord]) -> None:
-    """Raise a CommandError, the same in all processes, if a loss is infinite or NaN."""
-    bad = next((record for record in records if not record.is_finite), None)
-    if bad is not None:
-        names = ", ".join(name for part in run.world.gather(bad.names) for name in part)
-        steps = training_steps(run.args.snapshot_dir)
-        last_good = snapshot_path(run.args.snapshot_dir, steps[-1]) if steps else "none yet"
-        raise CommandError(
-            f"the loss is {bad.losses['total']} at step {bad.step}, of the images {names}; the last good snapshot: "
-            f"{last_good}; {_DIVERGED}, or skip such steps with --skip-nonfinite"
-        )
-
-
-def check_weights(model: nn.Module, step: int) -> None:
-    """Raise a CommandError if a weight or statistic is infinite or NaN."""
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise CommandError(f"{name} is not finite after step {step}; {_DIVERGED}")
-
-
 def make_criterion(args: argparse.Namespace, world: World, shard: BatchShard | None) -> CriterionDSN:
     """The loss of a part of the batch."""
     weight = torch.tensor(list(args.class_weights.values()), device=world.device) if args.class_weights else None
@@ -324,7 +294,7 @@ def train_steps(run: Run, log: TrainingLog) -> tuple[int, int | None]:
         saving = step % args.save_pred_every == 0 or step == args.num_steps or stopped_by is not None
         if saving or step % args.print_frequency == 0:  # other steps do not wait for the device
             records = losses.drain()
-            check_losses(run, records)
+            check_losses(records, world, args.snapshot_dir)
             log.scalars(step, learning_rate, records[-1].losses if records else {})
         if saving and world.is_main:
             log.message(f"step {step}: {run.save(step)}")

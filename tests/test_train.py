@@ -27,6 +27,7 @@ from networks import BatchDropout2d, NetworkConfig, build_model
 from utils.commandline import CommandError, find_items, with_network
 from utils.criterion import CriterionDSN, CriterionOhemDSN
 from utils.distributed import World
+from utils.divergence import check_weights
 from utils.launch import launch
 from utils.network_file import network_path, read_network
 from utils.training import Part, TrainingStep, make_optimizer, poly_learning_rate
@@ -607,7 +608,7 @@ def test_a_network_that_diverges_is_not_saved(scenes, tmp_path, capsys):
     assert "training has diverged" in failing(scenes, tmp_path, capsys, *flags)
     for path in tmp_path.glob("CS_scenes_?.pth"):
         assert all(tensor.isfinite().all() for tensor in torch.load(path, weights_only=True).values())
-    assert "is not finite after step 3; training has diverged" in _error(lambda: train.check_weights(_with_nan(), 3))
+    assert "is not finite after step 3; training has diverged" in _error(lambda: check_weights(_with_nan(), 3))
 
 
 def _with_nan():
