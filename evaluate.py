@@ -98,7 +98,9 @@ def get_parser() -> ArgumentParser:
 def find_attention_item(args: argparse.Namespace, items: list[Item]) -> Item:
     """The image for --attention; raise a CommandError if there is none, or a pixel is not in it."""
     if args.recurrence == 0:
-        raise CommandError("--attention: expected --recurrence 1 or more, with 0 there is no attention to show")
+        raise CommandError(
+            "--attention: expected --head rcca and --recurrence 1 or more, otherwise there is none to show"
+        )
     named = args.attention_image
     item = next((i for i in items if named in (None, i.name, i.frame, i.image.name)), None)
     if item is None:
@@ -227,6 +229,8 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
     check_labels(items, args.classes)
     check_memory(f"--batch-size {args.batch_size}", min(args.batch_size, len(items)), ImageFile(items[0].image).size)
     attention_item = find_attention_item(args, items) if args.attention else None
+    if args.compare_recurrence and args.head != "rcca":
+        raise CommandError(f"--compare-recurrence: expected --head rcca, got {args.head}")
     others = read_others(args.compare_with, args.classes.names)
     model = build_model(network_config(args))
     load_state(model, state, str(args.restore_from))
@@ -236,20 +240,21 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
 
     output_dir = world.broadcast(prepare_output(args) if world.is_main else None)
     confusion = predict_all(args, world, make_predictor(args, world, model), items, output_dir)
-    compared = {args.recurrence: confusion}
+    measured = {args.recurrence: confusion}
     for recurrence in args.compare_recurrence:
-        if recurrence not in compared:
+        if recurrence not in measured:
             model.head.recurrence = recurrence
-            compared[recurrence] = predict_all(args, world, make_predictor(args, world, model), items, None)
-    compared = {recurrence: compared[recurrence] for recurrence in args.compare_recurrence}
-    model.head.recurrence = args.recurrence
+            measured[recurrence] = predict_all(args, world, make_predictor(args, world, model), items, None)
+            model.head.recurrence = args.recurrence
+    compared = {recurrence: measured[recurrence] for recurrence in args.compare_recurrence}
     if not world.is_main:
         return 0
     labelled = sum(item.label is not None for item in items)
-    gamma = model.head.cca.gamma.item()
+    gamma = None if model.head.gamma is None else model.head.gamma.item()
     if labelled:
         print(save_report(args, confusion, compared, others, gamma, labelled, output_dir))
-        print(f"gamma of the attention: {gamma:.4g} (with 0 it adds nothing)\n")
+        if gamma is not None:
+            print(f"gamma of the attention: {gamma:.4g} (with 0 it adds nothing)\n")
         print(f"report:       {output_dir / 'report.md'}, {output_dir / 'result.json'}")
     print(f"checkpoint:   {args.restore_from}")
     print(f"predictions:  {output_dir / 'predictions'}")

@@ -80,7 +80,8 @@ else
 fi
 LR=${LR:-} # train.py's: the recipe's 1e-2, or the fine-tuning stage's
 WD=${WD:-1e-4}
-RECURRENCE=${RECURRENCE:-2}
+[[ $(last_value --head rcca "$@") != rcca ]] || RECURRENCE=${RECURRENCE:-2}
+RECURRENCE=${RECURRENCE:-0}
 OHEM_THRES=${OHEM_THRES:-0.7}
 
 # A flag wins over the variable.
@@ -131,8 +132,9 @@ if [[ -n $SCENES ]]; then
     python -m dataset.scenes --output "$CS_PATH"
     echo "== the same network without attention, to compare with"
     WITHOUT=$SNAPSHOT_DIR/without_attention
-    train --recurrence 0 --num-steps "$STEPS" --snapshot-dir "$WITHOUT"
-    python evaluate.py "${EVALUATE[@]}" --recurrence 0 --restore-from "$WITHOUT/CS_scenes_$STEPS.pth" --output-dir "$WITHOUT/val"
+    train --head rcca --recurrence 0 --num-steps "$STEPS" --snapshot-dir "$WITHOUT"
+    python evaluate.py "${EVALUATE[@]}" --head rcca --recurrence 0 --restore-from "$WITHOUT/CS_scenes_$STEPS.pth" \
+        --output-dir "$WITHOUT/val"
     echo "== with attention"
     EVALUATE+=(--compare-with "$WITHOUT/val/result.json")
     if [[ $RECURRENCE -gt 0 ]]; then # of one vehicle, and of a building

@@ -221,7 +221,8 @@ def set_up(args: argparse.Namespace, world: World) -> Run:
     args.class_weights = run_class_weights(args, items, world)
     torch.manual_seed(args.random_seed)
     model = build_model(network_config(args)).to(world.device)
-    nn.init.constant_(model.head.cca.gamma, args.initial_gamma)
+    if model.head.gamma is not None:
+        nn.init.constant_(model.head.gamma, args.initial_gamma)
     optimizer = make_optimizer(model, args.learning_rate, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
     defaults = get_parser().parse_args([])
@@ -312,9 +313,10 @@ def train(args: argparse.Namespace, world: World) -> int:
     run = set_up(args, world)
     args = run.args  # now with the network's flags
     if world.is_main:
+        head = f"R={args.recurrence}" if args.head == "rcca" else f"head {args.head}"
         where = f"on {world.device}" if world.size == 1 else f"on {world.size} processes"
         steps = f"steps {run.first} to {args.num_steps}"
-        print(f"{args.backbone}, R={args.recurrence}, stem {args.stem}, {where}: {len(run.items)} images, {steps}")
+        print(f"{args.backbone}, {head}, stem {args.stem}, {where}: {len(run.items)} images, {steps}")
     log = TrainingLog(args.snapshot_dir if world.is_main else None, run.first, args.num_steps, args.batch_size)
     with stop_requests(world.received), closing(log):
         step, stopped_by = train_steps(run, log)

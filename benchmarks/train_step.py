@@ -167,7 +167,7 @@ def random_network(args: argparse.Namespace, kind: str) -> nn.Module:
     torch.manual_seed(0)
     ours = build_model(args.backbone, CLASSES, args.recurrence)
     with torch.no_grad():
-        ours.head.cca.gamma.fill_(0.5)
+        ours.head.get_parameter("cca.gamma").fill_(0.5)
         for name, parameter in ours.named_parameters():
             if parameter.dim() == 1 and ("bn" in name or ".1." in name):
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -1,4 +1,4 @@
-"""Registers the native operators (csrc/criss_cross.cpp) with PyTorch: output shapes, gradients, autocast.
+"""Registers the native operators (csrc/criss_cross.cpp) with PyTorch: output shapes, gradients, autocast, counts.
 
 Imported if the operators are loaded.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from .calling import call
 from .functional import in_autocast_dtype
@@ -139,3 +140,43 @@ for _name, _save in (
 for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
     for _key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(_name, partial(in_autocast_dtype, getattr(torch.ops.ccnet, _name)), _key)
+
+
+# ---- floating-point operations, for torch.utils.flop_counter: those of the matrix products of the plain form ----
+
+
+def _products(pixels: list[int], channels: int) -> int:
+    """Of one number for each position of the row and the column of each pixel, summed over the channels; a pixel itself
+    is in both."""
+    batch, _, height, width = pixels
+    return 2 * batch * height * width * (height + width) * channels
+
+
+@register_flop_formula(torch.ops.ccnet.criss_cross_attention)
+def _(query: list[int], key: list[int], value: list[int], **_: Any) -> int:
+    return _products(query, query[1] + value[1])
+
+
+@register_flop_formula(torch.ops.ccnet.criss_cross_attention_backward)
+def _(grad_out: list[int], query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
+    return 2 * _products(query, query[1] + value[1])
+
+
+@register_flop_formula(torch.ops.ccnet.ca_weight)
+def _(query: list[int], key: list[int], **_: Any) -> int:
+    return _products(query, query[1])
+
+
+@register_flop_formula(torch.ops.ccnet.ca_weight_backward)
+def _(grad_energy: list[int], query: list[int], key: list[int], **_: Any) -> int:
+    return 2 * _products(query, query[1])
+
+
+@register_flop_formula(torch.ops.ccnet.ca_map)
+def _(weight: list[int], value: list[int], **_: Any) -> int:
+    return _products(value, value[1])
+
+
+@register_flop_formula(torch.ops.ccnet.ca_map_backward)
+def _(grad_out: list[int], weight: list[int], value: list[int], **_: Any) -> int:
+    return 2 * _products(value, value[1])

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .ccnet import CCNet, build_model
 from .config import NetworkConfig
+from .heads import HEADS
 from .layers import BatchDropout2d, BatchShard
 from .prediction import PredictionNetwork
 from .resnet import BACKBONE_ACTIVATIONS, BACKBONES, STEMS
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKBONES",
     "BACKBONE_ACTIVATIONS",
+    "HEADS",
     "STEMS",
     "BatchDropout2d",
     "BatchShard",

@@ -1,15 +1,13 @@
-"""CCNet: the dilated ResNet with the RCCA head and an auxiliary head."""
+"""CCNet: the dilated ResNet with the RCCA head, or another one, and an auxiliary head."""
 
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-
-from libs import InPlaceABNSync
+from torch import Tensor
 
 from .config import NetworkConfig
-from .layers import BatchDropout2d, conv3x3
-from .rcca import RCCAModule
+from .heads import build_head
+from .layers import classifier
 from .resnet import DilatedResNet
 
 
@@ -23,13 +21,8 @@ class CCNet(DilatedResNet):
     def __init__(self, config: NetworkConfig):
         super().__init__(config.backbone, config.backbone_activation, config.stem)
         layer3_channels, layer4_channels = self.out_channels
-        self.head = RCCAModule(layer4_channels, config.num_classes, config.recurrence)
-        self.dsn = nn.Sequential(
-            conv3x3(layer3_channels, layer3_channels // 2, bias=True),
-            InPlaceABNSync(layer3_channels // 2),
-            BatchDropout2d(0.1),
-            nn.Conv2d(layer3_channels // 2, config.num_classes, 1),
-        )
+        self.head = build_head(config.head, layer4_channels, config.num_classes, config.recurrence or 0)
+        self.dsn = classifier(layer3_channels, layer3_channels // 2, config.num_classes, bias=True)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         layer3, layer4 = self.features(images)
@@ -43,20 +36,21 @@ class CCNet(DilatedResNet):
 def build_model(
     backbone: str | NetworkConfig = NetworkConfig.backbone,
     num_classes: int = NetworkConfig.num_classes,
-    recurrence: int = NetworkConfig.recurrence,
+    recurrence: int | None = NetworkConfig.recurrence,
     backbone_activation: str = NetworkConfig.backbone_activation,
     stem: str = NetworkConfig.stem,
+    head: str = NetworkConfig.head,
 ) -> CCNet:
     """Build CCNet, in channels_last memory format.
 
     Args:
         backbone: its name; or a NetworkConfig, in place of all arguments.
-        num_classes, recurrence, backbone_activation, stem: as in NetworkConfig.
+        num_classes, recurrence, backbone_activation, stem, head: as in NetworkConfig.
 
     Raises:
         ValueError: an argument is out of range, and the message names it; or there are others beside a NetworkConfig.
     """
-    config = NetworkConfig(NetworkConfig.backbone, backbone_activation, recurrence, num_classes, stem)
+    config = NetworkConfig(NetworkConfig.backbone, backbone_activation, recurrence, num_classes, stem, head)
     if isinstance(backbone, str):
         config = replace(config, backbone=backbone)
     elif config == NetworkConfig():

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from libs import InPlaceABNSync
+
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
     """A 3x3 convolution that, with stride 1, keeps the height and width of its input."""
@@ -39,3 +41,38 @@ class BatchDropout2d(nn.Dropout2d):
             raise ValueError(f"x: expected {len(images)} of the batch's {batch_size} images, got {list(x.shape)}")
         numbers = torch.rand(batch_size, x.shape[1], 1, 1, device=x.device)[images.start : images.stop]
         return x * ((numbers >= self.p).to(x.dtype) / (1 - self.p))
+
+
+def conv3x3_and_norm(in_channels: int, out_channels: int) -> nn.Sequential:
+    """A 3x3 convolution and activated batch norm."""
+    return nn.Sequential(conv3x3(in_channels, out_channels), InPlaceABNSync(out_channels))
+
+
+def classifier(
+    in_channels: int, channels: int, num_classes: int, kernel_size: int = 3, bias: bool = False
+) -> nn.Sequential:
+    """A convolution with its norm, dropout, and the layer that classifies, which is number 3."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=bias),
+        InPlaceABNSync(channels),
+        BatchDropout2d(0.1),
+        nn.Conv2d(channels, num_classes, 1),
+    )
+
+
+class Head(nn.Module):
+    """Gathers context and classifies: features of layer4, [N, in_channels, H, W], to logits, [N, num_classes, H, W].
+
+    It is built with (in_channels, num_classes), the criss-cross one with R as well. Its last part is a `classifier`
+    named bottleneck.
+
+    Attributes:
+        recurrence: R of criss-cross attention.
+    """
+
+    recurrence: int = 0
+
+    @property
+    def gamma(self) -> nn.Parameter | None:
+        """[1], the weight of the attention's result; None if there is no attention."""
+        return None

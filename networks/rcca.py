@@ -4,12 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from cc_attention import CrissCrossAttention
-from libs import InPlaceABNSync
 
-from .layers import BatchDropout2d, conv3x3
+from .layers import Head, classifier, conv3x3_and_norm
 
 
-class RCCAModule(nn.Module):
+class RCCAModule(Head):
     """Reduce the channels, apply criss-cross attention `recurrence` times with shared weights, fuse, classify.
 
     Args:
@@ -25,21 +24,14 @@ class RCCAModule(nn.Module):
         super().__init__()
         self.recurrence = recurrence
         channels = in_channels // 4
-        self.conva = nn.Sequential(
-            conv3x3(in_channels, channels),
-            InPlaceABNSync(channels),
-        )
+        self.conva = conv3x3_and_norm(in_channels, channels)
         self.cca = CrissCrossAttention(channels)
-        self.convb = nn.Sequential(
-            conv3x3(channels, channels),
-            InPlaceABNSync(channels),
-        )
-        self.bottleneck = nn.Sequential(
-            conv3x3(in_channels + channels, channels),
-            InPlaceABNSync(channels),
-            BatchDropout2d(0.1),
-            nn.Conv2d(channels, num_classes, 1),
-        )
+        self.convb = conv3x3_and_norm(channels, channels)
+        self.bottleneck = classifier(in_channels + channels, channels, num_classes)
+
+    @property
+    def gamma(self) -> nn.Parameter:
+        return self.cca.gamma
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conva(x)

@@ -74,7 +74,8 @@ def load_state(
         source: its path, for messages.
         restore_last: whether to load the two classifying layers; if not, their shapes may differ.
         as_start: whether training begins with these weights. Then an ImageNet backbone, a network with another number
-            of classes and mmsegmentation's CCNet are accepted, and what they lack or does not fit stays as it is.
+            of classes or another head and mmsegmentation's CCNet are accepted, and what they lack or does not fit stays
+            as it is.
 
     Raises:
         StateDictError: keys are missing or unexpected, shapes differ, numbers are not finite, a tensor is not a plain
@@ -96,8 +97,15 @@ def load_state(
     backbone_only = as_start and not any(key.startswith(_HEADS) for key in state)
     if as_start and any(state[key].shape[:1] != own[key].shape[:1] for key in _classifiers(state, own)):
         restore_last = False
-    left_alone = _HEADS if backbone_only else (*(() if restore_last else _CLASSIFIERS), *("dsn.",) * of_mmsegmentation)
-    state = {key: x for key, x in state.items() if not key.startswith((*left_alone, *("fc.",) * backbone_only))}
+    left_alone: tuple[str, ...] = () if restore_last else _CLASSIFIERS
+    if of_mmsegmentation:
+        left_alone += ("dsn.",)
+    if as_start and _layers_of_head(state) != _layers_of_head(own):
+        left_alone += ("head.",)
+    if backbone_only:
+        left_alone = _HEADS
+    ignored = (*left_alone, "fc.") if backbone_only else left_alone
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(ignored)}
     expected = {key: tensor for key, tensor in own.items() if not key.startswith(left_alone)}
     problems = _problems(state, expected)
     if not problems:
@@ -116,6 +124,10 @@ def load_state(
 
 def _classifiers(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     return [key for key in state if key.startswith(_CLASSIFIERS) and key in own]
+
+
+def _layers_of_head(state: dict[str, Tensor]) -> set[str]:
+    return {key.split(".")[1] for key in state if key.startswith("head.")}
 
 
 def _problems(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=2 # more than one, to find races
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r setup.py building pyproject.toml README.md LICENSE benchmarks cc_attention libs networks tests utils "$copy"
+cp -r setup.py building pyproject.toml requirements.txt README.md LICENSE benchmarks cc_attention libs networks tests utils "$copy"
 cd "$copy"
 rm -f cc_attention/*.so
 sanitize="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"

@@ -11,7 +11,7 @@ import torch
 from programs import ROOT
 from targets import ALL_CAPABILITIES, best_capability, capability, running_on
 
-from benchmarks import context, criss_cross, fused_axes, inplace_abn, loading, measuring, peak, train_step
+from benchmarks import context, cost, criss_cross, fused_axes, inplace_abn, loading, measuring, peak, train_step
 from cc_attention import reference
 from dataset import IGNORE_LABEL
 from dataset.scenes import make_scene
@@ -203,9 +203,9 @@ def test_the_plain_form_is_of_pytorchs_own_modules():
 
 
 def test_without_attention_the_cue_is_out_of_reach():
-    """No derivative of a counted pixel's logits at the cue: R=0 cannot see it."""
+    """No derivative of a counted pixel's logits at the cue, which a head without context cannot see."""
     reach = context.reach_without_attention()
-    network = context.ShallowNetwork(0).eval()
+    network = context.ShallowNetwork("none").eval()
     for number in range(5):
         scene = make_scene(96, 96, np.random.default_rng(number))
         counted = torch.from_numpy(context.out_of_reach(scene, reach))
@@ -223,10 +223,25 @@ def test_two_passes_learn_what_none_can():
     _, test_images, test_labels = context.make_scenes(1, 50)
     counted = test_labels != IGNORE_LABEL
     accuracy = {}
-    for recurrence, steps in ((0, 10), (2, 90)):  # that R=0 cannot is proven above, whatever it is trained
+    for head, steps in (("none", 10), ("R=2", 90)):  # that none cannot is proven above, whatever it is trained
         torch.manual_seed(0)
-        network = context.ShallowNetwork(recurrence)
+        network = context.ShallowNetwork(head)
         context.train(network, images, labels, steps, batch_size=16)
-        accuracy[recurrence] = context.accuracy(network, test_images, test_labels, counted)
-    assert accuracy[2] > 0.9
-    assert 0.35 < accuracy[0] < 0.65
+        accuracy[head] = context.accuracy(network, test_images, test_labels, counted)
+    assert accuracy["R=2"] > 0.9
+    assert 0.35 < accuracy["none"] < 0.65
+
+
+def test_the_papers_operations_are_counted():
+    """Published in GFLOPs for an image of 769x769; of two numbers for a pixel and its own row, one is not needed."""
+    for name, published in (("R=1", 8.3), ("R=2", 16.5), ("nonlocal", 108)):
+        assert cost.gflops("context", name, (97, 97), 2048) == pytest.approx(published, abs=0.5)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_cost_runs(output_of, tmp_path):
+    flags = f"--sizes 5x6 --features 128 --repeats 1 --plotted-sides 3 --output {tmp_path / 'cost.png'}"
+    out = output_of(cost, flags)
+    assert "context alone, 1x32x5x6" in out
+    assert all(f"\n| {name} | " in out for name in (*cost.CONTEXTS, "psp", "aspp", "none"))
+    assert (tmp_path / "cost.png").exists()

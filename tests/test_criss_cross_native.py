@@ -33,6 +33,7 @@ from targets import (
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import cc_attention
 from cc_attention import (
@@ -579,3 +580,21 @@ def test_operators_called_directly_check_their_inputs(device):
 def test_unknown_capability_is_an_error():
     with capability("sse9"), pytest.raises(RuntimeError, match="CCNET_CPU_CAPABILITY=sse9: expected baseline, avx2"):
         native.cpu_capability()
+
+
+@pytest.mark.parametrize("operator", ["criss_cross_attention", "ca_weight", "ca_map"])
+def test_floating_point_operations_are_those_of_the_plain_form(operator):
+    """Forward and backward, as torch.utils.flop_counter counts them."""
+    sizes = {"criss_cross_attention": (4, 4, 6), "ca_weight": (4, 4), "ca_map": (10, 6)}[operator]
+
+    def counted(function):
+        inputs = [torch.rand(2, channels, 5, 6, requires_grad=True) for channels in sizes]
+        with FlopCounterMode(display=False) as counter:
+            forward = function(*inputs)
+            after_forward = counter.get_total_flops()
+            forward.sum().backward()
+        return after_forward, counter.get_total_flops() - after_forward
+
+    forward, backward = counted(getattr(cc_attention, operator))
+    assert (forward, backward) == counted(getattr(cc_attention.reference, operator))
+    assert backward == 2 * forward > 0

@@ -26,7 +26,7 @@ from dataset import (
     scan,
 )
 from dataset.classes import ENCODINGS, MOST_CLASSES
-from networks import BACKBONE_ACTIVATIONS, BACKBONES, STEMS, NetworkConfig
+from networks import BACKBONE_ACTIVATIONS, BACKBONES, HEADS, STEMS, NetworkConfig
 
 from .arguments import MOST_PROCESSES, ArgumentParser, loaded_by, number, size
 from .network_file import SavedNetwork
@@ -77,6 +77,11 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         "--backbone-activation", choices=BACKBONE_ACTIVATIONS,
         help="activation of the backbone's batch norms: identity, followed by ReLU, as in the original; leaky_relu "
         "needs 0.55 of the memory for the backward pass",
+    )  # fmt: skip
+    add(
+        "--head", choices=HEADS,
+        help="what gathers context: rcca, recurrent criss-cross attention; to compare with: none, psp (PSPNet's), aspp "
+        "(DeepLabv3's) or nonlocal (full attention)",
     )  # fmt: skip
     add(
         "--recurrence", type=number(int, 0, 64),
@@ -148,6 +153,10 @@ def with_network(
                 f"{_flag(name)} {given}: the weights are of {value}, as {found.source}; leave the flag out"
             )
         settings[name] = given
+    if settings["head"] != "rcca":
+        if args.recurrence:
+            raise CommandError(f"--recurrence {args.recurrence}: expected it with --head rcca, got {settings['head']}")
+        settings["recurrence"] = 0
     ignore_label = classes.ignore_label if args.ignore_label is None else args.ignore_label
     if not len(classes) <= ignore_label <= classes.ignore_label:
         raise CommandError(

@@ -3,7 +3,7 @@
 They travel with the state dict (`checkpoint.described`), and stand in network.json beside the snapshots, for people:
 
 {"backbone": "resnet101", "backbone_activation": "identity", "recurrence": 2, "num_classes": 19, "stem": "conv3x3",
- "classes": {...}}
+ "head": "rcca", "classes": {...}}
 
 "classes" is the class table, as its TOML file has it.
 """
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from dataset import ClassTable, DatasetError, parse_classes, plain_classes
 from networks import STEMS, NetworkConfig
+from networks.heads import HEAD_LAYERS
 
 from .checkpoint import CheckpointError, description_of, put, written_aside
 
 _NAMES = tuple(field.name for field in fields(NetworkConfig))
 # Settings that files from before them lack, as these networks had the defaults.
-_LATER = {"stem"}
+_LATER = {"stem", "head"}
 # Blocks of layer3 of the backbones, and whether these are bottlenecks
 _BACKBONES = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
 
@@ -128,7 +129,11 @@ def _from_shapes(path: Path, state: dict[str, Tensor]) -> SavedNetwork | None:
         return None
     narrow = len(first[0]) == STEMS["conv3x3_narrow"][0]
     stem = "conv7x7" if first[0].shape[3] == 7 else "conv3x3_narrow" if narrow else "conv3x3"
+    settings: dict[str, Any] = {"backbone": backbone, "stem": stem}
+    head = next((name for name, layer in HEAD_LAYERS.items() if any(f"head.{layer}." in key for key in state)), None)
+    if head is not None:
+        settings["head"] = head
     biases = [tensor for key, tensor in state.items() if key.endswith(("dsn.3.bias", "decode_head.conv_seg.bias"))]
-    known = ("backbone", "stem", *("num_classes",) * len(biases))
-    config = NetworkConfig(backbone, stem=stem, num_classes=len(biases[0]) if biases else NetworkConfig.num_classes)
-    return SavedNetwork(config, None, f"the shapes in {path} say", known)
+    if biases:
+        settings["num_classes"] = len(biases[0])
+    return SavedNetwork(NetworkConfig(**settings), None, f"the shapes in {path} say", tuple(settings))

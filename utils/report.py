@@ -64,7 +64,7 @@ def save_report(
     confusion: ConfusionMatrix,
     compared: dict[int, ConfusionMatrix],
     others: dict[str, dict],
-    gamma: float,
+    gamma: float | None,
     num_images: int,
     output_dir: Path,
 ) -> str:
@@ -73,7 +73,7 @@ def save_report(
     Args:
         compared: results of the same weights with other numbers of passes.
         others: results of other evaluations, from `read_others`.
-        gamma: gamma of the attention.
+        gamma: gamma of the attention; None if the head has none.
         num_images: number of images with a label.
     """
     names = args.classes.names
@@ -88,7 +88,6 @@ def save_report(
     passes = {f"R={r}": result["recurrence"][str(r)] for r in compared}
     table = iou_table({"IoU, %": result, **passes, **others})
     settings = "\n".join(f"- {name}: {value}" for name, value in flags.items())
-    (output_dir / "report.md").write_text(
-        f"# {args.restore_from}\n\n{num_images} images, gamma {gamma:.4g}\n\n{table}\n\n{settings}\n"
-    )
+    facts = f"{num_images} images" + ("" if gamma is None else f", gamma {gamma:.4g}")
+    (output_dir / "report.md").write_text(f"# {args.restore_from}\n\n{facts}\n\n{table}\n\n{settings}\n")
     return table

@@ -56,8 +56,8 @@ def run_network(args: argparse.Namespace, world: World) -> argparse.Namespace:
     elif args.restore_from is not None:
         args = argparse.Namespace(**vars(args) | {"restore_from": weights_path(args)})
         found = find_network(args.restore_from, read_state_dict(args.restore_from))
-    if not resuming and (not args.ft or args.not_restore_last):  # the classifying layers begin anew if they differ
-        may_differ.append("num_classes")
+    if not resuming and (not args.ft or args.not_restore_last):  # what differs begins anew
+        may_differ += ["num_classes", "head"]
     args = with_network(args, found, may_differ)
     if resuming:
         check_same_classes(args)

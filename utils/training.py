@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset import shard
 from networks import BatchDropout2d, BatchShard, CCNet
+from networks.rcca import RCCAModule
 
 from .criterion import CriterionDSN, Losses
 from .distributed import World
@@ -43,7 +44,8 @@ def distribute(model: CCNet, world: World, shard: BatchShard | None) -> nn.Modul
             device_ids=[world.device] if world.device.type == "cuda" else None,
             broadcast_buffers=False,  # statistics are synchronised by the batch norms
             gradient_as_bucket_view=True,
-            find_unused_parameters=model.head.recurrence == 0,  # then those of the attention are unused
+            # Those of the attention if R = 0.
+            find_unused_parameters=isinstance(model.head, RCCAModule) and model.head.recurrence == 0,
         )
 
 

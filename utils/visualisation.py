@@ -11,6 +11,7 @@ from dataset import ClassTable
 from dataset.contact_sheet import legend
 from dataset.transforms import denormalise
 from networks import CCNet
+from networks.rcca import RCCAModule
 
 from .criterion import upsample
 
@@ -60,6 +61,8 @@ def attention_passes(model: CCNet, image: Tensor) -> tuple[Tensor, list[Tensor]]
 
     There is one tensor of weights for each of the R passes: [1, h+w-1, h, w], in the order of `ca_weight` along dim 1.
     """
+    if not isinstance(model.head, RCCAModule):
+        raise ValueError(f"model: expected the head RCCAModule, got {type(model.head).__name__}")
     cca = model.head.cca
     inputs: list[Tensor] = []
     hook = cca.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
