@@ -41,17 +41,19 @@ from utils.commandline import (
     with_network,
 )
 from utils.distributed import World
+from utils.html_report import save_html_report
 from utils.inference import Predictor, multi_scale, sliding_predictor, whole_predictor
 from utils.launch import launch
 from utils.metrics import ConfusionMatrix
 from utils.network_file import SavedNetwork, find_network
 from utils.precision import in_mixed_precision
 from utils.report import read_others, save_report
-from utils.visualisation import attention_figure, overlay, palette_image
+from utils.visualisation import attention_of_file, overlay, palette_image
 
 _WHOLE_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-# Subfolders of --output-dir
+# Of --output-dir
 _FOLDERS = ("predictions", "overlays", "submit", "attention")
+_FILES = ("result.json", "report.md", "report.html")
 
 
 def get_parser() -> ArgumentParser:
@@ -86,10 +88,12 @@ def get_parser() -> ArgumentParser:
     add = parser.add_argument_group("results").add_argument
     add(
         "--output-dir", type=Path,
-        help="folder of the results, for this evaluation alone: report.md, result.json, predictions/, overlays/, "
-        "submit/, attention/; by default outputs/<name of the state dict>/<split or list>/ beside the state dict",
+        help="folder of the results, for this evaluation alone: report.md, result.json, report.html, predictions/, "
+        "overlays/, submit/, attention/; by default outputs/<name of the state dict>/<split or list>/ beside the state "
+        "dict",
     )  # fmt: skip
     add("--submit", action="store_true", help="also write label values, for Cityscapes under its server's names")
+    add("--report", action="store_true", help="also write report.html: tables, best and worst images, training curve")
     add("--attention", type=pixel, action="append", metavar="Y,X", help="show where this pixel attends to; repeatable")
     add("--attention-image", metavar="NAME", help="file name of the image for --attention; by default the first one")
     return parser
@@ -140,7 +144,7 @@ def prepare_output(args: argparse.Namespace) -> Path:
     output_dir = args.output_dir or args.restore_from.parent / "outputs" / args.restore_from.stem / name
     marker = output_dir / "evaluation.json"
     earlier = [path for folder in _FOLDERS for path in (output_dir / folder).glob("*")]
-    earlier += [path for path in (output_dir / "result.json", output_dir / "report.md") if path.exists()]
+    earlier += [path for path in map(output_dir.joinpath, _FILES) if path.exists()]
     if earlier and not marker.exists():
         raise CommandError(
             f"--output-dir {output_dir}: expected a new folder or one of an earlier evaluation, found {earlier[0]} and "
@@ -201,14 +205,6 @@ def predict_all(
     return confusion
 
 
-def attention_picture(args: argparse.Namespace, model: CCNet, item: Item, folder: Path) -> Path:
-    """Write the figure of where the pixels of --attention attend to; returns its path."""
-    image = EvaluationSet([Item(item.image, None)])[0]["image"][None].to(next(model.parameters()).device)
-    path = folder / f"{item.name}.png"
-    attention_figure(model, image.to(memory_format=torch.channels_last), args.attention, args.classes).save(path)
-    return path
-
-
 def network_line(args: argparse.Namespace, found: SavedNetwork | None) -> str:
     """A line on which network is evaluated, and where that information is from."""
     source = f"as {found.source}" if found else "as the flags say"
@@ -256,6 +252,9 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
         if gamma is not None:
             print(f"gamma of the attention: {gamma:.4g} (with 0 it adds nothing)\n")
         print(f"report:       {output_dir / 'report.md'}, {output_dir / 'result.json'}")
+        if args.report:
+            facts = [network_line(args, found), f"{labelled} images of {args.data_dir}"]
+            print(f"to look at:   {save_html_report(args, model, items, confusion, facts, output_dir)}")
     print(f"checkpoint:   {args.restore_from}")
     print(f"predictions:  {output_dir / 'predictions'}")
     if args.images:
@@ -263,8 +262,9 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
     if args.submit:
         print(f"submission:   {output_dir / 'submit'}")
     if attention_item is not None:
-        picture = attention_picture(args, model, attention_item, output_dir / "attention")
-        print(f"attention:    {picture}")
+        path = output_dir / "attention" / f"{attention_item.name}.png"
+        attention_of_file(model, attention_item.image, args.attention, args.classes).save(path)
+        print(f"attention:    {path}")
     return 0
 
 

@@ -1,11 +1,14 @@
 """The output of a run: the progress bar, and scalars and pictures for TensorBoard."""
 
 import math
+import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 
@@ -62,3 +65,31 @@ class TrainingLog:
     def close(self) -> None:
         self.bar.close()
         self.writer.close()
+
+
+def read_scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    """The (step, value) pairs of a scalar in a folder's logs. Of resumed runs, what was dropped is left out.
+
+    Files that are damaged, as by a full disk, are read up to there.
+    """
+    values: dict[int, float] = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for event in _events(path):
+            if event.HasField("session_log") and event.session_log.status == event_pb2.SessionLog.START:
+                values = {step: value for step, value in values.items() if step < event.step}
+            for entry in event.summary.value:
+                if entry.tag == name:
+                    values[event.step] = entry.simple_value
+    return sorted(values.items())
+
+
+def _events(path: Path) -> Iterator[event_pb2.Event]:
+    """The records of a file: each has its length in 8 bytes, 4 bytes of checksum, the event, and 4 of checksum."""
+    content, place = path.read_bytes(), 0
+    while place + 12 <= len(content):
+        (length,) = struct.unpack_from("<Q", content, place)
+        record = content[place + 12 : place + 12 + length]
+        if len(record) < length:
+            return
+        yield event_pb2.Event.FromString(record)
+        place += length + 16

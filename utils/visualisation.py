@@ -1,5 +1,7 @@
 """Pictures: coloured predictions, panels of image, label and prediction, and figures of the attention."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import torch
@@ -7,15 +9,16 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from cc_attention import ca_map, ca_weight
-from dataset import ClassTable
+from dataset import ClassTable, ImageFile
 from dataset.contact_sheet import legend
-from dataset.transforms import denormalise
+from dataset.transforms import denormalise, normalise
 from networks import CCNet
 from networks.rcca import RCCAModule
 
 from .criterion import upsample
 
 _GREEN = (0, 255, 0)
+_RED = (214, 39, 40)
 _PANEL_WIDTH = 400
 _TITLE_HEIGHT = 18
 
@@ -53,6 +56,18 @@ def training_panel(image: Tensor, label: Tensor, logits: Tensor, classes: ClassT
     is_valid = (label_pixels < len(classes))[..., None]
     colours = (classes.palette[pixels] * is_valid for pixels in (label_pixels, prediction.cpu().numpy()))
     return np.concatenate([denormalise(image.cpu().numpy()), *colours], axis=1)
+
+
+def error_panel(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, classes: ClassTable) -> np.ndarray:
+    """Image, truth, prediction and errors side by side, uint8 [H, 4W, 3] RGB; errors are red over the grey image.
+
+    image: uint8 [H, W, 3] RGB; label, prediction: [H, W] training ids. Void pixels are black in the truth.
+    """
+    is_valid = label < len(classes)
+    grey = np.repeat(image.mean(2, keepdims=True) * 0.5 + 127, 3, axis=2).astype(np.uint8)
+    errors = np.where((is_valid & (label != prediction))[..., None], np.array(_RED, np.uint8), grey)
+    truth = classes.palette[label] * is_valid[..., None]
+    return np.concatenate([image, truth, classes.palette[prediction], errors], axis=1)
 
 
 @torch.no_grad()
@@ -126,6 +141,13 @@ def attention_figure(model: CCNet, image: Tensor, pixels: list[tuple[int, int]],
             cv2.drawMarker(panel, centre, _GREEN, cv2.MARKER_CROSS, markerSize=14, thickness=2)
         lines.append(np.concatenate(panels, axis=1))
     return Image.fromarray(np.concatenate(lines, axis=0))
+
+
+def attention_of_file(model: CCNet, path: Path, pixels: list[tuple[int, int]], classes: ClassTable) -> Image.Image:
+    """`attention_figure` of an image file."""
+    image = torch.from_numpy(normalise(ImageFile(path).read_colour()))[None]
+    image = image.to(next(model.parameters()).device, memory_format=torch.channels_last)
+    return attention_figure(model, image, pixels, classes)
 
 
 def _title_line(titles: list[str], panel_width: int) -> np.ndarray:
