@@ -75,10 +75,12 @@ def leave_out(name: str, reason: str) -> None:
 
 
 def main() -> None:
-    packages: dict = {"packages": ["cc_attention", "libs"], "cmdclass": {"build_ext": Build}}
+    typed = {name: ["py.typed"] for name in ("cc_attention", "libs")}
+    packages: dict = {"packages": list(typed), "package_data": typed, "cmdclass": {"build_ext": Build}}
     if "editable_wheel" not in sys.argv:
         packages["packages"] += scripts.FOLDERS
-        packages |= {"package_dir": scripts.FOLDERS, "package_data": scripts.FILES}
+        packages["package_dir"] = scripts.FOLDERS
+        packages["package_data"] |= scripts.FILES
         packages["cmdclass"]["build_py"] = scripts.BuildPackages
     if {"sdist", "egg_info"} & set(sys.argv):  # neither PyTorch nor a compiler is needed
         setup(**packages)

@@ -10,6 +10,7 @@ image, from outside the criss-cross path too, can name the vehicle.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from .images import Box
 LABEL_IDS = {entry.name: entry.values[0] for entry in CITYSCAPES.classes} | {"ego vehicle": 1}
 # For each class of the ambiguous vehicle the cue that tells it: the cue's class and colour, RGB.
 CUES = {"bus": ("traffic sign", (30, 60, 220)), "truck": ("traffic light", (240, 130, 20))}
+# Classes of which Cityscapes tells one thing from the other.
+_WITH_INSTANCES = {"person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"}
 # Height and width of the cue. At first attention is spread evenly over a pixel's row and column, and the cue is no more
 # than its share of these: with half the width, a run of minutes does not find it.
 _CUE_SIZE = (0.25, 0.3)
@@ -35,10 +38,14 @@ _CITIES = {"train": ("altstadt", "neustadt"), "val": ("hafen",), "test": ("ufer"
 
 @dataclass(frozen=True)
 class Scene:
-    """A generated scene: image uint8 [H, W, 3] RGB, label uint8 [H, W] ids, and where vehicle and cue are."""
+    """A generated scene: image uint8 [H, W, 3] RGB, label uint8 [H, W] ids, instances, and where vehicle and cue are.
+
+    instances: uint16 [H, W], as Cityscapes has them: the label id, times 1000 plus a number for a thing of its own.
+    """
 
     image: np.ndarray
     label: np.ndarray
+    instances: np.ndarray
     vehicle: Box
     cue: Box
 
@@ -56,6 +63,8 @@ class _Canvas:
         self.height, self.width, self.generator = height, width, generator
         self.image = np.zeros((height, width, 3), dtype=np.float32)
         self.label = np.zeros((height, width), dtype=np.uint8)
+        self.instances = np.zeros((height, width), dtype=np.uint16)
+        self.count: Counter[str] = Counter()
 
     def box(self, top: float, bottom: float, left: float, right: float) -> Box:
         """The pixels of a rectangle of fractions, at least one, within the image."""
@@ -65,7 +74,10 @@ class _Canvas:
         """Paint a region in about the given colour and label it."""
         region = np.s_[mask.top : mask.bottom, mask.left : mask.right] if isinstance(mask, Box) else mask
         self.image[region] = np.array(colour, dtype=np.float32) + self.generator.normal(0, spread, 3)
-        self.label[region] = LABEL_IDS[name]
+        self.label[region] = self.instances[region] = LABEL_IDS[name]
+        if name in _WITH_INSTANCES:
+            self.instances[region] = LABEL_IDS[name] * 1000 + self.count[name]
+            self.count[name] += 1
 
     def ellipse(self, y: float, x: float, half_height: float, half_width: float) -> np.ndarray:
         rows = (np.arange(self.height)[:, None] / self.height - y) / half_height
@@ -86,7 +98,7 @@ def make_scene(height: int, width: int, generator: np.random.Generator) -> Scene
     shade = generator.uniform(0.85, 1.15) * np.linspace(1, generator.uniform(0.8, 1.2), width)[None, :, None]
     noise = generator.normal(0, 6, canvas.image.shape)
     image = np.clip(canvas.image * shade + noise, 0, 255).astype(np.uint8)
-    return Scene(image, canvas.label, vehicle, cue)
+    return Scene(image, canvas.label, canvas.instances, vehicle, cue)
 
 
 def _paint_background(canvas: _Canvas, horizon: float) -> None:
@@ -159,13 +171,14 @@ def write_data_set(root: Path, counts: dict[str, int], height: int, width: int, 
     Raises:
         FileExistsError: the folder holds other things; hidden files are ignored.
     """
-    description = {"counts": counts, "height": height, "width": width, "seed": seed, "version": 2, "complete": True}
+    description = {"counts": counts, "height": height, "width": width, "seed": seed, "version": 3, "complete": True}
     marker = root / "scenes.json"
     if marker.exists():
         found = json.loads(marker.read_text())
         if found == description:
             return
-        if found != {**description, "complete": False}:
+        # Version 2 had the same scenes without instances.
+        if {**found, "version": 3} not in (description, {**description, "complete": False}):
             raise FileExistsError(f"{root}: expected no data set or the same, found {found} and not {description}")
     elif root.exists() and any(root.glob("[!.]*")):
         raise FileExistsError(f"{root}: expected an empty folder or generated scenes, found other things")
@@ -182,6 +195,7 @@ def write_data_set(root: Path, counts: dict[str, int], height: int, width: int, 
             if split != "test":
                 folder = root / "gtFine" / split / city
                 _write_png(folder / f"{frame}_gtFine_labelIds.png", scene.label)
+                _write_png(folder / f"{frame}_gtFine_instanceIds.png", scene.instances)
                 _write_png(folder / f"{frame}_gtFine_color.png", palette[scene.label])
     _write_json(marker, description)
 

@@ -804,7 +804,8 @@ def test_wheel_is_abi3_and_works_away_from_the_checkout(tmp_path):
     assert re.fullmatch(r"criss_cross_attention-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
-    assert {"cc_attention/__init__.py", "libs/__init__.py", "cc_attention/_C.abi3.so"} <= set(names)
+    typed = {f"{package}/{name}" for package in ("cc_attention", "libs") for name in ("__init__.py", "py.typed")}
+    assert {*typed, "cc_attention/_C.abi3.so", "criss_cross_attention/ccnet.py"} <= set(names)
     packages = {name.split("/")[0] for name in names if "dist-info" not in name}
     assert packages == {"cc_attention", "libs", "criss_cross_attention"}
     archive.extractall(tmp_path / "site")

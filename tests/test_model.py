@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from programs import ROOT
 from test_layouts import folders
 from test_own_data import SMALL, trained
 
@@ -144,3 +145,11 @@ def test_equally_many_other_classes_are_other_classes(snapshot, tmp_path, capsys
     assert not torch.equal(before, others)
     assert trained(tmp_path / "data", tmp_path / "ft", *flags, "--ft") == 2
     assert "the weights were trained with the classes of cracks" in capsys.readouterr().err
+
+
+def test_torch_hub_builds_networks_and_loads_snapshots(snapshot, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = torch.hub.load(str(ROOT), "ccnet", source="local", backbone="resnet18", num_classes=2, head="psp")
+    assert network.state_dict()["head.bottleneck.3.weight"].shape[0] == 2
+    model = torch.hub.load(str(ROOT), "ccnet_model", snapshot, source="local")
+    assert np.array_equal(model.predict(PIXELS), load_model(snapshot).predict(PIXELS))

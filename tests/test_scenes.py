@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
+from torchvision import datasets
 
 from dataset import EvaluationSet, scan
 from dataset.scenes import CUES, LABEL_IDS, make_scene, write_data_set
@@ -61,6 +63,42 @@ def test_an_interrupted_data_set_is_finished(tmp_path):
     write_data_set(tmp_path, counts, 48, 64, seed=3)
     assert len(scan(tmp_path, "val")) == 1
     assert json.loads(marker.read_text())["complete"] is True
+
+
+def test_a_data_set_without_instances_gets_them(tmp_path):
+    """As earlier versions wrote it; nothing else changes."""
+    counts = {"train": 1, "val": 1, "test": 1}
+    write_data_set(tmp_path, counts, 48, 64, seed=3)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for path in tmp_path.rglob("*_instanceIds.png"):
+        path.unlink()
+    marker = tmp_path / "scenes.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "version": 2}))
+    write_data_set(tmp_path, counts, 48, 64, seed=3)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_instances_are_things_of_their_own():
+    for number in range(20):
+        scene = make_scene(96, 96, np.random.default_rng(number))
+        things = scene.instances >= 1000
+        ids = np.where(things, scene.instances // 1000, scene.instances)
+        assert np.array_equal(ids, scene.label)
+        assert things[scene.vehicle.top, scene.vehicle.left]
+        assert set(np.unique(scene.label[things])) <= set(range(24, 34))
+        assert not set(np.unique(scene.label[~things])) & set(range(24, 34))
+
+
+@pytest.mark.parametrize("kind", ["semantic", "instance", "color"])
+def test_torchvisions_reader_reads_them(scenes, kind):
+    data = datasets.Cityscapes(str(scenes), split="val", mode="fine", target_type=kind)
+    found = dict(zip(data.images, data, strict=True))  # in no order
+    for item in scan(scenes, "val"):
+        image, target = found.pop(str(item.image))
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(item.image)))
+        if kind == "semantic":
+            assert np.array_equal(np.asarray(target), np.asarray(Image.open(item.label)))
+    assert not found
 
 
 def test_other_peoples_folders_are_not_written_to(tmp_path):
