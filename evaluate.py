@@ -210,8 +210,9 @@ def network_line(args: argparse.Namespace, found: SavedNetwork | None) -> str:
     source = f"as {found.source}" if found else "as the flags say"
     if found and "recurrence" in found.known and found.config.recurrence != args.recurrence:
         source += f", but R, with which it was trained, was {found.config.recurrence}"
-    settings = asdict(network_config(args)).items()
-    return f"{', '.join(f'{name} {value}' for name, value in settings)} ({source})"
+    settings = asdict(network_config(args))
+    del settings["ccl"]  # of training alone
+    return f"{', '.join(f'{name} {value}' for name, value in settings.items())} ({source})"
 
 
 @torch.no_grad()

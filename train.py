@@ -122,6 +122,12 @@ def get_parser() -> ArgumentParser:
         "images, or a TOML file with one for each name; by default all are 1",
     )  # fmt: skip
 
+    add(
+        "--ccl", action=argparse.BooleanOptionalAction,
+        help="add the category consistent loss of the attention's result, with --head rcca or nonlocal; by default as "
+        "the weights were trained, or off",
+    )  # fmt: skip
+
     add = parser.add_argument_group("weights").add_argument
     add(
         "--restore-from", type=Path,
@@ -316,7 +322,8 @@ def train(args: argparse.Namespace, world: World) -> int:
         head = f"R={args.recurrence}" if args.head == "rcca" else f"head {args.head}"
         where = f"on {world.device}" if world.size == 1 else f"on {world.size} processes"
         steps = f"steps {run.first} to {args.num_steps}"
-        print(f"{args.backbone}, {head}, stem {args.stem}, {where}: {len(run.items)} images, {steps}")
+        loss = ", category consistent loss" if args.ccl else ""
+        print(f"{args.backbone}, {head}, stem {args.stem}{loss}, {where}: {len(run.items)} images, {steps}")
     log = TrainingLog(args.snapshot_dir if world.is_main else None, run.first, args.num_steps, args.batch_size)
     with stop_requests(world.received), closing(log):
         step, stopped_by = train_steps(run, log)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .heads import HEADS
+from .heads import ATTENTION_HEADS, HEADS
 from .resnet import BACKBONE_ACTIVATIONS, BACKBONES, STEMS
 
 
@@ -21,6 +21,8 @@ class NetworkConfig:
         stem: the backbone's first convolutions: conv3x3, three of 64, 64 and 128 channels (the original's);
             conv3x3_narrow, of 32, 32 and 64; or conv7x7, one of 64.
         head: rcca, recurrent criss-cross attention; or to compare with: none, psp, aspp or nonlocal (heads.py).
+        ccl: whether there is a convolution that makes features for the category consistent loss, in training; only with
+            a head that attends, rcca or nonlocal.
 
     Raises:
         ValueError: a setting is out of range or has another type; the message names it.
@@ -32,6 +34,7 @@ class NetworkConfig:
     num_classes: int = 19
     stem: str = "conv3x3"
     head: str = "rcca"
+    ccl: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("backbone", self.backbone, tuple(BACKBONES))
@@ -44,6 +47,10 @@ class NetworkConfig:
         if self.head != "rcca" and self.recurrence != 0:
             raise ValueError(f"recurrence: expected 0, since only the head rcca recurs, got {self.recurrence}")
         _check_at_least("num_classes", self.num_classes, 1)
+        if not isinstance(self.ccl, bool):
+            raise ValueError(f"ccl: expected True or False, got {self.ccl!r}")
+        if self.ccl and self.head not in ATTENTION_HEADS:
+            raise ValueError(f"ccl: expected a head that attends, {' or '.join(ATTENTION_HEADS)}, got {self.head}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -29,6 +29,8 @@ HEADS: dict[str, Callable[..., Head]] = {
     "aspp": ASPPModule,
     "nonlocal": NonLocalModule,
 }
+# Those whose attention's result the category consistent loss can be of
+ATTENTION_HEADS = ("rcca", "nonlocal")
 # Layers by which a state dict of a head is known; those of no context are in the others as well.
 HEAD_LAYERS = {"rcca": "cca", "psp": "stages", "aspp": "branches", "nonlocal": "non_local", "none": "bottleneck"}
 

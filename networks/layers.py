@@ -76,3 +76,18 @@ class Head(nn.Module):
     def gamma(self) -> nn.Parameter | None:
         """[1], the weight of the attention's result; None if there is no attention."""
         return None
+
+
+class AttentionHead(Head):
+    """A head that attends, and then classifies the features together with the result of the attention."""
+
+    def attended(self, x: Tensor) -> Tensor:
+        """The result of the attention, [N, in_channels // 4, H, W]."""
+        raise NotImplementedError
+
+    def classified(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The logits, [N, num_classes, H, W]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classified(x, self.attended(x))

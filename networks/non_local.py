@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Head, classifier, conv3x3_and_norm
+from .layers import AttentionHead, classifier, conv3x3_and_norm
 
 
 class NonLocalBlock(nn.Module):
@@ -32,7 +32,7 @@ class NonLocalBlock(nn.Module):
         return torch.addcmul(x, self.gamma.to(x.dtype), gathered[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-class NonLocalModule(Head):
+class NonLocalModule(AttentionHead):
     """Reduce the channels, apply full attention once, fuse, classify: as `RCCAModule` with `NonLocalBlock`.
 
     Shape: [N, in_channels, H, W] to [N, num_classes, H, W].
@@ -50,6 +50,8 @@ class NonLocalModule(Head):
     def gamma(self) -> nn.Parameter:
         return self.non_local.gamma
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.convb(self.non_local(self.conva(x)))
-        return self.bottleneck(torch.cat([x, out], dim=1))
+    def attended(self, x: Tensor) -> Tensor:
+        return self.non_local(self.conva(x))
+
+    def classified(self, x: Tensor, attended: Tensor) -> Tensor:
+        return self.bottleneck(torch.cat([x, self.convb(attended)], dim=1))

@@ -11,8 +11,8 @@ from .ccnet import CCNet
 class PredictionNetwork(nn.Module):
     """A copy of the network in evaluation mode, without the parts that only training needs.
 
-    Batch norms are folded into the preceding convolutions, the auxiliary head is dropped, and activations and sums are
-    computed in place. `model` is not changed.
+    Batch norms are folded into the preceding convolutions, the auxiliary head and the features for the category
+    consistent loss are dropped, and activations and sums are computed in place. `model` is not changed.
 
     Shape: images [N, 3, H, W] to [main logits], [N, num_classes, h, w], as the first of CCNet's.
     """
@@ -20,7 +20,7 @@ class PredictionNetwork(nn.Module):
     def __init__(self, model: CCNet):
         super().__init__()
         self.network = fold_norms(model)
-        del self.network.dsn
+        del self.network.dsn, self.network.ccl
         for module in self.network.modules():
             if isinstance(module, nn.ReLU):
                 module.inplace = True

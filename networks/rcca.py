@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from cc_attention import CrissCrossAttention
 
-from .layers import Head, classifier, conv3x3_and_norm
+from .layers import AttentionHead, classifier, conv3x3_and_norm
 
 
-class RCCAModule(Head):
+class RCCAModule(AttentionHead):
     """Reduce the channels, apply criss-cross attention `recurrence` times with shared weights, fuse, classify.
 
     Args:
@@ -33,9 +33,11 @@ class RCCAModule(Head):
     def gamma(self) -> nn.Parameter:
         return self.cca.gamma
 
-    def forward(self, x: Tensor) -> Tensor:
+    def attended(self, x: Tensor) -> Tensor:
         out = self.conva(x)
         for _ in range(self.recurrence):
             out = self.cca(out)
-        out = self.convb(out)
-        return self.bottleneck(torch.cat([x, out], dim=1))
+        return out
+
+    def classified(self, x: Tensor, attended: Tensor) -> Tensor:
+        return self.bottleneck(torch.cat([x, self.convb(attended)], dim=1))

@@ -8,6 +8,7 @@ from libs import absorb_negative_weights
 from .pretrained import MMSEGMENTATION_DIFFERS, from_other_project, is_mmsegmentations
 
 _HEADS = ("head.", "dsn.")
+_CCL = "ccl."
 _CLASSIFIERS = ("head.bottleneck.3.", "dsn.3.")
 _RENAMED = {"head.conv1a.": "head.conva.", "head.conv1b.": "head.convb."}
 # Attributes in which DataParallel, AveragedModel, torch.compile, FSDP and checkpointing hold the wrapped module
@@ -65,7 +66,8 @@ def load_state(
     Returns the names of tensors of the heads that were left as they are though the file is of a whole network.
 
     Prefixes of wrappers are removed and old names renamed; `pretrained` has the names of other projects. No key may be
-    missing or unexpected, except that an ImageNet backbone has fc.* and lacks head.* and dsn.*. Norms with
+    missing or unexpected, except that an ImageNet backbone has fc.* and lacks head.* and dsn.*, and that the layer for
+    the category consistent loss, ccl.*, which only training needs, may be missing in one of both. Norms with
     num_batches_tracked are torch's and are converted to activated batch norm; if their weights are negative, the
     convolutions before them are changed too.
 
@@ -104,6 +106,8 @@ def load_state(
         left_alone += ("head.",)
     if backbone_only:
         left_alone = _HEADS
+    if any(key.startswith(_CCL) for key in state) != any(key.startswith(_CCL) for key in own):
+        left_alone += (_CCL,)
     ignored = (*left_alone, "fc.") if backbone_only else left_alone
     state = {key: tensor for key, tensor in state.items() if not key.startswith(ignored)}
     expected = {key: tensor for key, tensor in own.items() if not key.startswith(left_alone)}

@@ -57,7 +57,7 @@ def test_weighted_losses_are_the_sum_over_the_sum_of_weights(absent):
         pixels = [(n, int(target[n, i, j]), i, j) for n, i, j in (target != 255).nonzero().tolist()]
         pixel_losses = -torch.stack([probability[pixel] for pixel in pixels]).log()
         expected.append(weighted_mean(pixel_losses, weight[[pixel[1] for pixel in pixels]]))
-    torch.testing.assert_close(torch.stack(losses), torch.stack([expected[0] + 0.4 * expected[1], *expected]))
+    torch.testing.assert_close(losses.stacked(), torch.stack([expected[0] + 0.4 * expected[1], *expected]))
     torch.testing.assert_close(losses.total, plain(preds[0], target, weight) + 0.4 * plain(preds[1], target, weight))
     assert_same_gradients(
         losses.total, expected[0] + 0.4 * expected[1], dict(zip(("main", "auxiliary"), preds, strict=True))

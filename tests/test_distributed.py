@@ -112,9 +112,9 @@ def no_process_is_left(tmp_path):
 
 @pytest.mark.slow
 def test_learning_is_the_same_in_1_and_2_processes(scenes, tmp_path):
-    """Over 8 steps, with OHEM, class weights, dropout and a clipped gradient; the two have 1 and 2 images."""
+    """Over 8 steps, with OHEM, class weights, --ccl, dropout and a clipped gradient; the two have 1 and 2 images."""
     flags = ["--num-steps", 8, "--print-frequency", 1, "--ohem", "--ohem-keep", 640, "--batch-size", 3]
-    flags += ["--clip-grad-norm", 1, "--class-weights", "balanced"]
+    flags += ["--clip-grad-norm", 1, "--class-weights", "balanced", "--ccl"]
     runs = {procs: [*flags, "--procs", procs] for procs in (2, 1)}
     done = trainings(tmp_path, scenes, runs, IN_FLOAT64)
     assert done.returncode == 0, done.stderr
@@ -129,7 +129,7 @@ def test_learning_is_the_same_in_1_and_2_processes(scenes, tmp_path):
 def test_accumulation_is_the_same_in_3_processes(scenes, tmp_path):
     """And without attention, whose parameters are there and get no gradient."""
     flags = ["--num-steps", 3, "--accumulate", 2, "--recurrence", 0, "--ohem", "--ohem-keep", 640]
-    flags += ["--class-weights", "balanced"]
+    flags += ["--class-weights", "balanced", "--ccl"]
     runs = {procs: [*flags, "--procs", procs] for procs in (3, 1)}
     done = trainings(tmp_path, scenes, runs, IN_FLOAT64)
     assert done.returncode == 0, done.stderr

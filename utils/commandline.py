@@ -27,6 +27,7 @@ from dataset import (
 )
 from dataset.classes import ENCODINGS, MOST_CLASSES
 from networks import BACKBONE_ACTIVATIONS, BACKBONES, HEADS, STEMS, NetworkConfig
+from networks.heads import ATTENTION_HEADS
 
 from .arguments import MOST_PROCESSES, ArgumentParser, loaded_by, number, size
 from .network_file import SavedNetwork
@@ -106,7 +107,9 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _paper() -> str:
-    return "the paper's: " + ", ".join(f"{_flag(name)} {value}" for name, value in asdict(NetworkConfig()).items())
+    settings = asdict(NetworkConfig())
+    del settings["ccl"]  # a flag of train.py alone
+    return "the paper's: " + ", ".join(f"{_flag(name)} {value}" for name, value in settings.items())
 
 
 def _flag(name: str) -> str:
@@ -119,7 +122,7 @@ def network_config(args: argparse.Namespace) -> NetworkConfig:
 
 
 def with_network(
-    args: argparse.Namespace, found: SavedNetwork | None, may_differ: Sequence[str] = ("recurrence",)
+    args: argparse.Namespace, found: SavedNetwork | None, may_differ: Sequence[str] = ("recurrence", "ccl")
 ) -> argparse.Namespace:
     """The command line with all network flags and the class table set: by default those of the weights.
 
@@ -140,7 +143,7 @@ def with_network(
             f"{found.source}; expected the class table with which they were trained"
         )
     for name, value in settings.items():
-        given = getattr(args, name)
+        given = getattr(args, name, None)  # evaluate.py has no --ccl
         if given is None or given == value:
             continue
         if name == "num_classes":
@@ -157,6 +160,10 @@ def with_network(
         if args.recurrence:
             raise CommandError(f"--recurrence {args.recurrence}: expected it with --head rcca, got {settings['head']}")
         settings["recurrence"] = 0
+    if settings["ccl"] and settings["head"] not in ATTENTION_HEADS:
+        if getattr(args, "ccl", None):
+            raise CommandError(f"--ccl: expected it with --head {' or '.join(ATTENTION_HEADS)}, got {settings['head']}")
+        settings["ccl"] = False
     ignore_label = classes.ignore_label if args.ignore_label is None else args.ignore_label
     if not len(classes) <= ignore_label <= classes.ignore_label:
         raise CommandError(

@@ -1,4 +1,4 @@
-"""The losses: cross-entropy on both heads, and online hard example mining on the main one.
+"""The losses: cross-entropy on both heads, online hard example mining on the main one, and the category consistent one.
 
 Everything is computed on the logits' device and nothing is copied to the host, so that no step waits for the device.
 
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from networks import BatchShard
 
+from .category_consistency import category_consistent_loss
+
 AUXILIARY_WEIGHT = 0.4
 # OHEM finds the k-th smallest probability on maps shrunk by this factor, with k = min_kept / 8^2.
 _SHRINK = 8
@@ -30,11 +32,16 @@ def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """Scalars: the loss to minimise, and the losses of the two heads that it is made of."""
+    """Scalars: the loss to minimise and those that it is made of, of the two heads and the category consistent one."""
 
     total: Tensor
     main: Tensor
     auxiliary: Tensor
+    ccl: Tensor | None = None
+
+    def stacked(self) -> Tensor:
+        """Those that there are, in this order."""
+        return torch.stack([loss for loss in self if loss is not None])
 
 
 def _weighted_mean(pixel_losses: Tensor, weights: Tensor, shard: BatchShard | None) -> Tensor:
@@ -50,7 +57,8 @@ def _weighted_mean(pixel_losses: Tensor, weights: Tensor, shard: BatchShard | No
 
 
 class CriterionDSN(nn.Module):
-    """Cross-entropy of the main logits plus 0.4 times that of the auxiliary ones.
+    """Cross-entropy of the main logits, 0.4 times that of the auxiliary ones, and the category consistent loss if there
+    are features for it.
 
     Args:
         ignore_index: label of pixels that do not count.
@@ -58,8 +66,8 @@ class CriterionDSN(nn.Module):
         weight: [K], positive weights of the classes, as in nn.CrossEntropyLoss: each head's loss is the sum of the
             weighted losses of the pixels over the sum of their weights. None: all are 1.
 
-    Called with preds, [main, auxiliary] logits [N, K, h, w] each, and target [N, H, W], integer labels; the logits
-    are upsampled to H x W. Returns the loss, a scalar.
+    Called with preds, what CCNet returns, [main, auxiliary] logits [N, K, h, w] each and maybe features, and target
+    [N, H, W], integer labels; the logits are upsampled to H x W. Returns the loss, a scalar.
     """
 
     weight: Tensor | None
@@ -74,12 +82,16 @@ class CriterionDSN(nn.Module):
         return self.losses(preds, target).total
 
     def losses(self, preds: list[Tensor], target: Tensor) -> Losses:
-        """The loss, and those of the two heads before weighting."""
+        """The loss, and those that it is made of before weighting."""
         # Made contiguous while they are small; cross-entropy would copy the upsampled ones.
-        main_logits, auxiliary_logits = (upsample(logits.contiguous(), target.shape[1:]) for logits in preds)
+        main_logits, auxiliary_logits = (upsample(logits.contiguous(), target.shape[1:]) for logits in preds[:2])
         target = target.long()
         main, auxiliary = self._main_loss(main_logits, target), self._cross_entropy(auxiliary_logits, target)
-        return Losses(main + AUXILIARY_WEIGHT * auxiliary, main, auxiliary)
+        heads = main + AUXILIARY_WEIGHT * auxiliary
+        if len(preds) == 2:
+            return Losses(heads, main, auxiliary)
+        ccl = category_consistent_loss(preds[2], target, preds[0].shape[1], self.ignore_index, self.shard)
+        return Losses(heads + ccl, main, auxiliary, ccl)
 
     def _main_loss(self, logits: Tensor, target: Tensor) -> Tensor:
         return self._cross_entropy(logits, target)

@@ -3,7 +3,7 @@
 They travel with the state dict (`checkpoint.described`), and stand in network.json beside the snapshots, for people:
 
 {"backbone": "resnet101", "backbone_activation": "identity", "recurrence": 2, "num_classes": 19, "stem": "conv3x3",
- "head": "rcca", "classes": {...}}
+ "head": "rcca", "ccl": false, "classes": {...}}
 
 "classes" is the class table, as its TOML file has it.
 """
@@ -24,7 +24,7 @@ from .checkpoint import CheckpointError, description_of, put, written_aside
 
 _NAMES = tuple(field.name for field in fields(NetworkConfig))
 # Settings that files from before them lack, as these networks had the defaults.
-_LATER = {"stem", "head"}
+_LATER = {"stem", "head", "ccl"}
 # Blocks of layer3 of the backbones, and whether these are bottlenecks
 _BACKBONES = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
 
@@ -132,7 +132,7 @@ def _from_shapes(path: Path, state: dict[str, Tensor]) -> SavedNetwork | None:
     settings: dict[str, Any] = {"backbone": backbone, "stem": stem}
     head = next((name for name, layer in HEAD_LAYERS.items() if any(f"head.{layer}." in key for key in state)), None)
     if head is not None:
-        settings["head"] = head
+        settings |= {"head": head, "ccl": any(re.search(r"(^|\.)ccl\.weight$", key) for key in state)}
     biases = [tensor for key, tensor in state.items() if key.endswith(("dsn.3.bias", "decode_head.conv_seg.bias"))]
     if biases:
         settings["num_classes"] = len(biases[0])

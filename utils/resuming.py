@@ -49,7 +49,7 @@ def run_network(args: argparse.Namespace, world: World) -> argparse.Namespace:
     """
     if not world.is_main:
         return world.broadcast(None)
-    may_differ, found = ["recurrence"], None
+    may_differ, found = ["recurrence", "ccl"], None
     resuming = bool(training_steps(args.snapshot_dir))
     if resuming:
         found = read_network(args.snapshot_dir)

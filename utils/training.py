@@ -79,8 +79,8 @@ class Part(NamedTuple):
 class Outcome(NamedTuple):
     """Result of one step.
 
-    losses: [3] on the device, this process's part of the `Losses` of the batch; logits: [N, K, h, w], main logits of
-    the last part; skipped: whether the update was skipped.
+    losses: [3], or [4] with --ccl, on the device: this process's part of the `Losses` of the batch; logits:
+    [N, K, h, w], main logits of the last part; skipped: whether the update was skipped.
     """
 
     losses: Tensor
@@ -126,13 +126,14 @@ class TrainingStep:
     def __call__(self, parts: list[Part]) -> Outcome:
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.skip_nonfinite else []
         self.optimizer.zero_grad(set_to_none=True)
-        losses = torch.zeros(len(Losses._fields), device=self.world.device)
+        losses = []
         for number, part in enumerate(parts, start=1):
             is_last = number == len(parts)
             with nullcontext() if is_last else self._no_sync():
                 part_losses, logits = self._forward_and_backward(part, len(parts))
-            losses += part_losses
-        return Outcome(losses, logits, self._update(losses, buffers))
+            losses.append(part_losses)
+        mean = torch.stack(losses).mean(0)
+        return Outcome(mean, logits, self._update(mean, buffers))
 
     def _no_sync(self) -> AbstractContextManager[object]:
         """No gradients are synchronised: that is done once a step, with the last part."""
@@ -142,7 +143,7 @@ class TrainingStep:
         logits = self.network(part.images)
         losses = self.criterion.losses(logits, part.labels)
         self.scaler.scale(losses.total / num_parts).backward()
-        return torch.stack(losses).detach() / num_parts, logits[0].detach()
+        return losses.stacked().detach(), logits[0].detach()
 
     def _update(self, losses: Tensor, buffers: list[Tensor]) -> bool:
         """Update the weights unless the step is to be skipped; returns whether it was skipped."""
@@ -199,7 +200,7 @@ class PendingLosses:
             return []
         rows = (self.world.sum(torch.stack(self._losses)) / self.world.size).tolist()
         records = [
-            StepRecord(step, dict(zip(Losses._fields, row, strict=True)), names)
+            StepRecord(step, dict(zip(Losses._fields, row, strict=False)), names)  # without the last if it is off
             for (step, names), row in zip(self._steps, rows, strict=True)
         ]
         self._losses, self._steps = [], []
