@@ -250,8 +250,8 @@ def test_the_network_is_the_one_of_network_json(scenes, leaky, monkeypatch, caps
     monkeypatch.setattr(evaluate, "build_model", lambda config: built.append(config) or build_model(config))
     assert plain_evaluation(scenes, leaky) == 0
     assert built == [NetworkConfig("resnet18", "leaky_relu", 1)]
-    line = "network: backbone resnet18, backbone_activation leaky_relu, recurrence 1, num_classes 19, stem conv3x3 "
-    assert f"{line}(as {leaky.parent / 'network.json'} says)" in capsys.readouterr().out
+    line = "network: backbone resnet18, backbone_activation leaky_relu, recurrence 1, num_classes 19, stem conv3x3, "
+    assert f"{line}head rcca (as {leaky.parent / 'network.json'} says)" in capsys.readouterr().out
     result = json.loads((leaky.parent / "outputs" / "CS_scenes_1" / "val" / "result.json").read_text())
     assert (result["flags"]["backbone_activation"], result["flags"]["recurrence"]) == ("leaky_relu", 1)
     assert plain_evaluation(scenes, leaky, "--recurrence", 3) == 0
@@ -311,7 +311,8 @@ def test_shapes_say_backbone_stem_and_classes(tmp_path, backbone, stem):
         state = build_model(config).state_dict()
     for names in (lambda key: key, lambda key: f"module.{key}"):
         found = find_network(tmp_path / "x.pth", {names(key): tensor for key, tensor in state.items()})
-        assert found == (config, None, f"the shapes in {tmp_path / 'x.pth'} say", ("backbone", "stem", "num_classes"))
+        known = ("backbone", "stem", "head", "ccl", "num_classes")
+        assert found == (config, None, f"the shapes in {tmp_path / 'x.pth'} say", known)
     imagenet = {key: tensor for key, tensor in state.items() if not key.startswith(("head.", "dsn."))}
     assert find_network(tmp_path / "x.pth", imagenet).known == ("backbone", "stem")
     assert find_network(tmp_path / "x.pth", {"weight": torch.zeros(2)}) is None
@@ -394,7 +395,7 @@ def test_a_folder_of_something_else_is_not_written_to(scenes, checkpoint, tmp_pa
     [
         (["--attention", "48,0"], "--attention 48,0: expected a pixel of"),
         (["--attention", "1,1", "--attention-image", "nobody"], "--attention-image nobody: expected an image"),
-        (["--attention", "1,1", "--recurrence", "0"], "--attention: expected --recurrence 1 or more"),
+        (["--attention", "1,1", "--recurrence", "0"], "--attention: expected --head rcca and --recurrence 1 or more"),
         (["--num-classes", "20"], "--num-classes 20: the class table cityscapes has 19 classes"),
         (["--classes", "camvid"], "--classes camvid: has 11 classes, and the weights 19, as the shapes in"),
         (["--backbone", "resnet34"], "--backbone resnet34: the weights are of resnet18, as the shapes in"),
