@@ -1,6 +1,6 @@
 """Images/s and memory of training and of evaluation on this machine, beside the plain form of the same network.
 
-    python -m benchmarks.train_step [--parts step evaluation ohem] [--backbone resnet101] [--crops 193 385] ...
+    python -m benchmarks.train_step [--parts step evaluation ohem ccl] [--backbone resnet101] [--crops 193 385] ...
 
 Ours is what train.py and evaluate.py run. The plain form is the original's in plain PyTorch: attention as batched
 matrix products, nn.BatchNorm2d and ReLU (in place as in the original), NCHW, one tile at a time through the whole
@@ -11,6 +11,7 @@ medians. (If other work runs on the machine, --threads 1 --cpu-time gives steadi
 - step: forward, loss, backward and the update of SGD; with --ohem the loss is that with OHEM.
 - evaluation: one image by sliding window, with logits at full resolution.
 - ohem: forward and backward of the criterion alone, from logits at an eighth of the crop.
+- ccl: those of the category consistent loss, from 16 channels at an eighth; the plain form is a loop over the classes.
 
 Before the timing, losses, logits and gradients (without dropout) of all contenders are compared, and the run ends if
 they differ. Memory is the peak beyond weights and images: of two training steps (with gradients and the optimiser's
@@ -35,8 +36,10 @@ from torch import Tensor, nn
 from cc_attention import CrissCrossAttention
 from libs import ABN, to_batchnorm
 from networks import BACKBONES, BatchDropout2d, CCNet, NetworkConfig, PredictionNetwork, build_model
+from networks.ccnet import CCL_CHANNELS
 from networks.resnet import BasicBlock, Bottleneck
 from utils.arguments import ArgumentParser
+from utils.category_consistency import ALPHA, BETA, DELTA_D, DELTA_V, GAMMA, category_consistent_loss
 from utils.criterion import AUXILIARY_WEIGHT, CriterionDSN, CriterionOhemDSN
 from utils.inference import sliding_predictor
 from utils.precision import in_mixed_precision
@@ -62,6 +65,7 @@ AGREEMENT = {torch.float32: (1e-3, 2e-2), torch.bfloat16: (0.1, 0.4)}
 CLASSES, VOID = 19, 255
 THRESHOLD, KEPT = 0.7, 100_000  # OHEM's, as recommended
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 1e-4  # low, since the labels are random
+PARTS = ("step", "evaluation", "ohem", "ccl")
 KINDS = ("plain", "ours")
 Criterion = Callable[[list[Tensor], Tensor], Tensor]
 
@@ -123,6 +127,21 @@ def threshold_on_the_host(probability: np.ndarray, labels: np.ndarray) -> float:
         return 1.0
     true_class = np.moveaxis(small, 1, 0)[:, valid][small_labels[valid], np.arange(valid.sum())]
     return max(THRESHOLD, float(np.partition(true_class, kept - 1)[kept - 1]))
+
+
+def plain_category_consistent_loss(features: Tensor, labels: Tensor) -> Tensor:
+    """features [N, C, h, w], labels [N, h, w]."""
+    pixels = features.movedim(1, -1)
+    classes = [pixels[labels == k] for k in labels.unique().tolist() if k != VOID]
+    means = torch.stack([h.mean(0) for h in classes])
+    var = features.new_zeros(())
+    for h, mean in zip(classes, means, strict=True):
+        distance = (h - mean).norm(dim=1)
+        far = distance - DELTA_D + (DELTA_D - DELTA_V) ** 2
+        var = var + torch.where(distance > DELTA_D, far, (distance - DELTA_V).clamp(min=0) ** 2).mean()
+    pairs = torch.pdist(means)  # each once
+    dis = ((2 * DELTA_D - pairs).clamp(min=0) ** 2).mean()
+    return ALPHA * var / len(classes) + BETA * dis + GAMMA * means.norm(dim=1).mean()
 
 
 def plain_sliding_predictor(network: nn.Module, tile: int) -> Callable[[Tensor], Tensor]:
@@ -315,6 +334,27 @@ class Losses:
         return {"loss": loss.detach(), "gradient of main": main, "gradient of auxiliary": auxiliary}
 
 
+class Consistency:
+    """The category consistent loss alone: forward and backward from features at an eighth of the crop."""
+
+    def __init__(self, args: argparse.Namespace, kind: str, crop: int, dtype: torch.dtype):
+        side = math.ceil(crop / 8)
+        self.kind, self.labels = kind, random_labels(args, args.batch_size, crop, crop)
+        small = random_images(args, kind, args.batch_size, CCL_CHANNELS, side, side)
+        self.features = small.to(dtype).requires_grad_()
+
+    def results(self) -> dict[str, Tensor]:
+        features = self.features.float()  # as in mixed precision
+        if self.kind == "ours":
+            loss = category_consistent_loss(features, self.labels, CLASSES, VOID)
+        else:
+            crop, side = self.labels.shape[1], features.shape[2]
+            nearest = (torch.linspace(0, crop - 1, side, device=features.device) + 0.5).floor().long()
+            loss = plain_category_consistent_loss(features, self.labels[:, nearest][:, :, nearest])
+        (gradient,) = torch.autograd.grad(loss, self.features)
+        return {"loss": loss.detach(), "gradient of the features": gradient}
+
+
 def check(name: str, actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
     """End the run unless the results agree with the expected ones."""
     for what, x in expected.items():
@@ -439,6 +479,22 @@ def ohem_rows(args: argparse.Namespace) -> Iterable[list[str]]:
         ]
 
 
+def ccl_rows(args: argparse.Namespace) -> Iterable[list[str]]:
+    for crop, dtype_name in itertools.product(args.ohem_crops, args.dtypes):
+        dtype = DTYPES[dtype_name]
+        losses = {kind: Consistency(args, kind, crop, dtype) for kind in KINDS}
+        check(f"ours, {dtype_name}", losses["ours"].results(), losses["plain"].results(), dtype)
+        names: dict[str, Work] = {kind: item.results for kind, item in losses.items()}
+        names["cross-entropy"] = partial(plain_cross_entropy, Losses(args, "plain", False, crop, dtype))
+        ms = take_turns(names, max(args.repeats, 15), args.seconds, args.device, clock=clock_of(args))
+        yield [
+            f"{args.batch_size}x{CLASSES}x{crop}x{crop}",
+            dtype_name,
+            f"{ms['cross-entropy']:.1f}",
+            *(f"{ms[kind]:.1f} ({ms[kind] / ms['cross-entropy']:.3f}x)" for kind in KINDS),
+        ]
+
+
 def plain_cross_entropy(losses: Losses) -> None:
     """Forward and backward of cross-entropy, of the main logits alone."""
     main, target = losses.preds[0], losses.labels
@@ -454,7 +510,7 @@ def sides(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = ArgumentParser("Training and evaluation beside the plain form of the network.")
     add = parser.add_argument
-    add("--parts", nargs="+", default=["step", "evaluation", "ohem"], choices=["step", "evaluation", "ohem"])
+    add("--parts", nargs="+", default=PARTS, choices=PARTS)
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--backbone", default="resnet101", choices=BACKBONES)
     add("--recurrence", type=int, default=2)
@@ -499,6 +555,12 @@ def main() -> None:
         names = [f"{kind}{with_ohem}" for kind in KINDS for with_ohem in ("", " with OHEM")]
         costs = [f"OHEM's cost, {kind}" for kind in KINDS]
         print_table(title, ["", "", "one cross-entropy", *names, *costs], ohem_rows(args))
+    if "ccl" in args.parts:
+        title = (
+            "The category consistent loss, forward and backward: milliseconds, also as a part of what one plain "
+            "cross-entropy takes."
+        )
+        print_table(title, ["", "", "one cross-entropy", *KINDS], ccl_rows(args))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks do what they say, on little data."""
 
 import platform
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -176,6 +177,7 @@ def test_the_benchmark_of_training_and_evaluation_runs(output_of, monkeypatch):
     out = output_of(train_step, flags)
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if "| float32 |" in line}
     assert rows.keys() == {"2x3x65x65", "65x97", "2x19x65x65"}
+    assert re.fullmatch(r" [\d.]+ \([\d.]+x\) ", rows["2x19x65x65"][-1])  # of the table that is last
     for name in ("2x3x65x65", "65x97"):
         assert all(float(cell.strip().rstrip("x")) > 0 for cell in rows[name][1:]), rows[name]
     assert [arguments[2:4] for arguments in in_new_processes] == [
