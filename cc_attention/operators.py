@@ -3,6 +3,7 @@
 Imported if the operators are loaded.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -146,10 +147,10 @@ for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
 
 
 def _products(pixels: list[int], channels: int) -> int:
-    """Of one number for each position of the row and the column of each pixel, summed over the channels; a pixel itself
-    is in both."""
-    batch, _, height, width = pixels
-    return 2 * batch * height * width * (height + width) * channels
+    """Of one number for each position of each line through each pixel, summed over the channels; a pixel itself is in
+    all of its lines."""
+    batch, _, *sizes = pixels
+    return 2 * batch * math.prod(sizes) * sum(sizes) * channels
 
 
 @register_flop_formula(torch.ops.ccnet.criss_cross_attention)

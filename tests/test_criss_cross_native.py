@@ -582,13 +582,21 @@ def test_unknown_capability_is_an_error():
         native.cpu_capability()
 
 
-@pytest.mark.parametrize("operator", ["criss_cross_attention", "ca_weight", "ca_map"])
-def test_floating_point_operations_are_those_of_the_plain_form(operator):
+@pytest.mark.parametrize(
+    ("operator", "pixels"),
+    [
+        ("criss_cross_attention", (5, 6)),
+        ("criss_cross_attention", (2, 5, 6)),
+        ("ca_weight", (5, 6)),
+        ("ca_map", (5, 6)),
+    ],
+)
+def test_floating_point_operations_are_those_of_the_plain_form(operator, pixels):
     """Forward and backward, as torch.utils.flop_counter counts them."""
     sizes = {"criss_cross_attention": (4, 4, 6), "ca_weight": (4, 4), "ca_map": (10, 6)}[operator]
 
     def counted(function):
-        inputs = [torch.rand(2, channels, 5, 6, requires_grad=True) for channels in sizes]
+        inputs = [torch.rand(2, channels, *pixels, requires_grad=True) for channels in sizes]
         with FlopCounterMode(display=False) as counter:
             forward = function(*inputs)
             after_forward = counter.get_total_flops()
