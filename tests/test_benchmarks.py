@@ -12,7 +12,7 @@ import torch
 from programs import ROOT
 from targets import ALL_CAPABILITIES, best_capability, capability, running_on
 
-from benchmarks import context, cost, criss_cross, fused_axes, inplace_abn, loading, measuring, peak, train_step
+from benchmarks import context, cost, criss_cross, fused_axes, inplace_abn, loading, measuring, peak, train_step, volume
 from cc_attention import reference
 from dataset import IGNORE_LABEL
 from dataset.scenes import make_scene
@@ -247,3 +247,30 @@ def test_the_benchmark_of_cost_runs(output_of, tmp_path):
     assert "context alone, 1x32x5x6" in out
     assert all(f"\n| {name} | " in out for name in (*cost.CONTEXTS, "psp", "aspp", "none"))
     assert (tmp_path / "cost.png").exists()
+
+
+@pytest.mark.parametrize("position", [(0, 0, 0), (1, 3, 2)])
+@pytest.mark.parametrize("recurrence", [1, 2, 3])
+def test_each_pass_reaches_one_coordinate_more(recurrence, position):
+    reached = volume.influence((3, 4, 5), recurrence, position)
+    differing = sum(
+        (torch.arange(length) != own).reshape([-1 if axis == i else 1 for i in range(3)]).long()
+        for axis, (length, own) in enumerate(zip((3, 4, 5), position, strict=True))
+    )
+    assert torch.equal(reached, differing <= recurrence)
+
+
+def test_the_benchmark_of_a_volume_runs(output_of):
+    out = output_of(volume, "--sizes 3x4x5 --repeats 1 --threads 1")
+    assert "| 3x4x5 | 60 | 10 (16.7%) | 36 (60.0%) | 60 (100.0%) |" in out
+    assert all(f"\n| 3x4x5 | {name} | 0.00 | 0.0 | " in out for name in ("R=1", "R=2", "R=3", "full"))
+    assert volume.weights_of((3, 4, 5), 3) == 60 * 10
+    assert volume.weights_of((3, 4, 5), None) == 60 * 60
+
+
+def test_the_operations_in_a_volume_are_counted():
+    size, channels = (3, 4, 5), volume.CHANNELS
+    convolutions = 2 * 60 * channels * (channels + 2 * channels // 8)
+    products = 2 * 60 * (channels + channels // 8)
+    assert volume.gflops(size, 2) == pytest.approx(2e-9 * (convolutions + products * (3 + 4 + 5)))
+    assert volume.gflops(size, None) == pytest.approx(1e-9 * (convolutions + products * 60))
