@@ -141,7 +141,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(scenes, tmp_pat
 def test_a_resumed_run_equals_an_uninterrupted_one(scenes, tmp_path, monkeypatch):
     """A run that is stopped by SIGTERM after its third step, against one that is not."""
     flags = ["--num-steps", 6, "--random-mirror", "--random-scale", "--ohem", "--ohem-keep", "640"]
-    flags += ["--random-rotate", 10, "--color-jitter", "0.4,0.4,0.4,0.1"]
+    flags += ["--random-rotate", 10, "--color-jitter", "0.4,0.4,0.4,0.1", "--ccl"]
     assert run_training(scenes, tmp_path / "through", *flags) == 0
 
     real = train.poly_learning_rate
