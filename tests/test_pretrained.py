@@ -86,7 +86,7 @@ def test_features_are_torchvisions_on_its_own_preprocessing(backbone):
     assert (actual - expected)[inner].abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
 def test_all_stages_are_torchvisions_with_the_papers_dilation(backbone):
     """Up to the border, if their first layer pads with the same colour; the others pad with 0."""
     theirs = torchvisions(backbone, dilated=True).double()
