@@ -165,6 +165,14 @@ def test_the_copy_for_prediction_gives_the_main_logits(backbone, activation):
         assert torch.equal(tensor, before[name]), name
 
 
+def test_the_copy_for_prediction_stays_in_evaluation_mode():
+    network = PredictionNetwork(build_model("resnet18"))
+    assert not any(module.training for module in network.modules())
+    nn.Sequential(network).train()
+    assert network.train() is network
+    assert not any(module.training for module in network.modules())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
