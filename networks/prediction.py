@@ -12,7 +12,8 @@ class PredictionNetwork(nn.Module):
     """A copy of the network in evaluation mode, without the parts that only training needs.
 
     Batch norms are folded into the preceding convolutions, the auxiliary head is dropped, and activations and sums are
-    computed in place. It stays in evaluation mode: `train()` changes nothing. `model` is not changed.
+    computed in place; its memory format is channels_last. It stays in evaluation mode: `train()` changes nothing.
+    `model` is not changed.
 
     Shape: images [N, 3, H, W] to [main logits], [N, num_classes, h, w], as the first of CCNet's.
     """
@@ -24,7 +25,7 @@ class PredictionNetwork(nn.Module):
         for module in self.network.modules():
             if isinstance(module, nn.ReLU):
                 module.inplace = True
-        self.eval()
+        self.to(memory_format=torch.channels_last).eval()
 
     def train(self, mode: bool = True) -> "PredictionNetwork":
         return super().train(False)

@@ -190,7 +190,8 @@ def save_snapshot(
         raise ValueError(f"keep: expected 1 or more, got {keep}")
     path = snapshot_path(folder, step)
     # On the CPU, so that the file loads on a machine without this GPU.
-    state_dict = described({name: tensor.cpu() for name, tensor in model.state_dict().items()}, description)
+    state_dict = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state_dict = described(state_dict, description)
     device = next(model.parameters()).device
     training = {
         "version": _TRAINING_VERSION,
