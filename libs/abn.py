@@ -84,6 +84,10 @@ class ABN(_BatchNorm):
             "drop its activation; use InPlaceABNSync, or libs.to_batchnorm first"
         )
 
+    def __dir__(self) -> list[str]:
+        # torch.jit.trace reads every attribute.
+        return [name for name in super().__dir__() if name != "num_batches_tracked"]
+
     def reset_running_stats(self) -> None:
         """Reset the running mean to 0, the running variance to 1, and the number of batches."""
         self.running_mean.zero_()
@@ -96,7 +100,7 @@ class ABN(_BatchNorm):
         Raises:
             ValueError, NotImplementedError: as `activated_batch_norm`.
         """
-        if x.dim() < 2 or x.shape[1] != self.num_features:
+        if not torch.jit.is_tracing() and (x.dim() < 2 or x.shape[1] != self.num_features):
             raise ValueError(f"x: expected shape [N, {self.num_features}, ...], got {list(x.shape)}")
         return activated_batch_norm(
             x,

@@ -64,6 +64,9 @@ def activated_batch_norm(
             computation is not possible; the message names the argument.
         NotImplementedError: second or forward-mode derivatives, or vmap, are requested of native code.
     """
+    settings = (training, momentum, eps, activation, slope, group, residual)
+    if torch.jit.is_tracing():  # sizes are tensors then, and what it makes cannot hold a torch.autograd.Function
+        return reference.activated_batch_norm(x, weight, bias, running_mean, running_var, *settings)
     _check(x, weight, bias, running_mean, running_var)
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
         raise ValueError(
@@ -81,9 +84,7 @@ def activated_batch_norm(
     if in_place:
         _check_in_place(x, activation, slope)
     if not in_native_code:
-        return reference.activated_batch_norm(
-            x, weight, bias, running_mean, running_var, training, momentum, eps, activation, slope, group, residual
-        )
+        return reference.activated_batch_norm(x, weight, bias, running_mean, running_var, *settings)
     with torch.no_grad():
         if training:
             statistics = call(torch.ops.ccnet.abn_statistics, x)
