@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from libs import InPlaceABNSync
 
-from .layers import conv3x3
+from .layers import CeilMaxPool2d, conv3x3
 
 # Activation of the backbone's batch norms. identity: none, and a separate ReLU follows, which keeps a second tensor for
 # the backward pass. leaky_relu: only one tensor is kept (docs/inplace_abn.md).
@@ -129,7 +129,7 @@ class DilatedResNet(nn.Module):
             self.bn2, self.relu2 = _norm(channels[1], activation), _relu_unless(activation)
             self.conv3 = conv3x3(channels[1], channels[2])
             self.bn3, self.relu3 = _norm(channels[2], activation), _relu_unless(activation)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        self.maxpool = CeilMaxPool2d()
         self.layer1 = _make_stage(block, activation, channels[-1], 64, n1)
         self.layer2 = _make_stage(block, activation, 64 * block.expansion, 128, n2, stride=2)
         self.layer3 = _make_stage(block, activation, 128 * block.expansion, 256, n3, dilation=2)
