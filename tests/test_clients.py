@@ -18,13 +18,14 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from cc_attention import CrissCrossAttention
 from libs import ABN, InPlaceABN
-from networks import BatchDropout2d, PredictionNetwork, build_model, load_state
+from networks import HEADS, BatchDropout2d, PredictionNetwork, build_model, load_state
 
 
-def network():
+def network(head="rcca"):
     torch.manual_seed(0)
-    model = build_model("resnet18", num_classes=3)
-    nn.init.constant_(model.head.gamma, 0.5)
+    model = build_model("resnet18", num_classes=3, head=head)
+    if model.head.gamma is not None:
+        nn.init.constant_(model.head.gamma, 0.5)
     return model
 
 
@@ -136,7 +137,7 @@ def sharded(model):
 
 
 def distributed(model):
-    return DistributedDataParallel(model, static_graph=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, static_graph=True)
 
 
 def without_dropout():
@@ -168,14 +169,14 @@ def test_sharded_and_distributed_training_is_that_of_one_process(tmp_path):
 # ---- torch.fx ----
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("folded", [True, False])
-def test_torch_fx_traces_the_network(folded):
-    model = PredictionNetwork(network()) if folded else network().eval()
+def test_torch_fx_traces_the_network(head, folded):
+    model = network(head).eval()
+    model = PredictionNetwork(model) if folded else model
     traced = fx.symbolic_trace(model)
-    assert (
-        sum(node.target.__name__ == "criss_cross_attention" for node in traced.graph.nodes if callable(node.target))
-        == 2
-    )
+    nodes = [node.target.__name__ for node in traced.graph.nodes if callable(node.target)]
+    assert nodes.count("criss_cross_attention") == (2 if head == "rcca" else 0)
     images = torch.randn(2, 3, 17, 25)
     for actual, expected in zip(traced(images), model(images), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
