@@ -1,10 +1,8 @@
 """Layers that several parts of the network use."""
 
-import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libs import InPlaceABNSync
@@ -13,24 +11,6 @@ from libs import InPlaceABNSync
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
     """A 3x3 convolution that, with stride 1, keeps the height and width of its input."""
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=bias)
-
-
-class CeilMaxPool2d(nn.MaxPool2d):
-    """nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True), which torch.export takes with sizes of any name.
-
-    PyTorch cannot prove that with ceil_mode the last window begins within the image, whatever its size, and restricts
-    named dimensions to sizes of the example's kind. While it exports, the same windows are those of a padded image.
-
-    Shape: [N, C, H, W] to [N, C, H // 2 + 1, W // 2 + 1].
-    """
-
-    def __init__(self) -> None:
-        super().__init__(3, stride=2, padding=1, ceil_mode=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_exporting():
-            return super().forward(x)
-        return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 3, stride=2, padding=1)
 
 
 class BatchShard(NamedTuple):

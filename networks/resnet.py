@@ -4,11 +4,15 @@ He et al., arXiv 1512.03385, with the dilation of the CCNet paper (section 4.2) 
 of three convolutions of the original. Parameters have the names of the ImageNet models that the original starts from.
 """
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libs import InPlaceABNSync
 
-from .layers import CeilMaxPool2d, conv3x3
+from .layers import conv3x3
 
 # Activation of the backbone's batch norms. identity: none, and a separate ReLU follows, which keeps a second tensor for
 # the backward pass. leaky_relu: only one tensor is kept (docs/inplace_abn.md).
@@ -36,6 +40,17 @@ def _norm_and_sum(norm: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
     if isinstance(norm, InPlaceABNSync) and norm.activation == "identity":
         return norm(x) + shortcut  # norm(x, shortcut) would keep the shortcut for the backward pass
     return norm(x, shortcut)
+
+
+def _max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
+    """pool(x) of 3x3 pixels with stride 2, padding 1 and ceil_mode, which torch.export takes with sizes of any name.
+
+    PyTorch cannot prove that with ceil_mode the last window begins within the image, whatever its size, and restricts
+    named dimensions to sizes of the example's kind. While it exports, the same windows are those of a padded image.
+    """
+    if not torch.compiler.is_exporting():
+        return pool(x)
+    return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), pool.kernel_size, pool.stride, pool.padding)
 
 
 class BasicBlock(nn.Module):
@@ -129,7 +144,7 @@ class DilatedResNet(nn.Module):
             self.bn2, self.relu2 = _norm(channels[1], activation), _relu_unless(activation)
             self.conv3 = conv3x3(channels[1], channels[2])
             self.bn3, self.relu3 = _norm(channels[2], activation), _relu_unless(activation)
-        self.maxpool = CeilMaxPool2d()
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
         self.layer1 = _make_stage(block, activation, channels[-1], 64, n1)
         self.layer2 = _make_stage(block, activation, 64 * block.expansion, 128, n2, stride=2)
         self.layer3 = _make_stage(block, activation, 128 * block.expansion, 256, n3, dilation=2)
@@ -145,7 +160,7 @@ class DilatedResNet(nn.Module):
         if self.three_convolutions:
             x = self.relu2(self.bn2(self.conv2(x)))
             x = self.relu3(self.bn3(self.conv3(x)))
-        layer3 = self.layer3(self.layer2(self.layer1(self.maxpool(x))))
+        layer3 = self.layer3(self.layer2(self.layer1(_max_pool(self.maxpool, x))))
         return layer3, self.layer4(layer3)
 
 
