@@ -231,7 +231,7 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
     others = read_others(args.compare_with, args.classes.names)
     model = build_model(network_config(args))
     load_state(model, state, str(args.restore_from))
-    model.to(world.device).eval()
+    model.to(memory_format=torch.channels_last).to(world.device).eval()
     if world.is_main:
         print(f"network: {network_line(args, found)}")
 

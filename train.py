@@ -226,7 +226,7 @@ def set_up(args: argparse.Namespace, world: World) -> Run:
     check_labels(items, args.classes)
     args.class_weights = run_class_weights(args, items, world)
     torch.manual_seed(args.random_seed)
-    model = build_model(network_config(args)).to(world.device)
+    model = build_model(network_config(args)).to(memory_format=torch.channels_last).to(world.device)
     if model.head.gamma is not None:
         nn.init.constant_(model.head.gamma, args.initial_gamma)
     optimizer = make_optimizer(model, args.learning_rate, args.momentum, args.weight_decay)

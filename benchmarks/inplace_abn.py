@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libs import ABN, InPlaceABN
-from networks import build_model
+from networks import BACKBONE_ACTIVATIONS, build_model
 from utils.arguments import ArgumentParser
 
 from .measuring import DTYPES, add_fresh_memory, begin, print_machine, print_table, take_turns
@@ -218,10 +218,13 @@ def memory_rows(side: int) -> Iterable[list[str]]:
         "InPlaceABN": saved_bytes(block(InPlaceABN(256)), x),
     }
     images = torch.randn(2, 3, side, side).contiguous(memory_format=torch.channels_last)
-    fused = build_model(backbone_activation="leaky_relu")
+    with_relu, fused = (
+        build_model(backbone_activation=activation).to(memory_format=torch.channels_last)
+        for activation in BACKBONE_ACTIVATIONS
+    )
     of_network = {
         "BatchNorm2d, ReLU in place": saved_bytes(with_plain_norms(fused), images),
-        "--backbone-activation identity": saved_bytes(build_model(), images),
+        "--backbone-activation identity": saved_bytes(with_relu, images),
         "--backbone-activation leaky_relu": saved_bytes(fused, images),
     }
     for where, numbers in (

@@ -195,7 +195,7 @@ def random_network(args: argparse.Namespace, kind: str) -> nn.Module:
                 last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
                 last.weight.mul_(0.1)
     if kind == "ours":
-        return ours.to(args.device)
+        return ours.to(memory_format=torch.channels_last).to(args.device)
     plain = plain_network(args.backbone, args.recurrence)
     state = to_batchnorm(ours).state_dict()
     plain.load_state_dict(state)

@@ -49,8 +49,11 @@ def _check(*arguments: tuple[str, Tensor, str]) -> None:
     """Raise ValueError unless the arguments, (name, tensor, dimensions), are floating-point and fit together.
 
     Dimensions are names, as in "N C H W". The same name means the same size, and H+W-1 is computed from H and W. All
-    tensors must have the dtype and device of the first one.
+    tensors must have the dtype and device of the first one. Under torch.jit.trace, whose sizes are tensors, nothing is
+    checked here; native code checks as well.
     """
+    if torch.jit.is_tracing():
+        return
     sizes: dict[str, int] = {}
     first_name, first, _ = arguments[0]
     for name, tensor, dimensions in arguments:

@@ -5,6 +5,16 @@ from torch import Tensor, nn
 
 from .functional import check_dtype, criss_cross_attention
 
+# torch.fx makes one node of a call.
+torch.fx.wrap("criss_cross_attention")
+torch.fx.wrap("_check")
+
+
+def _check(x: Tensor, dimensions: str) -> None:
+    if x.dim() != len(dimensions.split()):
+        raise ValueError(f"x: expected shape [{dimensions}], got {list(x.shape)}")
+    check_dtype("x", x)
+
 
 class CrissCrossAttention(nn.Module):
     """gamma * attention(x) + x, with 1x1 convolutions for query, key and value.
@@ -34,9 +44,7 @@ class CrissCrossAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != len(self._dimensions.split()):
-            raise ValueError(f"x: expected shape [{self._dimensions}], got {list(x.shape)}")
-        check_dtype("x", x)
+        _check(x, self._dimensions)
         attended = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
         return self.gamma.to(attended.dtype) * attended + x.to(attended.dtype)
 

@@ -113,6 +113,8 @@ _gpu_has_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def runs_on(device: torch.device) -> bool:
     """Whether native operators run on that device; otherwise plain PyTorch does."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
+        return False
     if device.type == "meta":  # tensors without data, in torch.compile and torch.export
         return LOADED
     if WHY_NOT.get(device.type, "no kernels for it") is not None:

@@ -1,4 +1,4 @@
-"""Registers the native operators (csrc/criss_cross.cpp) with PyTorch: output shapes, gradients, autocast, counts.
+"""Registers the native operators (csrc/criss_cross.cpp) with PyTorch: shapes, gradients, vmap, autocast, counts.
 
 Imported if the operators are loaded.
 """
@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import register_flop_formula
 
 from .calling import call
@@ -106,10 +108,11 @@ def _register_gradient(operator: str, function: str, save: Callable[..., None], 
     """
     run = getattr(torch.ops.ccnet, operator).default
 
-    class Differentiable(torch.autograd.Function):
+    class Differentiable(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, *inputs: Tensor) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            # Only below autograd of this level of torch.func's: that of outer levels has to see the operator.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
                 output = run(*inputs)
             save(ctx, inputs, output)
             return output
@@ -121,7 +124,11 @@ def _register_gradient(operator: str, function: str, save: Callable[..., None], 
             raise NotImplementedError(
                 f"{function} has no forward-mode derivatives in native code; cc_attention.reference.{function} has them"
             )
-        return Differentiable.apply(*inputs)
+        if not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return run(*inputs)
+        with enable_single_level_autograd_function():
+            return Differentiable.apply(*inputs)  # type: ignore[attr-defined]
 
     _library.impl(operator, differentiate, "Autograd")
 
@@ -133,6 +140,25 @@ for _name, _save in (
 ):
     _register_gradient(_name, _name, _save, _backward(_name))
     _register_gradient(f"{_name}_backward", _name, lambda *_: None, _no_second_derivative(_name))
+
+
+# ---- vmap ----
+
+
+def _mapped(operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+    """The operator over a further dimension of its inputs, in `in_dims`, which is made part of the batch."""
+    first = [
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(inputs, in_dims, strict=True)
+    ]
+    results = call(operator, *(x.flatten(0, 1) for x in first))
+    of_samples = tree_map(lambda x: x.unflatten(0, first[0].shape[:2]), results)
+    return of_samples, tree_map(lambda _: 0, results)
+
+
+for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
+    for _operator in (_name, f"{_name}_backward"):
+        torch.library.register_vmap(f"ccnet::{_operator}", partial(_mapped, getattr(torch.ops.ccnet, _operator)))
 
 
 # ---- autocast ----

@@ -10,6 +10,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import reference
 from .functional import activated_batch_norm, check_invertible
 
+# torch.fx makes one node of a call.
+torch.fx.wrap("activated_batch_norm")
+torch.fx.wrap("_check_channels")
+
+
+def _check_channels(x: Tensor, channels: int) -> None:
+    if not torch.jit.is_tracing() and (x.dim() < 2 or x.shape[1] != channels):  # sizes are tensors while it traces
+        raise ValueError(f"x: expected shape [N, {channels}, ...], got {list(x.shape)}")
+
 
 class ABN(_BatchNorm):
     """Batch norm followed by an activation: z = activation(xhat * (|weight| + eps) + bias).
@@ -84,6 +93,10 @@ class ABN(_BatchNorm):
             "drop its activation; use InPlaceABNSync, or libs.to_batchnorm first"
         )
 
+    def __dir__(self) -> list[str]:
+        # torch.jit.trace reads every attribute.
+        return [name for name in super().__dir__() if name != "num_batches_tracked"]
+
     def reset_running_stats(self) -> None:
         """Reset the running mean to 0, the running variance to 1, and the number of batches."""
         self.running_mean.zero_()
@@ -96,8 +109,7 @@ class ABN(_BatchNorm):
         Raises:
             ValueError, NotImplementedError: as `activated_batch_norm`.
         """
-        if x.dim() < 2 or x.shape[1] != self.num_features:
-            raise ValueError(f"x: expected shape [N, {self.num_features}, ...], got {list(x.shape)}")
+        _check_channels(x, self.num_features)
         return activated_batch_norm(
             x,
             self.weight,

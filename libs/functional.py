@@ -52,7 +52,7 @@ def activated_batch_norm(
         in_place: whether z is written over x, which must not be used afterwards. Then x must not be a leaf that
             requires a gradient, and its elements must not share memory; and PyTorch raises an error in the backward
             pass if the operation that produced x needs it. The reference has the same conditions, but does not
-            overwrite x.
+            overwrite x; neither does native code while torch.compile or activation checkpointing runs it.
         residual: same shape, dtype and device as x; None for 0. The backward pass keeps it, and recovers the sum
             without it as a difference, to the absolute accuracy of the larger numbers.
 
@@ -64,6 +64,9 @@ def activated_batch_norm(
             computation is not possible; the message names the argument.
         NotImplementedError: second or forward-mode derivatives, or vmap, are requested of native code.
     """
+    settings = (training, momentum, eps, activation, slope, group, residual)
+    if torch.jit.is_tracing():  # sizes are tensors then, and what it makes cannot hold a torch.autograd.Function
+        return reference.activated_batch_norm(x, weight, bias, running_mean, running_var, *settings)
     _check(x, weight, bias, running_mean, running_var)
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
         raise ValueError(
@@ -81,9 +84,7 @@ def activated_batch_norm(
     if in_place:
         _check_in_place(x, activation, slope)
     if not in_native_code:
-        return reference.activated_batch_norm(
-            x, weight, bias, running_mean, running_var, training, momentum, eps, activation, slope, group, residual
-        )
+        return reference.activated_batch_norm(x, weight, bias, running_mean, running_var, *settings)
     with torch.no_grad():
         if training:
             statistics = call(torch.ops.ccnet.abn_statistics, x)
@@ -93,9 +94,7 @@ def activated_batch_norm(
         else:  # running statistics in the form of `abn_statistics`, with a count of 1
             mean = running_mean.double()
             statistics = torch.stack([torch.ones_like(mean), mean, running_var.double()])
-    # In compiled code x may be an input of the graph, and PyTorch 2.14 loses the gradient of an input that is
-    # overwritten. So z gets its own memory there; the compiler frees that of x.
-    in_place = in_place and not torch.compiler.is_compiling()
+    in_place = in_place and not _is_input_kept()
     accumulated_in = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = (p if p is None else p.to(accumulated_in) for p in (weight, bias))
     constants = (eps, activation, float(slope))
@@ -192,6 +191,18 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> None:
         raise NotImplementedError(_NOT_IN_NATIVE_CODE.format("batching rule for vmap"))
+
+
+def _is_input_kept() -> bool:
+    """Whether somebody may need x as it is, so that z gets memory of its own.
+
+    In compiled code x may be an input of the graph, and PyTorch 2.14 loses the gradient of an input that is
+    overwritten; the compiler frees x. Activation checkpointing, known by its hooks on saved tensors, runs the forward
+    pass again from x.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _of_all(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:

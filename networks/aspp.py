@@ -33,5 +33,5 @@ class ASPPModule(Head):
         self.bottleneck = classifier(5 * channels, in_channels // 4, num_classes, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = self.pooling(x).expand(-1, -1, *x.shape[2:])
+        mean = self.pooling(x).expand(-1, -1, x.shape[2], x.shape[3])
         return self.bottleneck(torch.cat([mean, *(branch(x) for branch in self.branches)], dim=1))

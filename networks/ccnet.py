@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from .config import NetworkConfig
@@ -51,7 +50,7 @@ def build_model(
     head: str = NetworkConfig.head,
     ccl: bool = NetworkConfig.ccl,
 ) -> CCNet:
-    """Build CCNet, in channels_last memory format.
+    """Build CCNet. Its weights are contiguous; with `.to(memory_format=torch.channels_last)` it is faster.
 
     Args:
         backbone: its name; or a NetworkConfig, in place of all arguments.
@@ -67,4 +66,4 @@ def build_model(
         config = backbone
     else:
         raise ValueError(f"expected a NetworkConfig alone, got other arguments beside {backbone}")
-    return CCNet(config).to(memory_format=torch.channels_last)
+    return CCNet(config)

@@ -36,11 +36,18 @@ class BatchDropout2d(nn.Dropout2d):
         """[N, C, H, W] to the same: each channel is zeroed with probability p, otherwise multiplied by 1 / (1 - p)."""
         if not self.training or self.p == 0:
             return x
-        images, batch_size = self.shard or (range(x.shape[0]), x.shape[0])
-        if len(images) != x.shape[0]:
-            raise ValueError(f"x: expected {len(images)} of the batch's {batch_size} images, got {list(x.shape)}")
-        numbers = torch.rand(batch_size, x.shape[1], 1, 1, device=x.device)[images.start : images.stop]
-        return x * ((numbers >= self.p).to(x.dtype) / (1 - self.p))
+        return _drop_channels(x, self.p, self.shard)
+
+
+torch.fx.wrap("_drop_channels")  # torch.fx makes one node of it
+
+
+def _drop_channels(x: Tensor, p: float, shard: BatchShard | None) -> Tensor:
+    images, batch_size = shard or (range(x.shape[0]), x.shape[0])
+    if len(images) != x.shape[0]:
+        raise ValueError(f"x: expected {len(images)} of the batch's {batch_size} images, got {list(x.shape)}")
+    numbers = torch.rand(batch_size, x.shape[1], 1, 1, device=x.device)[images.start : images.stop]
+    return x * ((numbers >= p).to(x.dtype) / (1 - p))
 
 
 def conv3x3_and_norm(in_channels: int, out_channels: int) -> nn.Sequential:

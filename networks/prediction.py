@@ -12,7 +12,8 @@ class PredictionNetwork(nn.Module):
     """A copy of the network in evaluation mode, without the parts that only training needs.
 
     Batch norms are folded into the preceding convolutions, the auxiliary head and the features for the category
-    consistent loss are dropped, and activations and sums are computed in place. `model` is not changed.
+    consistent loss are dropped, and activations and sums are computed in place; its memory format is channels_last. No
+    parameter requires a gradient, and it stays in evaluation mode: `train()` changes nothing. `model` is not changed.
 
     Shape: images [N, 3, H, W] to [main logits], [N, num_classes, h, w], as the first of CCNet's.
     """
@@ -24,7 +25,10 @@ class PredictionNetwork(nn.Module):
         for module in self.network.modules():
             if isinstance(module, nn.ReLU):
                 module.inplace = True
+        self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "PredictionNetwork":
+        return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return [self.network.main_logits(images)]
+        return [self.network.main_logits(images)]

@@ -4,6 +4,10 @@ He et al., arXiv 1512.03385, with the dilation of the CCNet paper (section 4.2) 
 of three convolutions of the original. Parameters have the names of the ImageNet models that the original starts from.
 """
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libs import InPlaceABNSync
@@ -36,6 +40,17 @@ def _norm_and_sum(norm: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
     if isinstance(norm, InPlaceABNSync) and norm.activation == "identity":
         return norm(x) + shortcut  # norm(x, shortcut) would keep the shortcut for the backward pass
     return norm(x, shortcut)
+
+
+def _max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
+    """pool(x) of 3x3 pixels with stride 2, padding 1 and ceil_mode, which torch.export takes with sizes of any name.
+
+    PyTorch cannot prove that with ceil_mode the last window begins within the image, whatever its size, and restricts
+    named dimensions to sizes of the example's kind. While it exports, the same windows are those of a padded image.
+    """
+    if not torch.compiler.is_exporting():
+        return pool(x)
+    return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), pool.kernel_size, pool.stride, pool.padding)
 
 
 class BasicBlock(nn.Module):
@@ -145,7 +160,7 @@ class DilatedResNet(nn.Module):
         if self.three_convolutions:
             x = self.relu2(self.bn2(self.conv2(x)))
             x = self.relu3(self.bn3(self.conv3(x)))
-        layer3 = self.layer3(self.layer2(self.layer1(self.maxpool(x))))
+        layer3 = self.layer3(self.layer2(self.layer1(_max_pool(self.maxpool, x))))
         return layer3, self.layer4(layer3)
 
 

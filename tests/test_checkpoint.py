@@ -53,6 +53,14 @@ def test_a_snapshot_is_a_plain_state_dict_and_what_training_needs(tmp_path):
     assert torch.equal(torch.rand(3), drawn)
 
 
+def test_tensors_of_a_state_dict_are_contiguous(tmp_path):
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    path = save_snapshot(model, torch.optim.SGD(model.parameters()), tmp_path, 1, {})
+    saved = torch.load(path, weights_only=True)["weight"]
+    assert saved.is_contiguous()
+    assert torch.equal(saved, model.weight)
+
+
 def test_every_state_dict_is_kept_and_two_training_states(tmp_path):
     model, optimizer = trained()
     for step in (5, 10, 100):

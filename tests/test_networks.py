@@ -113,6 +113,13 @@ def test_the_activation_of_a_sum_is_behind_the_sum(backbone):
     torch.testing.assert_close(block(x), out, rtol=1e-3, atol=1e-4)
 
 
+def test_weights_are_contiguous_and_the_copy_for_prediction_is_channels_last():
+    model = build_model("resnet18")
+    assert all(tensor.is_contiguous() for tensor in model.state_dict().values())
+    weights = [tensor for tensor in PredictionNetwork(model).state_dict().values() if tensor.dim() == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
 def test_output_is_at_an_eighth(resnet101):
     main, auxiliary = resnet101(torch.zeros(1, 3, 769, 769, device="meta"))
     assert main.shape == auxiliary.shape == (1, 19, 97, 97)
@@ -163,6 +170,14 @@ def test_the_copy_for_prediction_gives_the_main_logits(backbone, activation):
     assert not logits.requires_grad
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_the_copy_for_prediction_stays_in_evaluation_mode():
+    network = PredictionNetwork(build_model("resnet18"))
+    assert not any(module.training for module in network.modules())
+    nn.Sequential(network).train()
+    assert network.train() is network
+    assert not any(module.training for module in network.modules())
 
 
 @pytest.mark.parametrize(

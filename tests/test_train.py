@@ -449,7 +449,7 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(criterion):
 
 def test_the_optimizer_is_sgd():
     """On channels_last weights too, whose momentum has to have their layout."""
-    networks = [build_model("resnet18") for _ in range(2)]
+    networks = [build_model("resnet18").to(memory_format=torch.channels_last) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
     plain = torch.optim.SGD(networks[0].parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     for model, optimizer in zip(networks, (plain, make_optimizer(networks[1], 0.1, 0.9, 0.1)), strict=True):

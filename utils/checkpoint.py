@@ -10,6 +10,7 @@ read.
 """
 
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -42,7 +43,9 @@ _TRAINING_TYPES: dict[str, type | tuple[type, ...]] = {
 _DIRECTORY = 0x10
 # Prefix of the temporary files.
 _WRITING = ".writing-"
-# Key of the network's description in the metadata of a state dict.
+_SAFETENSORS = ".safetensors"
+_NO_SAFETENSORS = "expected the package safetensors for such files, found none: pip install safetensors"
+# Key of the network's description in the metadata of a state dict, and of a .safetensors file.
 _DESCRIPTION = "ccnet"
 # How many .training.pth files are kept if all state dicts are: the newest, and one to fall back on.
 _TRAINING_KEPT = 2
@@ -190,7 +193,8 @@ def save_snapshot(
         raise ValueError(f"keep: expected 1 or more, got {keep}")
     path = snapshot_path(folder, step)
     # On the CPU, so that the file loads on a machine without this GPU.
-    state_dict = described({name: tensor.cpu() for name, tensor in model.state_dict().items()}, description)
+    state_dict = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state_dict = described(state_dict, description)
     device = next(model.parameters()).device
     training = {
         "version": _TRAINING_VERSION,
@@ -343,12 +347,14 @@ def restore_generators(training: dict[str, Any], device: torch.device) -> None:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a state dict, a mapping of names to tensors, without running any code in the file.
 
-    It may be nested, as in {"state_dict": ..., "epoch": ...}, if it is the only one in the file.
+    It may be nested, as in {"state_dict": ..., "epoch": ...}, if it is the only one in the file. A file whose name ends
+    in .safetensors is read by the package safetensors.
 
     Raises:
-        CheckpointError: the file is missing, no checkpoint, or holds none or several state dicts.
+        CheckpointError: the file is missing, no checkpoint, or holds none or several state dicts, or the package is
+            missing.
     """
-    content = _load(path)
+    content = _load_safetensors(path) if path.suffix == _SAFETENSORS else _load(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a state dict (names to tensors), found {type(content).__name__}")
     found = _state_dicts(content)
@@ -361,6 +367,39 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         what = f"other entries: {', '.join(entries[:8])}" if entries else "nothing in it"
         raise CheckpointError(f"{path}: expected a state dict (names to tensors), found {what}")
     return next(iter(found.values()))
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of the file, `described` by its metadata."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise CheckpointError(f"{path}: {_NO_SAFETENSORS}") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+            text = (file.metadata() or {}).get(_DESCRIPTION, "null")
+        return described(state, json.loads(text))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: expected a checkpoint, there is no such file") from error
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: expected a safetensors file, cannot read it as one: {error}") from error
+
+
+def write_safetensors(state: dict[str, Tensor], path: Path, description: dict[str, Any] | None) -> None:
+    """Write a state dict, with a description of its network in the file's metadata, in JSON.
+
+    Raises:
+        CheckpointError: it cannot be written, or the package safetensors is missing.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise CheckpointError(f"{path}: {_NO_SAFETENSORS}") from error
+    metadata = {"format": "pt"} | ({} if description is None else {_DESCRIPTION: json.dumps(description)})
+    content = save({name: tensor.contiguous() for name, tensor in state.items()}, metadata)
+    with written_aside(path, lambda file: file.write(content)) as (temporary, _):
+        put(temporary, path)
 
 
 def _state_dicts(content: dict, name: str = "") -> dict[str, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from networks import CCNet, PredictionNetwork, StateDictError, build_model, load
 
 from .checkpoint import read_state_dict
 from .inference import multi_scale, sliding_predictor
-from .network_file import find_network
+from .network_file import SavedNetwork, find_network
 
 
 class Model:
@@ -69,6 +69,27 @@ def _pixels(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     return image if image.ndim == 3 else np.stack([image] * 3, axis=2)
 
 
+def load_network(path: Path, recurrence: int | None = None) -> tuple[CCNet, SavedNetwork]:
+    """The network of a snapshot, on the CPU, and what is known of it; see `load_model`.
+
+    Args:
+        recurrence: R, in place of that with which it was trained.
+
+    Raises:
+        CheckpointError: the snapshot or network.json cannot be read.
+        StateDictError: the weights are of another network.
+    """
+    state = read_state_dict(path)
+    found = find_network(path, state)
+    if found is None:
+        raise StateDictError(f"{path}: expected the weights of CCNet, found {', '.join(list(state)[:3])}, ...")
+    if recurrence is not None:
+        found = found._replace(config=replace(found.config, recurrence=recurrence))
+    network = build_model(found.config)
+    load_state(network, state, str(path))
+    return network, found
+
+
 def load_model(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -90,16 +111,10 @@ def load_model(
         StateDictError: the weights are of another network.
         DatasetError: the classes are not known, or their number is not the network's.
     """
-    path = Path(path)
-    state = read_state_dict(path)
-    found = find_network(path, state)
-    if found is None:
-        raise StateDictError(f"{path}: expected the weights of CCNet, found {', '.join(list(state)[:3])}, ...")
+    network, found = load_network(Path(path), recurrence)
     config = found.config
     classes = classes or found.classes or (CITYSCAPES if config.num_classes == len(CITYSCAPES) else None)
     if classes is None or len(classes) != config.num_classes:
         given = f"{classes.name} with {len(classes)}" if classes else "none"
         raise DatasetError(f"{path}: expected a class table of its {config.num_classes} classes, found {given}")
-    network = build_model(config if recurrence is None else replace(config, recurrence=recurrence))
-    load_state(network, state, str(path))
     return Model(network.to(device), classes)

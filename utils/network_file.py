@@ -44,14 +44,19 @@ class SavedNetwork(NamedTuple):
     source: str
     known: tuple[str, ...] = _NAMES
 
+    @property
+    def is_described(self) -> bool:
+        """Whether a description says it, and not shapes alone, which do not say everything."""
+        return self.known == _NAMES
+
 
 def network_path(folder: Path) -> Path:
     return folder / "network.json"
 
 
-def describe(config: NetworkConfig, classes: ClassTable) -> dict[str, Any]:
+def describe(config: NetworkConfig, classes: ClassTable | None) -> dict[str, Any]:
     """What travels with a state dict, the content of network.json."""
-    return asdict(config) | {"classes": plain_classes(classes)}
+    return asdict(config) | {"classes": None if classes is None else plain_classes(classes)}
 
 
 def save_network(config: NetworkConfig, classes: ClassTable, folder: Path) -> None:
