@@ -480,7 +480,8 @@ def test_a_gpu_that_the_library_has_no_code_for_runs_plain_pytorch(monkeypatch):
         get_device_capability=lambda index: (6, 0),
     )
     operators = types.SimpleNamespace(ccnet=types.SimpleNamespace(cuda_architecture=architecture))
-    monkeypatch.setattr(native, "torch", types.SimpleNamespace(cuda=gpus, ops=operators, device=torch.device))
+    fake = types.SimpleNamespace(cuda=gpus, ops=operators, device=torch.device, compiler=torch.compiler)
+    monkeypatch.setattr(native, "torch", fake)
     monkeypatch.setattr(native, "WHY_NOT", {"cpu": None, "cuda": None})
     monkeypatch.setattr(native, "_architectures", {})
     assert native.runs_on(torch.device("cuda", 0))
