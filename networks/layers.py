@@ -1,5 +1,6 @@
 """Layers that several parts of the network use."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -86,7 +87,20 @@ class Head(nn.Module):
 
 
 class AttentionHead(Head):
-    """A head that attends, and then classifies the features together with the result of the attention."""
+    """A head that reduces the channels to a quarter, attends, and classifies the features together with the result.
+
+    Args:
+        name: of the attention among the children.
+        attention: makes it for a number of channels.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, name: str, attention: Callable[[int], nn.Module]):
+        super().__init__()
+        channels = in_channels // 4
+        self.conva = conv3x3_and_norm(in_channels, channels)
+        self.add_module(name, attention(channels))
+        self.convb = conv3x3_and_norm(channels, channels)
+        self.bottleneck = classifier(in_channels + channels, channels, num_classes)
 
     def attended(self, x: Tensor) -> Tensor:
         """The result of the attention, [N, in_channels // 4, H, W]."""
@@ -94,7 +108,7 @@ class AttentionHead(Head):
 
     def classified(self, x: Tensor, attended: Tensor) -> Tensor:
         """The logits, [N, num_classes, H, W]."""
-        raise NotImplementedError
+        return self.bottleneck(torch.cat([x, self.convb(attended)], dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classified(x, self.attended(x))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import AttentionHead, classifier, conv3x3_and_norm
+from .layers import AttentionHead
 
 
 class NonLocalBlock(nn.Module):
@@ -38,13 +38,10 @@ class NonLocalModule(AttentionHead):
     Shape: [N, in_channels, H, W] to [N, num_classes, H, W].
     """
 
+    non_local: NonLocalBlock
+
     def __init__(self, in_channels: int, num_classes: int):
-        super().__init__()
-        channels = in_channels // 4
-        self.conva = conv3x3_and_norm(in_channels, channels)
-        self.non_local = NonLocalBlock(channels)
-        self.convb = conv3x3_and_norm(channels, channels)
-        self.bottleneck = classifier(in_channels + channels, channels, num_classes)
+        super().__init__(in_channels, num_classes, "non_local", NonLocalBlock)
 
     @property
     def gamma(self) -> nn.Parameter:
@@ -52,6 +49,3 @@ class NonLocalModule(AttentionHead):
 
     def attended(self, x: Tensor) -> Tensor:
         return self.non_local(self.conva(x))
-
-    def classified(self, x: Tensor, attended: Tensor) -> Tensor:
-        return self.bottleneck(torch.cat([x, self.convb(attended)], dim=1))

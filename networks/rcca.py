@@ -1,11 +1,10 @@
 """The recurrent criss-cross attention head (paper, section 3.3 and figure 2)."""
 
-import torch
 from torch import Tensor, nn
 
 from cc_attention import CrissCrossAttention
 
-from .layers import AttentionHead, classifier, conv3x3_and_norm
+from .layers import AttentionHead
 
 
 class RCCAModule(AttentionHead):
@@ -20,14 +19,11 @@ class RCCAModule(AttentionHead):
     Shape: [N, in_channels, H, W] to [N, num_classes, H, W].
     """
 
+    cca: CrissCrossAttention
+
     def __init__(self, in_channels: int, num_classes: int, recurrence: int):
-        super().__init__()
+        super().__init__(in_channels, num_classes, "cca", CrissCrossAttention)
         self.recurrence = recurrence
-        channels = in_channels // 4
-        self.conva = conv3x3_and_norm(in_channels, channels)
-        self.cca = CrissCrossAttention(channels)
-        self.convb = conv3x3_and_norm(channels, channels)
-        self.bottleneck = classifier(in_channels + channels, channels, num_classes)
 
     @property
     def gamma(self) -> nn.Parameter:
@@ -38,6 +34,3 @@ class RCCAModule(AttentionHead):
         for _ in range(self.recurrence):
             out = self.cca(out)
         return out
-
-    def classified(self, x: Tensor, attended: Tensor) -> Tensor:
-        return self.bottleneck(torch.cat([x, self.convb(attended)], dim=1))
