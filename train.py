@@ -221,7 +221,7 @@ def set_up(args: argparse.Namespace, world: World) -> Run:
     """Check flags and labels, build the network, and load the weights to start with or the snapshot to resume from."""
     images = images_per_part(args, world.size)
     check_memory(f"--batch-size {args.batch_size}", images // world.size, args.input_size)
-    args = run_network(args, world)
+    args, weights = run_network(args, world)
     items = find_items(args, training_split(args), need_labels=True)
     check_labels(items, args.classes)
     args.class_weights = run_class_weights(args, items, world)
@@ -233,7 +233,7 @@ def set_up(args: argparse.Namespace, world: World) -> Run:
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
     defaults = get_parser().parse_args([])
     defaults.classes = args.classes
-    first, resumed = start_or_resume(args, with_network(defaults, None), world, model, optimizer, scaler)
+    first, resumed = start_or_resume(args, with_network(defaults, None), weights, world, model, optimizer, scaler)
     if first > args.num_steps:
         raise CommandError(f"--start-iters {first}: expected at most --num-steps {args.num_steps}")
     model.train()

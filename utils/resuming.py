@@ -3,9 +3,10 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataset import Item, class_weights
 from networks import NetworkConfig, load_state
@@ -23,7 +24,7 @@ from .checkpoint import (
 )
 from .commandline import CommandError, plain_flags, with_network
 from .distributed import World
-from .network_file import find_network, read_network
+from .network_file import SavedNetwork, find_network, read_network
 from .training import poly_learning_rate
 
 # Flags that may differ on --resume: they affect devices, speed and logging, not what is learnt.
@@ -38,30 +39,40 @@ def run_flags(args: argparse.Namespace) -> dict:
     return {name: value for name, value in plain_flags(args).items() if name not in _FREE_FLAGS}
 
 
-def run_network(args: argparse.Namespace, world: World) -> argparse.Namespace:
+class Weights(NamedTuple):
+    """What --restore-from holds, and what is known of its network."""
+
+    state: dict[str, Tensor]
+    found: SavedNetwork | None
+
+
+def run_network(args: argparse.Namespace, world: World) -> tuple[argparse.Namespace, Weights | None]:
     """The command line with all network flags set: by default those of the run to resume, or else of --restore-from.
 
-    `--restore-from torchvision` is replaced by the path of the file. Only the main process reads and downloads.
+    `--restore-from torchvision` is replaced by the path of the file. Only the main process reads and downloads, and
+    returns the weights, if training begins with them.
 
     Raises:
         CommandError: a flag contradicts the weights, or torchvision's cannot be downloaded.
         CheckpointError: the weights or network.json cannot be read.
     """
     if not world.is_main:
-        return world.broadcast(None)
-    may_differ, found = ["recurrence", "ccl"], None
+        return world.broadcast(None), None
+    may_differ, found, weights = ["recurrence", "ccl"], None, None
     resuming = bool(training_steps(args.snapshot_dir))
     if resuming:
         found = read_network(args.snapshot_dir)
     elif args.restore_from is not None:
         args = argparse.Namespace(**vars(args) | {"restore_from": weights_path(args)})
-        found = find_network(args.restore_from, read_state_dict(args.restore_from))
+        state = read_state_dict(args.restore_from)
+        found = find_network(args.restore_from, state)
+        weights = Weights(state, found)
     if not resuming and (not args.ft or args.not_restore_last):  # what differs begins anew
         may_differ += ["num_classes", "head"]
     args = with_network(args, found, may_differ)
     if resuming:
         check_same_classes(args)
-    return world.broadcast(args)
+    return world.broadcast(args), weights
 
 
 def weights_path(args: argparse.Namespace) -> Path:
@@ -110,6 +121,7 @@ def check_same_classes(args: argparse.Namespace) -> None:
 def start_or_resume(
     args: argparse.Namespace,
     defaults: argparse.Namespace,
+    weights: Weights | None,
     world: World,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -119,10 +131,11 @@ def start_or_resume(
 
     Args:
         defaults: all flags at their defaults, for flags that did not exist yet when a run was started.
+        weights: from `run_network`.
 
     Returns the step, and whether the run is resumed.
     """
-    step, training = restore(args, defaults, model, optimizer) if world.is_main else (0, None)
+    step, training = restore(args, defaults, weights, model, optimizer) if world.is_main else (0, None)
     step, training = world.broadcast((step, training))
     world.broadcast_(list(model.state_dict().values()))
     if training is not None:
@@ -134,7 +147,11 @@ def start_or_resume(
 
 
 def restore(
-    args: argparse.Namespace, defaults: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer
+    args: argparse.Namespace,
+    defaults: argparse.Namespace,
+    weights: Weights | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[int, dict | None]:
     """Load weights and momentum. Returns the step, and the rest of the training state if the run is resumed."""
     steps = training_steps(args.snapshot_dir)
@@ -143,20 +160,19 @@ def restore(
             f"--snapshot-dir {args.snapshot_dir}: holds a run at step {steps[-1]}; add --resume to resume it, "
             "or give another folder"
         )
-    weights = lone_weights(args.snapshot_dir)
-    if weights is not None:
-        missing = weights.with_suffix(".training.pth").name
+    lone = lone_weights(args.snapshot_dir)
+    if lone is not None:
+        missing = lone.with_suffix(".training.pth").name
         raise CommandError(
-            f"--snapshot-dir {args.snapshot_dir}: holds {weights.name} but no {missing} (step, optimiser, random "
+            f"--snapshot-dir {args.snapshot_dir}: holds {lone.name} but no {missing} (step, optimiser, random "
             "generators), without which no run can be resumed, and a new one would overwrite the weights; to start a "
-            f"new run from them, give --restore-from {weights} and another --snapshot-dir"
+            f"new run from them, give --restore-from {lone} and another --snapshot-dir"
         )
     snapshot = newest_snapshot(args.snapshot_dir, lambda reason: print(f"warning: {reason}", file=sys.stderr))
     if snapshot is not None:
         return snapshot.step, resume(args, defaults, model, optimizer, snapshot)
-    if args.restore_from is not None:
-        state = read_state_dict(args.restore_from)
-        found = find_network(args.restore_from, state)
+    if weights is not None:
+        state, found = weights
         other_classes = found is not None and found.classes is not None and found.classes.names != args.classes.names
         restore_last = not args.not_restore_last and not other_classes
         left_out = load_state(model, state, str(args.restore_from), restore_last, as_start=not args.ft)
