@@ -41,7 +41,6 @@ from utils.commandline import (
     with_network,
 )
 from utils.distributed import World
-from utils.html_report import save_html_report
 from utils.inference import Predictor, multi_scale, sliding_predictor, whole_predictor
 from utils.launch import launch
 from utils.metrics import ConfusionMatrix
@@ -254,6 +253,8 @@ def evaluate(args: argparse.Namespace, world: World) -> int:
             print(f"gamma of the attention: {gamma:.4g} (with 0 it adds nothing)\n")
         print(f"report:       {output_dir / 'report.md'}, {output_dir / 'result.json'}")
         if args.report:
+            from utils.html_report import save_html_report  # which loads TensorBoard's writer, in more than a second
+
             facts = [network_line(args, found), f"{labelled} images of {args.data_dir}"]
             print(f"to look at:   {save_html_report(args, model, items, confusion, facts, output_dir)}")
     print(f"checkpoint:   {args.restore_from}")
