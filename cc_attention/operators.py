@@ -179,31 +179,12 @@ def _products(pixels: list[int], channels: int) -> int:
     return 2 * batch * math.prod(sizes) * sum(sizes) * channels
 
 
-@register_flop_formula(torch.ops.ccnet.criss_cross_attention)
-def _(query: list[int], key: list[int], value: list[int], **_: Any) -> int:
-    return _products(query, query[1] + value[1])
+def _register_operations(name: str, count: Callable[..., int]) -> None:
+    """Register the count of an operator by the shapes of its inputs; its backward pass has twice as many."""
+    register_flop_formula(getattr(torch.ops.ccnet, name))(lambda *shapes, **_: count(*shapes))
+    register_flop_formula(getattr(torch.ops.ccnet, f"{name}_backward"))(lambda grad, *shapes, **_: 2 * count(*shapes))
 
 
-@register_flop_formula(torch.ops.ccnet.criss_cross_attention_backward)
-def _(grad_out: list[int], query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
-    return 2 * _products(query, query[1] + value[1])
-
-
-@register_flop_formula(torch.ops.ccnet.ca_weight)
-def _(query: list[int], key: list[int], **_: Any) -> int:
-    return _products(query, query[1])
-
-
-@register_flop_formula(torch.ops.ccnet.ca_weight_backward)
-def _(grad_energy: list[int], query: list[int], key: list[int], **_: Any) -> int:
-    return 2 * _products(query, query[1])
-
-
-@register_flop_formula(torch.ops.ccnet.ca_map)
-def _(weight: list[int], value: list[int], **_: Any) -> int:
-    return _products(value, value[1])
-
-
-@register_flop_formula(torch.ops.ccnet.ca_map_backward)
-def _(grad_out: list[int], weight: list[int], value: list[int], **_: Any) -> int:
-    return 2 * _products(value, value[1])
+_register_operations("criss_cross_attention", lambda query, key, value, *_: _products(query, query[1] + value[1]))
+_register_operations("ca_weight", lambda query, key, *_: _products(query, query[1]))
+_register_operations("ca_map", lambda weight, value, *_: _products(value, value[1]))
