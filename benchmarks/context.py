@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from dataset import CITYSCAPES, IGNORE_LABEL
 from dataset.scenes import Scene, make_scene
 from dataset.transforms import normalise
-from networks.heads import build_head
 from utils.arguments import ArgumentParser
 from utils.criterion import upsample
 
-HEADS = ("none", "R=1", "R=2", "R=3", "psp", "aspp", "nonlocal")
+from .cost import HEADS, named_head
+
 _SIZE = 96
 _SCENES = {"training": 1600, "test": 300}
 _CLASSES = torch.tensor([CITYSCAPES.names.index("bus"), CITYSCAPES.names.index("truck")])
@@ -40,8 +40,7 @@ class ShallowNetwork(nn.Module):
         for in_channels, out_channels in ((3, 32), (32, 64), (64, 256)):
             layers += [nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), nn.ReLU()]
         self.backbone = nn.Sequential(*layers)
-        recurrence = int(head[2:]) if head.startswith("R=") else 0
-        self.head = build_head("rcca" if recurrence else head, 256, len(CITYSCAPES), recurrence)
+        self.head = named_head(head, 256, len(CITYSCAPES))
 
     def forward(self, images: Tensor) -> Tensor:
         return upsample(self.head(self.backbone(images / 64)), images.shape[2:])

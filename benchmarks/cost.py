@@ -16,15 +16,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from cc_attention import CrissCrossAttention
 from networks.heads import build_head
+from networks.layers import Head
 from networks.non_local import NonLocalBlock
 from utils.arguments import ArgumentParser
 
 from .measuring import (
+    Case,
+    Repeated,
     Work,
     add_fresh_memory,
     begin,
@@ -44,64 +46,43 @@ PUBLISHED = {"R=1": ("8.3", "-"), "R=2": ("16.5", "127"), "nonlocal": ("108", "1
 _PLOTTED_SIDES = (33, 49, 65, 97, 129)
 
 
-class Repeated(nn.Module):
-    """Criss-cross attention, R times."""
-
-    def __init__(self, channels: int, recurrence: int):
-        super().__init__()
-        self.cca = CrissCrossAttention(channels)
-        self.recurrence = recurrence
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(self.recurrence):
-            x = self.cca(x)
-        return x
-
-
 def build(part: str, name: str, features: int) -> tuple[nn.Module, int]:
     """The module, and the channels of its input."""
-    recurrence = int(name[2:]) if name.startswith("R=") else 0
     if part == "head":
-        return build_head("rcca" if recurrence else name, features, CLASSES, recurrence), features
+        return named_head(name, features, CLASSES), features
     channels = features // 4
-    return (Repeated(channels, recurrence) if recurrence else NonLocalBlock(channels)), channels
+    if name == "nonlocal":
+        return NonLocalBlock(channels), channels
+    return Repeated(CrissCrossAttention(channels), int(name[2:])), channels
 
 
-class Case:
-    """A module with an input, on a device."""
+def named_head(name: str, in_channels: int, num_classes: int) -> Head:
+    """A head by its name, or by R=... for that of criss-cross attention."""
+    recurrence = int(name[2:]) if name.startswith("R=") else 0
+    return build_head("rcca" if recurrence else name, in_channels, num_classes, recurrence)
 
-    def __init__(self, part: str, name: str, size: tuple[int, int], features: int, device: str):
-        with torch.device(device):
-            torch.manual_seed(0)
-            module, channels = build(part, name, features)
-            self.module = module.eval().to(memory_format=torch.channels_last)
-            self.x = torch.rand(1, channels, *size).to(memory_format=torch.channels_last).requires_grad_()
 
-    @torch.no_grad()
-    def forward(self) -> None:
-        self.module(self.x)
+def case_of(part: str, name: str, size: tuple[int, int], features: int, device: str) -> Case:
+    with torch.device(device):
+        torch.manual_seed(0)
+        module, channels = build(part, name, features)
+        x = torch.rand(1, channels, *size)
+    return Case(module.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last))
 
-    def forward_and_backward(self) -> None:
-        out = self.module(self.x)
-        out.backward(torch.ones_like(out))
 
-    def work(self, which: str) -> Work:
-        return self.forward if which == "forward" else self.forward_and_backward
+def work_of(case: Case, which: str) -> Work:
+    return case.forward if which == "forward" else case.forward_and_backward
 
 
 def gflops(part: str, name: str, size: tuple[int, int], features: int) -> float:
-    """Of the forward pass; nothing is computed."""
-    case = Case(part, name, size, features, "meta")
-    with FlopCounterMode(display=False) as counter:
-        case.forward()
-    return counter.get_total_flops() / 1e9
+    return case_of(part, name, size, features, "meta").gflops()
 
 
 def peak_of(args: argparse.Namespace, part: str, name: str, size: tuple[int, int], which: str) -> int:
     """`peak_bytes` of a pass, the second one, so that the gradients of the weights are there."""
-    case = Case(part, name, size, args.features, args.device)
-    case.work(which)()
-    return peak_bytes(args.device, case.work(which))
+    work = work_of(case_of(part, name, size, args.features, args.device), which)
+    work()
+    return peak_bytes(args.device, work)
 
 
 def megabytes(args: argparse.Namespace, part: str, name: str, size: tuple[int, int], which: str) -> float:
@@ -123,8 +104,8 @@ def times(
     args: argparse.Namespace, part: str, names: Sequence[str], size: tuple[int, int]
 ) -> dict[tuple[str, str], float]:
     """Milliseconds of each pass of each module, in turns."""
-    cases = {name: Case(part, name, size, args.features, args.device) for name in names}
-    works = {f"{name} {which}": cases[name].work(which) for name in names for which in PASSES}
+    cases = {name: case_of(part, name, size, args.features, args.device) for name in names}
+    works = {f"{name} {which}": work_of(cases[name], which) for name in names for which in PASSES}
     ms = take_turns(works, args.repeats, args.seconds, args.device)
     return {(name, which): ms[f"{name} {which}"] for name in names for which in PASSES}
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cc_attention import native
 from utils.arguments import ArgumentParser
@@ -58,6 +60,40 @@ def milliseconds(work: Work, device: str, clock: Callable[[], float] = time.perf
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+class Case:
+    """A module in evaluation mode with an input: its passes, as works."""
+
+    def __init__(self, module: nn.Module, x: Tensor):
+        self.module, self.x = module.eval(), x.requires_grad_()
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        self.module(self.x)
+
+    def forward_and_backward(self) -> None:
+        out = self.module(self.x)
+        out.backward(torch.ones_like(out))
+
+    def gflops(self) -> float:
+        """Of the forward pass; on the meta device nothing is computed."""
+        with FlopCounterMode(display=False) as counter:
+            self.forward()
+        return counter.get_total_flops() / 1e9
+
+
+class Repeated(nn.Module):
+    """A module, applied several times."""
+
+    def __init__(self, module: nn.Module, times: int):
+        super().__init__()
+        self.module, self.times = module, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = self.module(x)
+        return x
 
 
 def take_turns(

@@ -17,13 +17,12 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cc_attention import CrissCrossAttention3d
 from networks.non_local import NonLocalBlock
 from utils.arguments import ArgumentParser
 
-from .measuring import Work, add_fresh_memory, begin, print_machine, print_table, take_turns
+from .measuring import Case, Repeated, Work, add_fresh_memory, begin, print_machine, print_table, take_turns
 
 PASSES = (1, 2, 3)
 CHANNELS = 64
@@ -52,44 +51,21 @@ def reach_rows(sizes: list[Size]) -> Iterable[list[str]]:
         yield [name_of(size), f"{total}", *(f"{count} ({100 * count / total:.1f}%)" for count in reached)]
 
 
-class Case:
-    """An attention with a volume, on a device: R passes of criss-cross attention, or full attention for R = None."""
-
-    def __init__(self, size: Size, recurrence: int | None, device: str):
-        self.recurrence = recurrence
-        with torch.device(device):
-            torch.manual_seed(0)
-            module = NonLocalBlock(CHANNELS) if recurrence is None else CrissCrossAttention3d(CHANNELS)
-            x = torch.rand(1, CHANNELS, *size)
-        if recurrence is None:  # all positions in one plane, whose shape does not matter
-            self.module, self.x = module.to(memory_format=torch.channels_last), x.flatten(2, 3)
-            self.x = self.x.to(memory_format=torch.channels_last)
-        else:
-            self.module = module.to(memory_format=torch.channels_last_3d)
-            self.x = x.to(memory_format=torch.channels_last_3d)
-        self.x.requires_grad_()
-
-    def result(self) -> Tensor:
-        out = self.x
-        for _ in range(self.recurrence or 1):
-            out = self.module(out)
-        return out
-
-    def forward(self) -> None:
-        with torch.no_grad():
-            self.result()
-
-    def forward_and_backward(self) -> None:
-        out = self.result()
-        out.backward(torch.ones_like(out))
+def case_of(size: Size, recurrence: int | None, device: str) -> Case:
+    """R passes of criss-cross attention over a volume, or full attention for R = None."""
+    with torch.device(device):
+        torch.manual_seed(0)
+        module: nn.Module = NonLocalBlock(CHANNELS) if recurrence is None else CrissCrossAttention3d(CHANNELS)
+        x = torch.rand(1, CHANNELS, *size)
+    if recurrence is None:  # all positions in one plane, whose shape does not matter
+        form, x = torch.channels_last, x.flatten(2, 3)
+    else:
+        form, module = torch.channels_last_3d, Repeated(module, recurrence)
+    return Case(module.to(memory_format=form), x.to(memory_format=form))
 
 
 def gflops(size: Size, recurrence: int | None) -> float:
-    """Of the forward pass; nothing is computed."""
-    case = Case(size, recurrence, "meta")
-    with FlopCounterMode(display=False) as counter:
-        case.forward()
-    return counter.get_total_flops() / 1e9
+    return case_of(size, recurrence, "meta").gflops()
 
 
 def weights_of(size: Size, recurrence: int | None) -> int:
@@ -100,7 +76,7 @@ def weights_of(size: Size, recurrence: int | None) -> int:
 
 def cost_rows(args: argparse.Namespace) -> Iterable[list[str]]:
     for size in args.sizes:
-        cases = {recurrence: Case(size, recurrence, args.device) for recurrence in (*PASSES, None)}
+        cases = {recurrence: case_of(size, recurrence, args.device) for recurrence in (*PASSES, None)}
         works: dict[str, Work] = {}
         for recurrence, case in cases.items():
             works |= {f"{recurrence} forward": case.forward, f"{recurrence} both": case.forward_and_backward}
