@@ -127,7 +127,14 @@ ALL_BLOCKS = 2**63 - 1
 
 @contextmanager
 def emulated_gpu(
-    order="forward", seed=1, shared_bytes=163 * 1024, has_bfloat16=True, counting=False, last_blocks=ALL_BLOCKS
+    order="forward",
+    seed=1,
+    shared_bytes=163 * 1024,
+    cache_bytes=40 * 2**20,
+    multiprocessors=108,
+    architecture=80,
+    counting=False,
+    last_blocks=ALL_BLOCKS,
 ):
     """A context in which operators on CPU tensors run on an emulated GPU with these properties.
 
@@ -135,22 +142,21 @@ def emulated_gpu(
     """
     library = _library()
 
-    def set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks):
-        library.emulator_set(
-            ORDERS.index(order),
-            ctypes.c_uint64(seed),
-            shared_bytes,
-            int(has_bfloat16),
-            int(counting),
-            ctypes.c_int64(last_blocks),
-        )
-
     def take_counters() -> Counters:
         counters = Counters()
         library.emulator_take_counters(ctypes.byref(counters))
         return counters
 
-    set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks)
+    library.emulator_set(
+        ORDERS.index(order),
+        ctypes.c_uint64(seed),
+        shared_bytes,
+        cache_bytes,
+        multiprocessors,
+        architecture,
+        int(counting),
+        ctypes.c_int64(last_blocks),
+    )
     take_counters()
     instead = torch.library.Library("ccnet", "IMPL")
     for operator in OPERATORS:
@@ -159,10 +165,10 @@ def emulated_gpu(
         yield take_counters
     finally:
         instead._destroy()
-        set_options("forward", 1, 163 * 1024, True, False, ALL_BLOCKS)
+        library.emulator_reset()
 
 
-def launches() -> dict[str, tuple[int, int]]:
-    """Threads per block and bytes of shared memory of every kernel launched so far, by name."""
+def take_launches() -> dict[str, tuple[int, int]]:
+    """Threads per block and bytes of shared memory of every kernel launched since the last call, by name."""
     lines = _library().emulator_launches().decode().splitlines()
     return {name: (int(threads), int(shared)) for name, threads, shared in (line.split("|") for line in lines)}

@@ -53,8 +53,6 @@ EMULATOR_INTERNAL T __shfl_xor_sync(unsigned mask, T x, int bits, EMULATOR_HERE)
   return lane.out;
 }
 
-inline float __expf(float x) { return std::exp(x); }
-
 #define __launch_bounds__(...)
 #undef __shared__
 #define __shared__ static_assert(false, "shared memory comes from SharedCarver");
@@ -75,6 +73,7 @@ struct SharedCarver {
   size_t used = 0;
 };
 
+inline float exp2_approximate(float x) { return std::exp2(x); }
 inline int unknown(int x) { return x; }
 
 template <class T>
@@ -242,11 +241,11 @@ void mma_m16n8k16(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a
 // ---- launching ----
 
 struct Device {
-  int shared_bytes;
-  bool has_bfloat16;
+  int shared_bytes, cache_bytes, multiprocessors, architecture;
 };
 inline cudaError_t device_of_this_thread(Device& device) {
-  device = {emulator::options.shared_bytes, emulator::options.has_bfloat16};
+  const auto& options = emulator::options;
+  device = {options.shared_bytes, options.cache_bytes, options.multiprocessors, options.architecture};
   return cudaSuccess;
 }
 inline std::string text_of(cudaError_t) { return emulator::last_error; }

@@ -35,7 +35,9 @@ struct Options {
   Order order = Order::forward;
   uint64_t seed = 1;
   int shared_bytes = 163 * 1024;  // that a block can opt in to; 64 KB on sm_75, 163 on sm_80, 99 on sm_86, 227 on sm_90
-  bool has_bfloat16 = true;
+  int cache_bytes = 40 * 1024 * 1024;  // L2
+  int multiprocessors = 108;
+  int architecture = 80;  // 75 for sm_75
   bool counting = false;
   int64_t last_blocks = INT64_MAX;  // run only that many of a grid, for maps that are too large to compute
 };
