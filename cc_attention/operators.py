@@ -73,7 +73,7 @@ def _(grad_out: Tensor, weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _save_attention(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, residual, gamma = (*inputs, None, None)[:5]
+    query, key, value, _, gamma = (*inputs, None, None)[:5]
     _, largest, sum_ = output
     ctx.save_for_backward(query, key, value, largest, sum_, gamma)  # neither the result nor the residual
     ctx.mark_non_differentiable(largest, sum_)

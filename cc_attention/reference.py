@@ -68,8 +68,7 @@ def criss_cross_attention(
 ) -> Tensor:
     """`ca_map` with the softmax of `ca_weight` over each path as weights; with a residual, residual + gamma * that.
 
-    query, key: [N, C', H, W], value, residual: [N, C, H, W], gamma: [1]. Returns [N, C, H, W]. Or the same with D, as in
-    `ca_weight`.
+    query, key: [N, C', H, W], value, residual: [N, C, H, W], gamma: [1]. Returns [N, C, H, W]. Or the same with D.
     """
     attended = ca_map(ca_weight(query, key).softmax(dim=1), value)
     if residual is None or gamma is None:

@@ -88,7 +88,7 @@ DEVICES = {"sm_75": {"shared_bytes": 64 * 1024, "architecture": 75}, "sm_80": {}
 
 @pytest.fixture(scope="module")
 def launched_on() -> dict[str, dict[str, tuple[int, int]]]:
-    """(threads a block, bytes of shared memory) by kernel, as launchers ask for them: on sm_75, and on all later ones."""
+    """(threads a block, bytes of shared memory) by kernel, as launchers ask for them, on sm_75 and on all later."""
     take_launches()
     launched = {}
     for name, device in DEVICES.items():
@@ -166,7 +166,7 @@ def test_instructions(architecture, resources, launched_on):
         assert not any(re.match(r"LDL|STL", instruction) for instruction in instructions), f"{name}: local memory"
         if not re.match(r"abn_(total|update|\w+_numbers)|abn_\w+<\w+, 1[,>]|change_layout", name):  # by element
             assert any(re.match(r"(LDG|LDGSTS)\..*128", x) for x in instructions), f"{name}: no loads of 16 bytes"
-        if ATTENTION.match(name):
+        if ATTENTION.match(name) and not name.startswith("plain_"):
             stores = {x.removesuffix(".SYS") for x in instructions if x.startswith("STG")}
             assert "STG.E.128" in stores, f"{name}: no stores of 16 bytes"
             assert stores <= {"STG.E.128", "STG.E.64", "STG.E"}, f"{name}: {stores}"  # these: numbers of the softmax
