@@ -107,8 +107,6 @@ class Counters(ctypes.Structure):
             "shared_conflicts",
             "ldmatrix_passes",
             "ldmatrix_conflicts",
-            "dram_loads",
-            "dram_stores",
         )
     ]
 
@@ -132,6 +130,8 @@ class CountedLaunch(NamedTuple):
     shared_bytes: int
     parameters: bytes  # as they lie in a GPU's constant bank
     counters: Counters
+    from_memory: list[int]  # sectors that were not in the L2 cache, for each of the caches
+    to_memory: list[int]  # sectors that were written back
     alike: list[AlikeBlocks]
 
 
@@ -167,17 +167,17 @@ def emulated_gpu(
     has_bfloat16=True,
     counting=False,
     last_blocks=ALL_BLOCKS,
-    l2_bytes=0,
+    l2_bytes=(),
 ):
     """A context in which operators on CPU tensors run on an emulated GPU with these properties.
 
     Threads and blocks run in the given order. Yields a function that returns the launches counted since its last call.
-    With l2_bytes, what goes to memory behind an L2 cache of that size is counted too, from one such call to the next:
-    it begins empty, and at the call all that has changed in it is written.
+    What goes to memory behind L2 caches of these sizes is counted too, from one such call to the next: they begin empty,
+    and at the call all that has changed in them is written.
     """
     library = _library()
 
-    def set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks, l2_bytes):
+    def set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks):
         library.emulator_set(
             ORDERS.index(order),
             ctypes.c_uint64(seed),
@@ -185,18 +185,21 @@ def emulated_gpu(
             int(has_bfloat16),
             int(counting),
             ctypes.c_int64(last_blocks),
-            ctypes.c_int64(l2_bytes),
         )
 
+    def set_caches(*l2_bytes: int) -> None:
+        library.emulator_set_caches((ctypes.c_int64 * len(l2_bytes))(*l2_bytes), len(l2_bytes))
+
     def take_launches() -> list[CountedLaunch]:
-        def read(launch) -> CountedLaunch:
+        def read(launch: dict) -> CountedLaunch:
             alike = [AlikeBlocks(count, first, Counters(*counters)) for count, first, counters in launch.pop("alike")]
             parameters, counters = bytes(launch.pop("parameters")), Counters(*launch.pop("counters"))
             return CountedLaunch(**launch, parameters=parameters, counters=counters, alike=alike)
 
         return [read(launch) for launch in json.loads(library.emulator_take_launches())]
 
-    set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks, l2_bytes)
+    set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks)
+    set_caches(*l2_bytes)
     take_launches()
     instead = torch.library.Library("ccnet", "IMPL")
     for operator in OPERATORS:
@@ -205,7 +208,8 @@ def emulated_gpu(
         yield take_launches
     finally:
         instead._destroy()
-        set_options("forward", 1, 163 * 1024, True, False, ALL_BLOCKS, 0)
+        set_options("forward", 1, 163 * 1024, True, False, ALL_BLOCKS)
+        set_caches()
 
 
 def launches() -> dict[str, tuple[int, int]]:

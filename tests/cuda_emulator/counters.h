@@ -22,11 +22,9 @@ struct Counters {
   // Passes through shared memory that there had to be, and those beyond because lanes met in a bank
   uint64_t shared_passes, shared_conflicts;
   uint64_t ldmatrix_passes, ldmatrix_conflicts;
-  // Of the memory behind the L2 cache, if there is one: sectors that were not there, and changed ones that had to leave
-  uint64_t dram_loads, dram_stores;
 };
 inline Counters counters;  // of the launch
-inline L2 l2;
+inline std::vector<L2> l2_caches;  // of several sizes, which all see the same accesses
 
 // An access of the lanes of a warp. A lane that has nothing to do is not in `lanes`.
 struct Access {
@@ -98,7 +96,9 @@ EMULATOR_INTERNAL inline void count_global(const Access& access) {
   (loads ? counters.load_sectors : counters.store_sectors) += sectors;
   (loads ? counters.loads : counters.stores) += count > 0;
   for (unsigned i = 0; i < sectors; ++i) {
-    l2.access(sector[i], !loads);
+    for (L2& l2 : l2_caches) {
+      l2.access(sector[i], !loads);
+    }
   }
 }
 

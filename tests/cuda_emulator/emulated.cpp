@@ -4,54 +4,55 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT void emulator_set(int order, uint64_t seed, int shared_bytes, int has_bfloat16, int counting,
-                         int64_t last_blocks, int64_t l2_bytes) {
-  emulator::options = {static_cast<emulator::Order>(order),
-                       seed,
-                       shared_bytes,
-                       has_bfloat16 != 0,
-                       counting != 0,
-                       last_blocks,
-                       l2_bytes};
+                         int64_t last_blocks) {
+  emulator::options = {
+      static_cast<emulator::Order>(order), seed, shared_bytes, has_bfloat16 != 0, counting != 0, last_blocks};
+}
+EXPORT void emulator_set_caches(const int64_t* bytes, int count) {
+  emulator::l2_caches = std::vector<emulator::L2>(bytes, bytes + count);
 }
 
 static std::string text;  // that the last call returned
 
-static std::string json(const emulator::Counters& counters) {
-  std::string list;
-  for (size_t i = 0; i < sizeof counters / sizeof(uint64_t); ++i) {
-    list += (i > 0 ? "," : "[") + std::to_string(reinterpret_cast<const uint64_t*>(&counters)[i]);
+static std::string list(const uint64_t* numbers, size_t count) {
+  std::string result;
+  for (size_t i = 0; i < count; ++i) {
+    result += (i > 0 ? "," : "") + std::to_string(numbers[i]);
   }
-  return list + "]";
+  return "[" + result + "]";
+}
+static std::string list(const std::vector<uint64_t>& numbers) { return list(numbers.data(), numbers.size()); }
+static std::string list(const emulator::Counters& counters) {
+  return list(reinterpret_cast<const uint64_t*>(&counters), sizeof counters / sizeof(uint64_t));
 }
 
-// The launches that were counted since the last call, as JSON. The L2 cache is emptied: what was stored there last is
+// The launches that were counted since the last call, as JSON. L2 caches are emptied: what was stored there last is
 // written, on the account of the last launch.
 EXPORT const char* emulator_take_launches() {
-  emulator::l2.empty();
-  if (!emulator::counted_launches.empty()) {
-    emulator::counted_launches.back().counters.dram_stores += emulator::l2.stores;
+  for (size_t i = 0; i < emulator::l2_caches.size(); ++i) {
+    emulator::l2_caches[i].empty();
+    if (!emulator::counted_launches.empty()) {
+      emulator::counted_launches.back().to_memory[i] += std::exchange(emulator::l2_caches[i].stores, 0);
+    }
   }
-  emulator::l2.stores = 0;
-  text = "[";
+  text.clear();
   for (const auto& launch : emulator::counted_launches) {
-    text += (text.size() > 1 ? ",{" : "{");
+    text += (text.empty() ? "[{" : ",{");
     text += "\"kernel\":\"" + launch.kernel + "\",\"blocks\":" + std::to_string(launch.blocks) +
             ",\"threads\":" + std::to_string(launch.threads) +
-            ",\"shared_bytes\":" + std::to_string(launch.shared_bytes) + ",\"parameters\":[";
-    for (size_t i = 0; i < launch.parameters.size(); ++i) {
-      text += (i > 0 ? "," : "") + std::to_string(launch.parameters[i]);
-    }
-    text += "],\"counters\":" + json(launch.counters) + ",\"alike\":[";
-    bool first = true;
+            ",\"shared_bytes\":" + std::to_string(launch.shared_bytes) +
+            ",\"parameters\":" + list({launch.parameters.begin(), launch.parameters.end()}) +
+            ",\"counters\":" + list(launch.counters) + ",\"from_memory\":" + list(launch.from_memory) +
+            ",\"to_memory\":" + list(launch.to_memory) + ",\"alike\":[";
+    std::string alike;
     for (const auto& [key, blocks] : launch.alike) {
-      text += (first ? "[" : ",[") + std::to_string(blocks.count) + "," + std::to_string(blocks.first) + "," +
-              json(blocks.counters) + "]";
-      first = false;
+      alike += (alike.empty() ? "[" : ",[") + std::to_string(blocks.count) + "," + std::to_string(blocks.first) + "," +
+               list(blocks.counters) + "]";
     }
-    text += "]}";
+    text += alike + "]}";
   }
+  text += text.empty() ? "[]" : "]";
   emulator::counted_launches.clear();
-  text += "]";
   return text.c_str();
 }
 // "name|threads|bytes of shared memory" of every kernel that has been launched, a line each
@@ -66,8 +67,7 @@ EXPORT const char* emulator_launches() {
 // For the test of the cache: sectors by number, and which of the accesses are stores
 EXPORT void l2_run(int64_t bytes, const uint64_t* sectors, const unsigned char* stores, int64_t count,
                    uint64_t* sectors_from_memory_and_to_it) {
-  emulator::L2 cache;
-  cache.resize(bytes);
+  emulator::L2 cache(bytes);
   for (int64_t i = 0; i < count; ++i) {
     cache.access(sectors[i], stores[i] != 0);
   }

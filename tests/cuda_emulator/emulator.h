@@ -39,7 +39,6 @@ struct Options {
   bool has_bfloat16 = true;
   bool counting = false;
   int64_t last_blocks = INT64_MAX;  // run only that many of a grid, for maps that are too large to compute
-  int64_t l2_bytes = 0;             // of an L2 cache; 0: none
 };
 inline Options options;
 inline std::string last_error;
@@ -62,6 +61,7 @@ struct CountedLaunch {
   int threads, shared_bytes;
   std::vector<unsigned char> parameters;  // as a GPU's constant bank has them
   Counters counters;
+  std::vector<uint64_t> from_memory, to_memory;          // sectors, behind each of the caches
   std::map<std::array<uint64_t, 7>, AlikeBlocks> alike;  // by instructions
 };
 inline std::vector<CountedLaunch> counted_launches;
@@ -559,8 +559,7 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
   if (options.counting) {
     counters = {};
     counters.launches = 1;
-    l2.resize(options.l2_bytes);
-    counted_launches.push_back({name, static_cast<uint64_t>(blocks), threads, shared_bytes, {}, {}, {}});
+    counted_launches.push_back({name, static_cast<uint64_t>(blocks), threads, shared_bytes, {}, {}, {}, {}, {}});
     std::apply([](const auto&... value) { (add_parameter(counted_launches.back().parameters, value), ...); }, values);
   }
   auto call = [&] { std::apply(kernel, values); };
@@ -589,9 +588,11 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
     }
   }
   if (options.counting) {
-    counters.dram_loads = std::exchange(l2.loads, 0);
-    counters.dram_stores = std::exchange(l2.stores, 0);
     counted_launches.back().counters = counters;
+    for (L2& l2 : l2_caches) {
+      counted_launches.back().from_memory.push_back(std::exchange(l2.loads, 0));
+      counted_launches.back().to_memory.push_back(std::exchange(l2.stores, 0));
+    }
   }
   launches[name] = {threads, shared_bytes};
 #if defined(__SANITIZE_THREAD__)

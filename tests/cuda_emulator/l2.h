@@ -17,15 +17,8 @@ class L2 {
   static constexpr unsigned kLine = 128, kSectors = 4;
   uint64_t loads = 0, stores = 0;  // sectors that came from memory, and that went there
 
-  // Empties it if the size changes.
-  void resize(int64_t bytes) {
-    if (static_cast<uint32_t>(bytes / kLine) + 1 != lines_.size()) {
-      lines_.assign(bytes / kLine + 1, {});
-      places_.clear();
-      places_.reserve(lines_.size());
-      used_ = 0;
-    }
-  }
+  explicit L2(int64_t bytes) : lines_(bytes / kLine + 1) { places_.reserve(lines_.size()); }
+
   // Writes all that has changed and forgets everything.
   void empty() {
     for (uint32_t i = 1; i <= used_; ++i) {
@@ -36,9 +29,6 @@ class L2 {
     used_ = 0;
   }
   EMULATOR_INTERNAL void access(uintptr_t sector, bool stores_it) {
-    if (lines_.size() < 2) {
-      return;
-    }
     const uintptr_t address = sector / kSectors;
     const unsigned bit = 1u << sector % kSectors;
     auto [entry, is_new] = places_.try_emplace(address, 0);

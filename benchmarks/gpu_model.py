@@ -1,0 +1,290 @@
+"""A model of the time that CUDA kernels take, from what they issue and move: nothing here runs on a GPU.
+
+The machine code of every kernel is run on the CPU (benchmarks/sass), one block of each kind that a launch has. It has to
+do what the emulator counted of that block, as often and at the same addresses; else there is an error. A launch then
+takes as long as the longest of
+
+- memory: the bytes that pass the L2 cache, at the memory's full bandwidth;
+- tensor cores: their instructions on the multiprocessor that has most blocks;
+- issue: all instructions there, one a cycle for each of four schedulers, or the busiest unit's if that takes longer;
+- latency: one block by itself, whose warps issue in order and wait for operands and at barriers, times the rounds that
+  the busiest multiprocessor needs for its blocks.
+
+Left out are contention within these, instruction fetches, L2's own bandwidth, and clocks below boost. Expect +-40%.
+"""
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+from benchmarks.sass import WARP, Block, Instruction, Kernel, Launch, Memory, Operand, SassError, run_block, short
+
+SECTOR = 32  # bytes
+SCHEDULERS = 4  # a multiprocessor's; each has its own units but for shared memory
+# From one kernel's end to the next one's first instruction in a stream that has work queued. An estimate: 2 to 3 us are
+# usual in profiles of these GPUs.
+LAUNCH = 2.5e-6
+
+
+class Gpu(NamedTuple):
+    name: str
+    architecture: str
+    # NVIDIA's datasheets, and the whitepapers of the Ampere GA100, Hopper and Ada architectures
+    multiprocessors: int
+    clock: float  # Hz, boost
+    bandwidth: float  # bytes/s
+    l2_bytes: int
+    bfloat16: float  # FLOP/s, dense, tensor cores with float32 sums
+    float32: float  # FLOP/s, without tensor cores
+    # CUDA programming guide, table of compute capabilities: what a multiprocessor has
+    shared_bytes: int
+    warps: int
+    blocks: int
+    # Cycles for which a warp's instruction keeps its unit; CUDA programming guide, throughput of arithmetic instructions
+    fma: float  # float32; of integers, comparisons and logic it is 2 everywhere, of exp2 and 1/x 8
+    mma: float  # m16n8k16 on one of four tensor cores
+    # Cycles until a result can be used. Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
+    # Microbenchmarking" (arXiv 2402.13499), of the PCIe model for the H100
+    shared_latency: float
+    l2_latency: float
+    memory_latency: float
+
+
+GPUS = (
+    Gpu(
+        "A100 SXM 80 GB", "sm_80", 108, 1.41e9, 2039e9, 40 << 20, 312e12, 19.5e12, 164 << 10, 64, 32, 2, 8, 29, 262, 466
+    ),
+    # wgmma takes 4 cycles for as much; mma.sync reaches 63% of that, measured by Luo et al.
+    Gpu("H100 SXM", "sm_90", 132, 1.83e9, 3350e9, 50 << 20, 989.4e12, 66.9e12, 228 << 10, 64, 32, 1, 6.4, 29, 262, 479),
+    # With float32 sums its tensor cores run at half rate.
+    Gpu("RTX 4090", "sm_89", 128, 2.52e9, 1008e9, 72 << 20, 165.2e12, 82.6e12, 100 << 10, 48, 24, 1, 32, 30, 273, 542),
+)
+
+# Cycles until a result can be used: dependent arithmetic takes 4 (Abdelkhalik et al., "Demystifying the Nvidia Ampere
+# Architecture through Microbenchmarking and Instruction-level Analysis", arXiv 2208.11174); m16n8k16 33 (Sun et al.,
+# "Dissecting Tensor Cores via Microbenchmarks", arXiv 2206.02874). The rest are estimates of about this size.
+ARITHMETIC, TENSOR, SPECIAL, SHUFFLE, UNIFORM, BARRIER = 4, 33, 18, 23, 10, 20
+
+# The unit that an instruction needs, by name; all others take a slot of the scheduler only.
+UNITS = {
+    **dict.fromkeys(("FADD", "FMUL", "FFMA", "IMAD", "UIMAD"), "fma"),
+    **dict.fromkeys(("IADD3", "VIADD", "LOP3", "SHF", "SEL", "ISETP", "FSETP", "FSEL", "PRMT", "LEA", "IMNMX"), "alu"),
+    **dict.fromkeys(("FMNMX", "VIMNMX", "VIADDMNMX", "PLOP3", "P2R", "R2P", "IABS", "MOV", "CS2R", "F2FP"), "alu"),
+    **dict.fromkeys(("MUFU", "I2F", "F2I", "POPC"), "special"),
+    "HMMA": "mma",
+}
+GLOBAL, SHARED = ("LDG",), ("LDS", "LDSM", "SHFL")
+
+
+# ---- what is issued ----
+
+
+class BlocksRun(NamedTuple):
+    """One block of a launch and how many there are like it."""
+
+    count: int
+    block: Block
+
+
+# What the emulator counts under these names, and the machine code's instructions that do it
+MARKERS = {"mma": "HMMA", "ldmatrix": "LDSM", "copies": "LDGSTS", "barriers": "BAR", "shuffles": "SHFL"}
+
+
+def run_launch(launch, kernel: Kernel, memory: Memory) -> list[BlocksRun]:
+    """Run one of each kind of blocks of an emulation.CountedLaunch. SassError if it does not do what was counted."""
+    runs = []
+    for alike in launch.alike:
+        given = Launch(launch.blocks, launch.threads, launch.shared_bytes, launch.parameters)
+        block = run_block(kernel, given, alike.first, memory)
+        issued = issued_by_name(block)
+        found = {name: issued[instruction] for name, instruction in MARKERS.items()} | block.accesses
+        for name, count in found.items():
+            if count != (counted := getattr(alike.counters, name)):
+                raise SassError(
+                    f"{kernel.name} on {kernel.architecture}, block {alike.first}: {name} is {count} in its machine "
+                    f"code, but the emulator counted {counted}"
+                )
+        runs.append(BlocksRun(alike.count, block))
+    return runs
+
+
+def issued_by_name(block: Block) -> Counter[str]:
+    """Instructions that the block's warps issue."""
+    issued: Counter[str] = Counter()
+    for issue in block.trace:
+        issued[block.kernel.code[issue.index].name] += issue.warps.bit_count()
+    return issued
+
+
+# ---- a block by itself ----
+
+
+class Waits(NamedTuple):
+    """Of one block by itself: how long it takes, and for what its slowest warps wait, in cycles."""
+
+    cycles: float
+    global_loads: float  # for registers
+    copies: float  # to shared memory
+    shared_loads: float  # and shuffles
+    tensor_cores: float
+    barriers: float
+    exposed: int  # instructions that wait for a load or copy
+
+
+def registers_of(i: Instruction) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """What an instruction reads and writes, as (kind, number)."""
+
+    def several(x: Operand, count: int) -> list[tuple[str, int]]:
+        if x.kind in ("memory", "c"):
+            found = [("R", x.number + n) for n in range(2 if x.wide else 1)] if x.number != 255 else []
+            return found + ([("UR", x.uniform)] if x.uniform is not None else [])
+        unset = {"R": 255, "UR": 63, "P": 7, "UP": 7}.get(x.kind)
+        return [] if unset is None or x.number == unset else [(x.kind, x.number + n) for n in range(count)]
+
+    operands, words = i.operands, max(1, i.width() // 4)
+    results = 0 if i.base in ("STG", "STS", "LDGSTS", "BRA", "BAR", "EXIT", "RET", "CALL", "R2P") else 1
+    results += next((n for n, x in enumerate(operands[1:]) if x.kind not in ("P", "UP")), 0) if results else 0
+    if i.base == "SHFL":
+        results = 2
+    written, read = [], several(i.guard, 1) if i.guard else []
+    for n, x in enumerate(operands):
+        count = 1
+        if i.base == "HMMA":
+            count = (4, 4, 2, 4)[n]
+        elif i.base == "LDSM" and n == 0:
+            count = next((int(m) for m in i.modifiers if m in ("2", "4")), 1)
+        elif i.base in ("LDG", "LDS", "LDC", "STG", "STS"):
+            count = words if x.kind != "memory" else 1
+        elif (i.has("WIDE") and n in (0, len(operands) - 1)) or i.has("U64") or i.base == "CS2R":
+            count = 2
+        (written if n < results else read).extend(several(x, count))
+    return read, written
+
+
+def run_alone(block: Block, gpu: Gpu, from_memory: float) -> Waits:
+    """The block by itself on a multiprocessor. That share of global loads comes from memory, the rest from L2."""
+    code = block.kernel.code
+    operands = [registers_of(i) for i in code]
+    units = [UNITS.get(i.base) for i in code]
+    global_latency = gpu.l2_latency + from_memory * (gpu.memory_latency - gpu.l2_latency)
+    busy = {"fma": gpu.fma, "alu": 2, "special": 8, "mma": gpu.mma}
+    latency = {"mma": TENSOR, "special": SPECIAL}
+    loads = dict.fromkeys(GLOBAL, (global_latency, "global_loads"))
+    loads |= {"LDS": (gpu.shared_latency, "shared_loads"), "LDSM": (gpu.shared_latency, "shared_loads")}
+    loads |= {"SHFL": (SHUFFLE, "shared_loads")}
+    names = ("global_loads", "copies", "shared_loads", "tensor_cores", "barriers")
+
+    class Warp:
+        def __init__(self) -> None:
+            self.now, self.free, self.waited, self.exposed = 0.0, dict.fromkeys(busy, 0.0), dict.fromkeys(names, 0.0), 0
+            self.ready: dict[tuple[str, int], tuple[float, str]] = {}
+            self.copies, self.groups = 0.0, []  # when the copies since the last group, and those of groups, are there
+
+        def issue(self, n: int, acts: bool) -> None:
+            i, (read, written), unit = code[n], operands[n], units[n]
+            until, cause = max((self.ready.get(x, (0.0, "")) for x in (*read, *written)), default=(0.0, ""))
+            if i.base == "DEPBAR" and self.groups:
+                pending = i.operands[1].number if len(i.operands) > 1 else 0
+                done = self.groups[: len(self.groups) - pending]
+                until, cause = max([(until, cause), *((x, "copies") for x in done)])
+                self.groups = self.groups[len(done) :]
+            if until > self.now + 1 and cause:
+                self.waited[cause] += until - self.now - 1
+                self.exposed += cause != "tensor_cores"
+            self.now = max(self.now + 1, until, self.free.get(unit, 0.0))
+            if unit:
+                self.free[unit] = self.now + busy[unit]
+            after, cause = loads.get(i.base, (latency.get(unit, UNIFORM if i.base != i.name else ARITHMETIC), ""))
+            cause = cause or ("tensor_cores" if unit == "mma" else "")
+            for x in written if acts else ():
+                self.ready[x] = (self.now + after, cause)
+            if i.base == "LDGSTS" and acts:
+                self.copies = self.now + global_latency
+            elif i.base == "LDGDEPBAR":
+                self.groups.append(self.copies)
+
+    warps = [Warp() for _ in range(block.threads // WARP)]
+    at_barrier: list[Warp] = []
+    for issue in block.trace:
+        for w, warp in enumerate(warps):
+            if issue.warps >> w & 1:
+                warp.issue(issue.index, bool(issue.acting >> w & 1))
+                if code[issue.index].base == "BAR":
+                    at_barrier.append(warp)
+        if len(at_barrier) == len(warps):
+            then = max(warp.now for warp in warps) + BARRIER
+            for warp in at_barrier:
+                warp.waited["barriers"] += then - warp.now
+                warp.now = then
+            at_barrier = []
+    slowest = max(warps, key=lambda warp: warp.now)
+    return Waits(slowest.now, *(slowest.waited[name] for name in names), slowest.exposed)
+
+
+# ---- a launch ----
+
+
+def blocks_at_once(gpu: Gpu, threads: int, shared_bytes: int, registers: int) -> int:
+    """How many blocks a multiprocessor holds; 64 K registers, given out by 256, and 1 KB of shared memory a block."""
+    warps = threads // WARP
+    by_registers = 65536 // (-(-registers * WARP // 256) * 256 * warps)
+    by_shared = gpu.shared_bytes // (-(-shared_bytes // 128) * 128 + 1024)
+    return min(by_registers, by_shared, gpu.warps // warps, gpu.blocks)
+
+
+class LaunchModel(NamedTuple):
+    """What a launch is expected to do on a GPU. Times in seconds."""
+
+    kernel: str
+    blocks: int
+    warps: int  # of a block
+    at_once: int  # blocks on a multiprocessor
+    issued: Counter[str]  # by all warps
+    waits: Waits
+    memory: float
+    tensor_cores: float
+    issue: float
+    latency: float
+
+    @property
+    def time(self) -> float:
+        return LAUNCH + max(self.terms().values())
+
+    def terms(self) -> dict[str, float]:
+        return {"memory": self.memory, "mma": self.tensor_cores, "issue": self.issue, "latency": self.latency}
+
+
+def model_launch(gpu: Gpu, cache: int, launch, kernel: Kernel, runs: list[BlocksRun]) -> LaunchModel:
+    """`cache` is the number of the GPU's L2 cache among those of the emulator."""
+    issued: Counter[str] = Counter()
+    units: Counter[str] = Counter()
+    for count, block in runs:
+        for name, times in issued_by_name(block).items():
+            issued[name] += count * times
+            units[UNITS.get(name, "")] += count * times
+    busiest = math.ceil(launch.blocks / gpu.multiprocessors)  # blocks
+    share = busiest / launch.blocks / gpu.clock  # of the work in cycles, in seconds on the busiest multiprocessor
+    at_once = blocks_at_once(gpu, launch.threads, launch.shared_bytes, kernel.registers)
+    counters = launch.counters
+    shared = counters.shared_passes + counters.shared_conflicts + counters.ldmatrix_passes + counters.ldmatrix_conflicts
+    from_memory = launch.from_memory[cache] / counters.load_sectors if counters.load_sectors else 0
+    waits = max(run_alone(run.block, gpu, from_memory) for run in runs)
+    return LaunchModel(
+        short(launch.kernel),
+        launch.blocks,
+        launch.threads // WARP,
+        at_once,
+        issued,
+        waits,
+        memory=(launch.from_memory[cache] + launch.to_memory[cache]) * SECTOR / gpu.bandwidth,
+        tensor_cores=share * units["mma"] * gpu.mma / SCHEDULERS,
+        issue=share
+        * max(
+            issued.total() / SCHEDULERS,
+            units["fma"] * gpu.fma / SCHEDULERS,
+            units["alu"] * 2 / SCHEDULERS,
+            units["special"] * 8 / SCHEDULERS,
+            shared + issued["SHFL"],
+        ),
+        latency=math.ceil(busiest / at_once) * waits.cycles / gpu.clock,
+    )
