@@ -1,7 +1,7 @@
 """A model of the time that CUDA kernels take, from what they issue and move: nothing here runs on a GPU.
 
-The machine code of every kernel is run on the CPU (benchmarks/sass), one block of each kind that a launch has. It has to
-do what the emulator counted of that block, as often and at the same addresses; else there is an error. A launch then
+The machine code of every kernel is run on the CPU (benchmarks/sass), one block of each kind that a launch has. It has
+to do what the emulator counted of that block, as often and at the same addresses; else there is an error. A launch then
 takes as long as the longest of
 
 - memory: the bytes that pass the L2 cache, at the memory's full bandwidth;
@@ -15,9 +15,24 @@ Left out are contention within these, instruction fetches, L2's own bandwidth, a
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.sass import WARP, Block, Instruction, Kernel, Launch, Memory, Operand, SassError, run_block, short
+from torch import Tensor
+
+from benchmarks.sass import (
+    WARP,
+    Block,
+    Instruction,
+    Kernel,
+    Launch,
+    Memory,
+    Operand,
+    SassError,
+    kernels,
+    run_block,
+    short,
+)
 
 SECTOR = 32  # bytes
 SCHEDULERS = 4  # a multiprocessor's; each has its own units but for shared memory
@@ -40,7 +55,7 @@ class Gpu(NamedTuple):
     shared_bytes: int
     warps: int
     blocks: int
-    # Cycles for which a warp's instruction keeps its unit; CUDA programming guide, throughput of arithmetic instructions
+    # Cycles for which a warp's instruction keeps its unit (CUDA programming guide, "Arithmetic instructions")
     fma: float  # float32; of integers, comparisons and logic it is 2 everywhere, of exp2 and 1/x 8
     mma: float  # m16n8k16 on one of four tensor cores
     # Cycles until a result can be used. Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
@@ -288,3 +303,13 @@ def model_launch(gpu: Gpu, cache: int, launch, kernel: Kernel, runs: list[Blocks
         ),
         latency=math.ceil(busiest / at_once) * waits.cycles / gpu.clock,
     )
+
+
+def model_launches(gpu: Gpu, launches: list, library: Path, tensors: list[Tensor]) -> list[LaunchModel]:
+    """Of emulation.CountedLaunch, counted with the L2 caches of GPUS. Tensors that are not given are zeros."""
+    memory, code = Memory(tensors), kernels(library, gpu.architecture)
+    models = []
+    for launch in launches:
+        kernel = code[short(launch.kernel)]
+        models.append(model_launch(gpu, GPUS.index(gpu), launch, kernel, run_launch(launch, kernel, memory)))
+    return models

@@ -5,8 +5,8 @@
 
 A block's threads run in lockstep as long as they are at the same instruction, as rows of numpy arrays: registers are
 [number, thread]. Every instruction (instructions.py) works on real data, so branches go where they go on a GPU; one
-that is not known here is an error. Warps that diverge come together where the code says so (BSSY, BSYNC), as on a GPU from
-Volta on. Rounding other than to nearest is not there, and what MUFU approximates is computed in float32.
+that is not known here is an error. Warps that diverge come together where the code says so (BSSY, BSYNC), as on a GPU
+from Volta on. Rounding other than to nearest is not there, and what MUFU approximates is computed in float32.
 """
 
 from benchmarks.sass.block import WARP, Block, Launch, Memory, run_block

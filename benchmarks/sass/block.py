@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from benchmarks.sass.code import Instruction, Kernel, Operand, SassError
@@ -31,9 +32,8 @@ class Memory:
     def __init__(self, tensors: Iterable[Tensor]):
         self.regions: list[tuple[int, np.ndarray]] = []
         for x in tensors:
-            storage = x.untyped_storage()
-            data = np.frombuffer(bytes(storage), np.uint8).copy()
-            self.regions.append((storage.data_ptr(), data))
+            data = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+            self.regions.append((data.data_ptr(), data.numpy().copy()))
         self._sort()
 
     def _sort(self) -> None:
