@@ -10,7 +10,7 @@ bfloat16, channels_last, forward and backward each:
   the bytes that warps access in global memory (what several lanes of a warp access counts once), the 32-byte sectors
   that hold them, bank conflicts of shared memory, and mma.m16n8k16 instructions. What passes an L2 cache is counted
   with the size that each GPU has, fully associative, where the line goes first that was used least recently. It begins
-  empty, and in the end all that was stored is written. Blocks come one after the other, on a GPU some hundred at a time.
+  empty, and in the end all that was stored is written. Blocks come one after the other, on a GPU a hundred at a time.
 - fewest: every input read once and every output written once. Forward: query, key, value; out, and for each pixel the
   largest energy and the sum of the softmax (float32). Backward: these six and the gradient of out; three gradients.
 - bmm: the usual form in plain PyTorch (benchmarks/criss_cross.py), run on tensors without data. Every ATen operator but
@@ -186,7 +186,7 @@ def main() -> None:
     )
     if models:
         print_table(
-            "Instructions issued: by a warp, and millions by a launch. Cycles of one block by itself, and for how many\n"
+            "Instructions issued: by a warp, and millions by a launch. Cycles of a block by itself, and for how many\n"
             "its slowest warp waits for loads, copies, shared memory, tensor cores and barriers; how often for loads.",
             ["", "code", "kernel", "blocks x warps", "at once", "a warp", "all, M", "HMMA", "cycles"]
             + ["loads", "copies", "shared", "mma", "barriers", "waiting"],

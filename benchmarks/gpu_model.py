@@ -15,9 +15,11 @@ Left out are contention within these, instruction fetches, L2's own bandwidth, a
 
 import math
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from benchmarks.sass import (
@@ -80,15 +82,14 @@ GPUS = (
 # "Dissecting Tensor Cores via Microbenchmarks", arXiv 2206.02874). The rest are estimates of about this size.
 ARITHMETIC, TENSOR, SPECIAL, SHUFFLE, UNIFORM, BARRIER = 4, 33, 18, 23, 10, 20
 
-# The unit that an instruction needs, by name; all others take a slot of the scheduler only.
+# The unit that an instruction needs, by name; others take a slot of the scheduler only. Uniform ones have their own.
 UNITS = {
-    **dict.fromkeys(("FADD", "FMUL", "FFMA", "IMAD", "UIMAD"), "fma"),
+    **dict.fromkeys(("FADD", "FMUL", "FFMA", "IMAD"), "fma"),
     **dict.fromkeys(("IADD3", "VIADD", "LOP3", "SHF", "SEL", "ISETP", "FSETP", "FSEL", "PRMT", "LEA", "IMNMX"), "alu"),
     **dict.fromkeys(("FMNMX", "VIMNMX", "VIADDMNMX", "PLOP3", "P2R", "R2P", "IABS", "MOV", "CS2R", "F2FP"), "alu"),
     **dict.fromkeys(("MUFU", "I2F", "F2I", "POPC"), "special"),
     "HMMA": "mma",
 }
-GLOBAL, SHARED = ("LDG",), ("LDS", "LDSM", "SHFL")
 
 
 # ---- what is issued ----
@@ -111,16 +112,21 @@ def run_launch(launch, kernel: Kernel, memory: Memory) -> list[BlocksRun]:
     for alike in launch.alike:
         given = Launch(launch.blocks, launch.threads, launch.shared_bytes, launch.parameters)
         block = run_block(kernel, given, alike.first, memory)
-        issued = issued_by_name(block)
-        found = {name: issued[instruction] for name, instruction in MARKERS.items()} | block.accesses
-        for name, count in found.items():
-            if count != (counted := getattr(alike.counters, name)):
-                raise SassError(
-                    f"{kernel.name} on {kernel.architecture}, block {alike.first}: {name} is {count} in its machine "
-                    f"code, but the emulator counted {counted}"
-                )
+        check_block(block, alike.counters)
         runs.append(BlocksRun(alike.count, block))
     return runs
+
+
+def check_block(block: Block, counters) -> None:
+    """SassError if a block did not do what an emulation.Counters says of it."""
+    issued = issued_by_name(block)
+    found = {name: issued[instruction] for name, instruction in MARKERS.items()} | block.accesses
+    for name, count in found.items():
+        if count != (counted := getattr(counters, name)):
+            raise SassError(
+                f"{block.kernel.name} on {block.kernel.architecture}, block {block.number}: {name} is {count} in its "
+                f"machine code, but the emulator counted {counted}"
+            )
 
 
 def issued_by_name(block: Block) -> Counter[str]:
@@ -146,6 +152,7 @@ class Waits(NamedTuple):
     exposed: int  # instructions that wait for a load or copy
 
 
+@cache
 def registers_of(i: Instruction) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """What an instruction reads and writes, as (kind, number)."""
 
@@ -176,64 +183,97 @@ def registers_of(i: Instruction) -> tuple[list[tuple[str, int]], list[tuple[str,
     return read, written
 
 
-def run_alone(block: Block, gpu: Gpu, from_memory: float) -> Waits:
-    """The block by itself on a multiprocessor. That share of global loads comes from memory, the rest from L2."""
-    code = block.kernel.code
-    operands = [registers_of(i) for i in code]
-    units = [UNITS.get(i.base) for i in code]
+class Step(NamedTuple):
+    """What an instruction costs a warp."""
+
+    instruction: Instruction
+    needs: list[tuple[str, int]]  # registers that have to be there
+    writes: list[tuple[str, int]]
+    unit: str
+    busy: float  # cycles of the unit
+    latency: float  # cycles until the result is there
+    waits_for: str  # what who waits for the result waits for, a field of Waits; "" is not counted
+
+
+def steps_of(kernel: Kernel, gpu: Gpu, from_memory: float) -> list[Step]:
     global_latency = gpu.l2_latency + from_memory * (gpu.memory_latency - gpu.l2_latency)
     busy = {"fma": gpu.fma, "alu": 2, "special": 8, "mma": gpu.mma}
-    latency = {"mma": TENSOR, "special": SPECIAL}
-    loads = dict.fromkeys(GLOBAL, (global_latency, "global_loads"))
-    loads |= {"LDS": (gpu.shared_latency, "shared_loads"), "LDSM": (gpu.shared_latency, "shared_loads")}
-    loads |= {"SHFL": (SHUFFLE, "shared_loads")}
-    names = ("global_loads", "copies", "shared_loads", "tensor_cores", "barriers")
+    by_unit = {"mma": (TENSOR, "tensor_cores"), "special": (SPECIAL, "")}
+    by_name = {
+        "LDG": (global_latency, "global_loads"),
+        "LDGSTS": (global_latency, ""),
+        "SHFL": (SHUFFLE, "shared_loads"),
+    }
+    by_name |= dict.fromkeys(("LDS", "LDSM"), (gpu.shared_latency, "shared_loads"))
+    steps = []
+    for i in kernel.code:
+        unit, (read, written) = UNITS.get(i.name, ""), registers_of(i)
+        usual = by_unit.get(unit, (ARITHMETIC if i.base == i.name else UNIFORM, ""))
+        latency, waits_for = by_name.get(i.name, usual)
+        steps.append(Step(i, [*read, *written], written, unit, busy.get(unit, 0), latency, waits_for))
+    return steps
 
-    class Warp:
-        def __init__(self) -> None:
-            self.now, self.free, self.waited, self.exposed = 0.0, dict.fromkeys(busy, 0.0), dict.fromkeys(names, 0.0), 0
-            self.ready: dict[tuple[str, int], tuple[float, str]] = {}
-            self.copies, self.groups = 0.0, []  # when the copies since the last group, and those of groups, are there
 
-        def issue(self, n: int, acts: bool) -> None:
-            i, (read, written), unit = code[n], operands[n], units[n]
-            until, cause = max((self.ready.get(x, (0.0, "")) for x in (*read, *written)), default=(0.0, ""))
-            if i.base == "DEPBAR" and self.groups:
-                pending = i.operands[1].number if len(i.operands) > 1 else 0
-                done = self.groups[: len(self.groups) - pending]
-                until, cause = max([(until, cause), *((x, "copies") for x in done)])
-                self.groups = self.groups[len(done) :]
-            if until > self.now + 1 and cause:
-                self.waited[cause] += until - self.now - 1
-                self.exposed += cause != "tensor_cores"
-            self.now = max(self.now + 1, until, self.free.get(unit, 0.0))
-            if unit:
-                self.free[unit] = self.now + busy[unit]
-            after, cause = loads.get(i.base, (latency.get(unit, UNIFORM if i.base != i.name else ARITHMETIC), ""))
-            cause = cause or ("tensor_cores" if unit == "mma" else "")
-            for x in written if acts else ():
-                self.ready[x] = (self.now + after, cause)
-            if i.base == "LDGSTS" and acts:
-                self.copies = self.now + global_latency
-            elif i.base == "LDGDEPBAR":
-                self.groups.append(self.copies)
+class WarpAlone:
+    """A warp that issues in order, one instruction a cycle, as soon as registers, units and copies are there."""
 
-    warps = [Warp() for _ in range(block.threads // WARP)]
-    at_barrier: list[Warp] = []
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.there: dict[tuple[str, int], tuple[float, str]] = {}  # since when a register is, and what brings it
+        self.free = dict.fromkeys(set(UNITS.values()), 0.0)
+        self.copies, self.groups = 0.0, []  # when the copies that have no group yet are there; those of groups
+        self.waited, self.exposed = dict.fromkeys(Waits._fields, 0.0), 0
+
+    def issue(self, step: Step, acts: bool) -> None:
+        then, waits_for = self.now + 1, ""
+        for register in step.needs:
+            if register in self.there and self.there[register][0] > then:
+                then, waits_for = self.there[register]
+        if step.unit and self.free[step.unit] > then:
+            then, waits_for = self.free[step.unit], "tensor_cores" if step.unit == "mma" else ""
+        if step.instruction.name == "DEPBAR":
+            done = max(0, len(self.groups) - sum(x.number for x in step.instruction.operands[1:]))
+            if (copied := max(self.groups[:done], default=0)) > then:
+                then, waits_for = copied, "copies"
+            self.groups = self.groups[done:]
+        if waits_for:
+            self.waited[waits_for] += then - self.now - 1
+            self.exposed += waits_for != "tensor_cores"
+        self.now = then
+        if step.unit:
+            self.free[step.unit] = then + step.busy
+        if step.instruction.name == "LDGDEPBAR":
+            self.groups.append(self.copies)
+        elif acts:  # an instruction that is predicated off everywhere is issued and does nothing
+            if step.instruction.name == "LDGSTS":
+                self.copies = then + step.latency
+            self.there.update(dict.fromkeys(step.writes, (then + step.latency, step.waits_for)))
+
+
+def run_alone(block: Block, gpu: Gpu, from_memory: float) -> Waits:
+    """The block by itself on a multiprocessor. That share of global loads comes from memory, the rest from L2."""
+    steps = steps_of(block.kernel, gpu, from_memory)
+    issued, acting = (np.array(bits, np.uint32) for bits in list(zip(*block.trace, strict=True))[1:])
+    # Warps that do the same take as long; one of them is enough.
+    streams = {(issued >> w & 1).tobytes() + (acting >> w & 1).tobytes(): w for w in range(block.threads // WARP)}
+    warps = {w: WarpAlone() for w in streams.values()}
+    at_barrier: dict[int, WarpAlone] = {}
     for issue in block.trace:
-        for w, warp in enumerate(warps):
-            if issue.warps >> w & 1:
-                warp.issue(issue.index, bool(issue.acting >> w & 1))
-                if code[issue.index].base == "BAR":
-                    at_barrier.append(warp)
-        if len(at_barrier) == len(warps):
-            then = max(warp.now for warp in warps) + BARRIER
-            for warp in at_barrier:
-                warp.waited["barriers"] += then - warp.now
-                warp.now = then
-            at_barrier = []
-    slowest = max(warps, key=lambda warp: warp.now)
-    return Waits(slowest.now, *(slowest.waited[name] for name in names), slowest.exposed)
+        step = steps[issue.index]
+        for w, warp in warps.items():
+            if not issue.warps >> w & 1:
+                continue
+            if w in at_barrier:  # all that live have come
+                then = max(other.now for other in at_barrier.values()) + BARRIER
+                for other in at_barrier.values():
+                    other.waited["barriers"] += then - other.now
+                    other.now = then
+                at_barrier.clear()
+            warp.issue(step, bool(issue.acting >> w & 1))
+            if step.instruction.name == "BAR":
+                at_barrier[w] = warp
+    slowest = max(warps.values(), key=lambda warp: warp.now)
+    return Waits(**slowest.waited | {"cycles": slowest.now, "exposed": slowest.exposed})
 
 
 # ---- a launch ----

@@ -136,7 +136,7 @@ class CountedLaunch(NamedTuple):
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def emulated_library() -> ctypes.CDLL:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     includes = " ".join(f"-isystem {path}" for path in include_paths())
@@ -172,10 +172,10 @@ def emulated_gpu(
     """A context in which operators on CPU tensors run on an emulated GPU with these properties.
 
     Threads and blocks run in the given order. Yields a function that returns the launches counted since its last call.
-    What goes to memory behind L2 caches of these sizes is counted too, from one such call to the next: they begin empty,
-    and at the call all that has changed in them is written.
+    What goes to memory behind L2 caches of these sizes is counted too, from one such call to the next: they begin
+    empty, and at the call all that has changed in them is written.
     """
-    library = _library()
+    library = emulated_library()
 
     def set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks):
         library.emulator_set(
@@ -214,5 +214,5 @@ def emulated_gpu(
 
 def launches() -> dict[str, tuple[int, int]]:
     """Threads per block and bytes of shared memory of every kernel launched so far, by name."""
-    lines = _library().emulator_launches().decode().splitlines()
+    lines = emulated_library().emulator_launches().decode().splitlines()
     return {name: (int(threads), int(shared)) for name, threads, shared in (line.split("|") for line in lines)}

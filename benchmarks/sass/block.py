@@ -72,6 +72,9 @@ class Memory:
         for data, index, which in self._each(address):
             data[index[:, None] + np.arange(values.shape[1])] = values[which]
 
+    def fill(self, x: Tensor, byte: int) -> None:
+        self.store(np.array([x.data_ptr()]), np.full((1, x.numel() * x.element_size()), byte, np.uint8))
+
     def read(self, x: Tensor) -> np.ndarray:
         """The bytes at a tensor's place."""
         return self.load(np.array([x.data_ptr()]), x.numel() * x.element_size())[0]
@@ -171,9 +174,6 @@ class Block:
     def go(self, place: int, threads: np.ndarray) -> None:
         if threads.any():
             self.groups.append(self.group_of(place, threads))
-
-    def next(self, i: Instruction) -> int:
-        return self.kernel.code[self.index[i.place] + 1].place
 
     def meet(self) -> None:
         """Let those warps go on from BSYNC of which all threads that are to meet, and live, are there."""

@@ -90,6 +90,11 @@ class Instruction:
         floating = self.base in ("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "FMNMX", "FCHK", "MUFU", "FSET")
         self.operands = [Operand(x, floating) for x in re.split(r",\s*", rest)] if rest else []
 
+    @property
+    def next(self) -> int:
+        """The place behind it; an instruction has 16 bytes."""
+        return self.place + 16
+
     def has(self, modifier: str) -> bool:
         return modifier in self.modifiers
 

@@ -497,7 +497,7 @@ def _(b, i):
         raise b.unknown(i)
     if taken.any():
         b.go(i.operands[-1].number, taken)
-        b.go(b.next(i), b.group.threads & ~taken)
+        b.go(i.next, b.group.threads & ~taken)
         return LEAVES
 
 
@@ -506,7 +506,7 @@ def _(b, i):
     target = b.raw(Operand(i.operands[0].text.split()[0], False))
     for place in np.unique(target[b.mask]):
         b.go(int(place), b.mask & (target == place))
-    b.go(b.next(i), b.group.threads & ~b.mask)
+    b.go(i.next, b.group.threads & ~b.mask)
     return LEAVES
 
 
@@ -514,7 +514,7 @@ def _(b, i):
 def _(b, i):
     if b.mask.any():
         b.live = b.live & ~b.mask
-        b.go(b.next(i), b.group.threads & ~b.mask)
+        b.go(i.next, b.group.threads & ~b.mask)
         b.meet()
         b.pass_barrier()
         return LEAVES
@@ -536,8 +536,8 @@ def _(b, i):
 @executes("BSYNC")
 def _(b, i):
     if b.mask.any():
-        b.at_meeting.setdefault(i.operands[0].text, []).append(b.group_of(b.next(i), b.mask))
-        b.go(b.next(i), b.group.threads & ~b.mask)
+        b.at_meeting.setdefault(i.operands[0].text, []).append(b.group_of(i.next, b.mask))
+        b.go(i.next, b.group.threads & ~b.mask)
         b.meet()
         return LEAVES
 
@@ -546,7 +546,7 @@ def _(b, i):
 def _(b, i):
     if not i.has("SYNC") or i.operands[0].number != 0 or len(i.operands) > 1 or b.mask is not b.group.threads:
         raise b.unknown(i)
-    b.at_barrier.append(b.group_of(b.next(i), b.mask))
+    b.at_barrier.append(b.group_of(i.next, b.mask))
     b.pass_barrier()
     return LEAVES
 
