@@ -1,6 +1,6 @@
 """Memory traffic, instructions and time of criss-cross attention on a GPU, counted and modelled without a GPU.
 
-    python -m benchmarks.cuda_roofline [--cases 2x97x97 8x97x97 1x128x256]
+    python -m benchmarks.cuda_roofline [--cases 2x97x97 8x97x97 1x128x256] [--gpus A100 H100 4090]
 
 No GPU is needed, but the packages of tests/requirements.txt, CUDA's headers, and for instructions and times the built
 CUDA kernels and cuobjdump, which triton brings. Counted for the network's channels (query and key 64, value 512),
@@ -23,7 +23,8 @@ Instructions are those of the machine code that was built, run on the CPU (bench
 (benchmarks/gpu_model.py): expect +-40%. The last table compares ours with the targets of this project.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.criss_cross import CHANNELS, bmm_attention, print_table
@@ -35,31 +36,43 @@ from cc_attention import native
 from utils.arguments import ArgumentParser
 
 LIBRARY = Path(native.__file__).with_name("_C_cuda.abi3.so")
-L2_BYTES = [gpu.l2_bytes for gpu in GPUS]
 MOST_BYTES = {"forward": 2.5, "backward": 3.5}  # targets, over the fewest
 
 Results = dict[tuple[Case, str], dict[str, Counts]]  # of a case and a pass: contenders by name
 Models = dict[tuple[Case, str], dict[Gpu, list[LaunchModel]]]  # of our launches
 
 
-def count(cases: Iterable[Case], library: Path | None = None) -> tuple[Results, Models]:
+def count(cases: Iterable[Case], gpus: Sequence[Gpu], library: Path | None = None) -> tuple[Results, Models]:
     """The models need the library of CUDA kernels; without it there are none."""
     results: Results = {}
     models: Models = {}
+    caches = [gpu.l2_bytes for gpu in gpus]
     for case in cases:
-        ours, tensors = count_ours(case, L2_BYTES)
+        ours: dict[str, list[Counts]] = {what: [] for what in MOST_BYTES}
+        for gpu in gpus:
+            passes, tensors = count_ours(case, **gpu.properties())
+            for what, counts in passes.items():
+                ours[what].append(counts)
+                if library:
+                    of_gpus = models.setdefault((case, what), {})
+                    of_gpus[gpu] = model_launches(gpu, counts.counted, library, tensors)
         contenders: dict[str, Passes] = {
             "fewest": fewest(case),
-            "ours": ours,
-            "bmm": count_plain(bmm_attention, case, L2_BYTES),
-            "fused axes": count_plain(fused_axes_attention, case, L2_BYTES),
+            "bmm": count_plain(bmm_attention, case, caches),
+            "fused axes": count_plain(fused_axes_attention, case, caches),
             **count_original(case),
         }
         for what in MOST_BYTES:
-            results[case, what] = {name: passes[what] for name, passes in contenders.items()}
-            if library:
-                models[case, what] = {gpu: model_launches(gpu, ours[what].counted, library, tensors) for gpu in GPUS}
+            results[case, what] = {
+                "ours": _on_several(ours[what]),
+                **{name: passes[what] for name, passes in contenders.items()},
+            }
     return results, models
+
+
+def _on_several(counts: list[Counts]) -> Counts:
+    """Counts on the first GPU, with the bytes that pass the caches of all. Which kernels there are may depend on it."""
+    return replace(counts[0], memory=tuple(bytes_ for x in counts for bytes_ in x.memory))
 
 
 # ---- the tables ----
@@ -79,7 +92,7 @@ def count_rows(results: Results) -> Iterable[list[str]]:
                 f"{x.bytes / contenders['fewest'].bytes:.3f}",
                 f"{x.bytes / contenders['ours'].bytes:.2f}",
                 *(f"{bytes_ / 1e6:,.1f}" for bytes_ in x.memory),
-                *("-" for _ in GPUS[len(x.memory) :]),
+                *("-" for _ in contenders["ours"].memory[len(x.memory) :]),
                 _or_dash(x.sector_efficiency, ".1%"),
                 *(_or_dash(number) for number in (x.bank_conflicts, x.ldmatrix_conflicts, x.mma, x.launches)),
             ]
@@ -133,12 +146,12 @@ def floor(gpu: Gpu, number: int, counts: Counts) -> float:
     return max(bytes_ / gpu.bandwidth, products) + LAUNCH * (counts.launches or 0)
 
 
-def time_rows(results: Results, models: Models) -> Iterable[list[str]]:
+def time_rows(results: Results, models: Models, gpus: Sequence[Gpu]) -> Iterable[list[str]]:
     for (case, what), contenders in results.items():
         for name in ("fewest", "ours", "bmm", "fused axes", "original, every tensor once"):
-            times = [1e6 * floor(gpu, number, contenders[name]) for number, gpu in enumerate(GPUS)]
+            times = [1e6 * floor(gpu, number, contenders[name]) for number, gpu in enumerate(gpus)]
             if name == "ours" and models:
-                times = [1e6 * sum(launch.time for launch in models[case, what][gpu]) for gpu in GPUS]
+                times = [1e6 * sum(launch.time for launch in models[case, what][gpu]) for gpu in gpus]
             yield [f"{case} {what}", name, *(f"{time:,.1f}" for time in times)]
 
 
@@ -165,7 +178,10 @@ def main() -> None:
     parser = ArgumentParser("What criss-cross attention asks of a GPU, counted without one.")
     default = [Case(2, 97, 97), Case(8, 97, 97), Case(1, 128, 256)]
     parser.add_argument("--cases", type=case_of, nargs="+", default=default, metavar="NxHxW")
+    names = {gpu.name.split()[gpu.name.startswith("RTX")]: gpu for gpu in GPUS}
+    parser.add_argument("--gpus", choices=names, nargs="+", default=list(names))
     args = parser.parse_args()
+    gpus = [names[name] for name in args.gpus]
     if not native.LOADED:
         raise SystemExit("the native operators, whose schemas the emulated ones have, are not built: pip install -e .")
     if emulation.cuda_headers() is None:
@@ -177,10 +193,10 @@ def main() -> None:
     )
     if not LIBRARY.exists():
         print(f"No instructions and times of ours: {LIBRARY.name} is not built.")
-    results, models = count(args.cases, LIBRARY if LIBRARY.exists() else None)
+    results, models = count(args.cases, gpus, LIBRARY if LIBRARY.exists() else None)
     print_table(
         "What warps ask for (ours; original as written), or what tensors have; and MB that pass the L2 cache.",
-        ["", "", "MB", "/ fewest", "/ ours", *(f"{gpu.l2_bytes >> 20} MB of {gpu.name}" for gpu in GPUS)]
+        ["", "", "MB", "/ fewest", "/ ours", *(f"{gpu.l2_bytes >> 20} MB of {gpu.name}" for gpu in gpus)]
         + ["sector efficiency", "bank conflicts", "ldmatrix conflicts", "mma", "launches"],
         count_rows(results),
     )
@@ -200,8 +216,8 @@ def main() -> None:
     print_table(
         "Microseconds: ours by the model; of the others the bytes that pass the cache, or the products if they take\n"
         f"longer, at full rates, and {1e6 * LAUNCH} for each operator. The fewest are a floor for everybody.",
-        ["", "", *(gpu.name for gpu in GPUS)],
-        time_rows(results, models),
+        ["", "", *(gpu.name for gpu in gpus)],
+        time_rows(results, models, gpus),
     )
     print_table("Targets.", ["", "", "counted", "reached"], reached_rows(results))
 

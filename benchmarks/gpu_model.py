@@ -66,6 +66,14 @@ class Gpu(NamedTuple):
     l2_latency: float
     memory_latency: float
 
+    def properties(self) -> dict[str, int]:
+        """What launchers ask of a device, as emulation.emulated_gpu takes it; 1 KB of shared memory is reserved."""
+        return {
+            "shared_bytes": self.shared_bytes - 1024,
+            "cache_bytes": self.l2_bytes,
+            "multiprocessors": self.multiprocessors,
+        }
+
 
 GPUS = (
     Gpu(
@@ -96,10 +104,10 @@ UNITS = {
 
 
 class BlocksRun(NamedTuple):
-    """One block of a launch and how many there are like it."""
+    """One block of a launch, and how many there are like it."""
 
-    count: int
     block: Block
+    alike: int
 
 
 # What the emulator counts under these names, and the machine code's instructions that do it
@@ -113,7 +121,7 @@ def run_launch(launch, kernel: Kernel, memory: Memory) -> list[BlocksRun]:
         given = Launch(launch.blocks, launch.threads, launch.shared_bytes, launch.parameters)
         block = run_block(kernel, given, alike.first, memory)
         check_block(block, alike.counters)
-        runs.append(BlocksRun(alike.count, block))
+        runs.append(BlocksRun(block, alike.count))
     return runs
 
 
@@ -133,7 +141,7 @@ def issued_by_name(block: Block) -> Counter[str]:
     """Instructions that the block's warps issue."""
     issued: Counter[str] = Counter()
     for issue in block.trace:
-        issued[block.kernel.code[issue.index].name] += issue.warps.bit_count()
+        issued[block.kernel.code[issue.number].name] += issue.warps.bit_count()
     return issued
 
 
@@ -149,7 +157,7 @@ class Waits(NamedTuple):
     shared_loads: float  # and shuffles
     tensor_cores: float
     barriers: float
-    exposed: int  # instructions that wait for a load or copy
+    exposed: float  # instructions that wait for a load or copy
 
 
 @cache
@@ -168,7 +176,8 @@ def registers_of(i: Instruction) -> tuple[list[tuple[str, int]], list[tuple[str,
     results += next((n for n, x in enumerate(operands[1:]) if x.kind not in ("P", "UP")), 0) if results else 0
     if i.base == "SHFL":
         results = 2
-    written, read = [], several(i.guard, 1) if i.guard else []
+    read: list[tuple[str, int]] = several(i.guard, 1) if i.guard else []
+    written: list[tuple[str, int]] = []
     for n, x in enumerate(operands):
         count = 1
         if i.base == "HMMA":
@@ -221,7 +230,8 @@ class WarpAlone:
         self.now = 0.0
         self.there: dict[tuple[str, int], tuple[float, str]] = {}  # since when a register is, and what brings it
         self.free = dict.fromkeys(set(UNITS.values()), 0.0)
-        self.copies, self.groups = 0.0, []  # when the copies that have no group yet are there; those of groups
+        self.copies = 0.0  # when the copies that have no group yet are there,
+        self.groups: list[float] = []  # and those of groups
         self.waited, self.exposed = dict.fromkeys(Waits._fields, 0.0), 0
 
     def issue(self, step: Step, acts: bool) -> None:
@@ -259,7 +269,7 @@ def run_alone(block: Block, gpu: Gpu, from_memory: float) -> Waits:
     warps = {w: WarpAlone() for w in streams.values()}
     at_barrier: dict[int, WarpAlone] = {}
     for issue in block.trace:
-        step = steps[issue.index]
+        step = steps[issue.number]
         for w, warp in warps.items():
             if not issue.warps >> w & 1:
                 continue
@@ -273,7 +283,7 @@ def run_alone(block: Block, gpu: Gpu, from_memory: float) -> Waits:
             if step.instruction.name == "BAR":
                 at_barrier[w] = warp
     slowest = max(warps.values(), key=lambda warp: warp.now)
-    return Waits(**slowest.waited | {"cycles": slowest.now, "exposed": slowest.exposed})
+    return Waits(**slowest.waited)._replace(cycles=slowest.now, exposed=slowest.exposed)
 
 
 # ---- a launch ----
@@ -309,11 +319,10 @@ class LaunchModel(NamedTuple):
         return {"memory": self.memory, "mma": self.tensor_cores, "issue": self.issue, "latency": self.latency}
 
 
-def model_launch(gpu: Gpu, cache: int, launch, kernel: Kernel, runs: list[BlocksRun]) -> LaunchModel:
-    """`cache` is the number of the GPU's L2 cache among those of the emulator."""
+def model_launch(gpu: Gpu, launch, kernel: Kernel, runs: list[BlocksRun]) -> LaunchModel:
     issued: Counter[str] = Counter()
     units: Counter[str] = Counter()
-    for count, block in runs:
+    for block, count in runs:
         for name, times in issued_by_name(block).items():
             issued[name] += count * times
             units[UNITS.get(name, "")] += count * times
@@ -322,7 +331,7 @@ def model_launch(gpu: Gpu, cache: int, launch, kernel: Kernel, runs: list[Blocks
     at_once = blocks_at_once(gpu, launch.threads, launch.shared_bytes, kernel.registers)
     counters = launch.counters
     shared = counters.shared_passes + counters.shared_conflicts + counters.ldmatrix_passes + counters.ldmatrix_conflicts
-    from_memory = launch.from_memory[cache] / counters.load_sectors if counters.load_sectors else 0
+    from_memory = counters.memory_loads / counters.load_sectors if counters.load_sectors else 0
     waits = max(run_alone(run.block, gpu, from_memory) for run in runs)
     return LaunchModel(
         short(launch.kernel),
@@ -331,7 +340,7 @@ def model_launch(gpu: Gpu, cache: int, launch, kernel: Kernel, runs: list[Blocks
         at_once,
         issued,
         waits,
-        memory=(launch.from_memory[cache] + launch.to_memory[cache]) * SECTOR / gpu.bandwidth,
+        memory=(counters.memory_loads + counters.memory_stores) * SECTOR / gpu.bandwidth,
         tensor_cores=share * units["mma"] * gpu.mma / SCHEDULERS,
         issue=share
         * max(
@@ -346,10 +355,10 @@ def model_launch(gpu: Gpu, cache: int, launch, kernel: Kernel, runs: list[Blocks
 
 
 def model_launches(gpu: Gpu, launches: list, library: Path, tensors: list[Tensor]) -> list[LaunchModel]:
-    """Of emulation.CountedLaunch, counted with the L2 caches of GPUS. Tensors that are not given are zeros."""
+    """Of emulation.CountedLaunch, counted with the GPU's properties. Tensors that are not given are zeros."""
     memory, code = Memory(tensors), kernels(library, gpu.architecture)
     models = []
     for launch in launches:
         kernel = code[short(launch.kernel)]
-        models.append(model_launch(gpu, GPUS.index(gpu), launch, kernel, run_launch(launch, kernel, memory)))
+        models.append(model_launch(gpu, launch, kernel, run_launch(launch, kernel, memory)))
     return models

@@ -74,12 +74,11 @@ Passes = dict[str, Counts]  # "forward" and "backward"
 
 def _of_launches(launches: list) -> Counts:
     counters = sum((launch.counters for launch in launches), emulation.Counters())
-    through = zip(*(zip(launch.from_memory, launch.to_memory, strict=True) for launch in launches), strict=True)
     return Counts(
         bytes=counters.load_bytes + counters.store_bytes,
         flops=MMA_FLOPS * counters.mma,
         launches=counters.launches,
-        memory=tuple(float(SECTOR * sum(map(sum, of_cache))) for of_cache in through),
+        memory=(SECTOR * (counters.memory_loads + counters.memory_stores),),
         sectors=counters.load_sectors + counters.store_sectors,
         bank_conflicts=counters.shared_conflicts,
         ldmatrix_conflicts=counters.ldmatrix_conflicts,
@@ -88,10 +87,13 @@ def _of_launches(launches: list) -> Counts:
     )
 
 
-def count_ours(case: Case, l2_bytes: Sequence[int] = ()) -> tuple[Passes, list[Tensor]]:
-    """Counts by pass, and the tensors that the kernels' machine code needs to run again: all others are zeros."""
+def count_ours(case: Case, **properties: int) -> tuple[Passes, list[Tensor]]:
+    """Counts by pass, and the tensors that the kernels' machine code needs to run again: all others are zeros.
+
+    The properties of the GPU are those of emulation.emulated_gpu.
+    """
     query, key, value = case.tensors(torch.bfloat16, torch.channels_last, "cpu")
-    with emulation.emulated_gpu(counting=True, l2_bytes=l2_bytes) as take_launches:
+    with emulation.emulated_gpu(counting=True, **properties) as take_launches:
         operators = torch.ops.ccnet_emulated
         out, largest, total = operators.criss_cross_attention(query, key, value)
         forward = _of_launches(take_launches())

@@ -107,6 +107,8 @@ class Counters(ctypes.Structure):
             "shared_conflicts",
             "ldmatrix_passes",
             "ldmatrix_conflicts",
+            "memory_loads",
+            "memory_stores",
         )
     ]
 
@@ -130,8 +132,6 @@ class CountedLaunch(NamedTuple):
     shared_bytes: int
     parameters: bytes  # as they lie in a GPU's constant bank
     counters: Counters
-    from_memory: list[int]  # sectors that were not in the L2 cache, for each of the caches
-    to_memory: list[int]  # sectors that were written back
     alike: list[AlikeBlocks]
 
 
@@ -164,31 +164,19 @@ def emulated_gpu(
     order="forward",
     seed=1,
     shared_bytes=163 * 1024,
+    cache_bytes=40 * 2**20,
+    multiprocessors=108,
     has_bfloat16=True,
     counting=False,
     last_blocks=ALL_BLOCKS,
-    l2_bytes=(),
 ):
     """A context in which operators on CPU tensors run on an emulated GPU with these properties.
 
     Threads and blocks run in the given order. Yields a function that returns the launches counted since its last call.
-    What goes to memory behind L2 caches of these sizes is counted too, from one such call to the next: they begin
-    empty, and at the call all that has changed in them is written.
+    From one such call to the next there is an L2 cache, which begins empty, and of which at the call all that has changed
+    is written.
     """
     library = emulated_library()
-
-    def set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks):
-        library.emulator_set(
-            ORDERS.index(order),
-            ctypes.c_uint64(seed),
-            shared_bytes,
-            int(has_bfloat16),
-            int(counting),
-            ctypes.c_int64(last_blocks),
-        )
-
-    def set_caches(*l2_bytes: int) -> None:
-        library.emulator_set_caches((ctypes.c_int64 * len(l2_bytes))(*l2_bytes), len(l2_bytes))
 
     def take_launches() -> list[CountedLaunch]:
         def read(launch: dict) -> CountedLaunch:
@@ -198,8 +186,16 @@ def emulated_gpu(
 
         return [read(launch) for launch in json.loads(library.emulator_take_launches())]
 
-    set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks)
-    set_caches(*l2_bytes)
+    library.emulator_set(
+        ORDERS.index(order),
+        ctypes.c_uint64(seed),
+        shared_bytes,
+        cache_bytes,
+        multiprocessors,
+        int(has_bfloat16),
+        int(counting),
+        ctypes.c_int64(last_blocks),
+    )
     take_launches()
     instead = torch.library.Library("ccnet", "IMPL")
     for operator in OPERATORS:
@@ -208,8 +204,7 @@ def emulated_gpu(
         yield take_launches
     finally:
         instead._destroy()
-        set_options("forward", 1, 163 * 1024, True, False, ALL_BLOCKS)
-        set_caches()
+        library.emulator_reset()
 
 
 def launches() -> dict[str, tuple[int, int]]:

@@ -96,7 +96,7 @@ class Group(NamedTuple):
 class Issue(NamedTuple):
     """Warps, a bit for each, that issue an instruction; and those of them in which it is not predicated off."""
 
-    index: int  # of the instruction
+    number: int  # of the instruction
     warps: int
     acting: int
 

@@ -20,7 +20,7 @@ def cuobjdump(library: Path, *arguments: str) -> str:
     program = shutil.which("cuobjdump")
     if program is None:
         try:
-            import triton
+            import triton  # type: ignore[import-untyped]
         except ImportError:
             raise SassError("needs cuobjdump: CUDA's, or the one that comes with triton") from None
         program = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
@@ -41,7 +41,8 @@ class Operand:
         self.text = text = text.replace(".reuse", "").strip()
         self.negative, self.inverted, self.absolute = text[:1] in "-!" and text != "-", text[:1] == "~", "|" in text
         body = text.lstrip("-!~").strip("|")
-        self.kind, self.number, self.offset, self.scale, self.uniform, self.wide = "", 0, 0, 1, None, False
+        self.kind, self.number, self.offset, self.scale, self.wide = "", 0, 0, 1, False
+        self.uniform: int | None = None
         if match := re.fullmatch(r"(U?)([RP])(\d+|Z|T)\|?(\.\w+)*", body):
             self.kind = match[1] + match[2]
             self.number = {"R": 255, "UR": 63, "P": 7, "UP": 7}[self.kind] if match[3] in "ZT" else int(match[3])
@@ -82,9 +83,14 @@ def _float(text: str) -> float | None:
 class Instruction:
     def __init__(self, place: int, text: str):
         self.place, self.text = place, text
-        guard, name, rest = re.fullmatch(r"(?:@(!?U?P\w+) )?(\S+)\s*(.*?)\s*", text).groups()
+        parts = re.fullmatch(r"(?:@(!?U?P\w+) )?(\S+)\s*(.*?)\s*", text)
+        if parts is None:
+            raise SassError(f"{text}: not as instructions are")
+        guard, full_name, rest = parts.groups()
         self.guard = Operand(guard, False) if guard else None
-        self.name, *self.modifiers = name.split(".")
+        self.name: str
+        self.modifiers: list[str]
+        self.name, *self.modifiers = full_name.split(".")
         # The uniform datapath's instructions are the others', with registers that a warp's threads share.
         self.base = self.name.removeprefix("U")
         floating = self.base in ("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "FMNMX", "FCHK", "MUFU", "FSET")

@@ -176,7 +176,7 @@ def _(b, i):
     result, x, selector, y = i.operands
     both = np.asarray(b.u32(y)).astype(np.uint64) << np.uint64(32) | np.asarray(b.u32(x)).astype(np.uint64)
     select = np.asarray(b.u32(selector)).astype(np.uint64)
-    value = np.uint64(0)
+    value: np.ndarray | np.uint64 = np.uint64(0)
     for n in range(4):
         nibble = select >> np.uint64(4 * n) & np.uint64(15)
         byte = both >> ((nibble & np.uint64(7)) * np.uint64(8)) & np.uint64(255)
@@ -265,7 +265,7 @@ def _(b, i):
 @executes("MUFU")
 def _(b, i):
     x = b.f32(i.operands[1])
-    function = {
+    function: dict[str, Callable] = {
         "RCP": lambda x: np.float32(1) / x,
         "EX2": np.exp2,
         "LG2": np.log2,

@@ -22,9 +22,11 @@ struct Counters {
   // Passes through shared memory that there had to be, and those beyond because lanes met in a bank
   uint64_t shared_passes, shared_conflicts;
   uint64_t ldmatrix_passes, ldmatrix_conflicts;
+  // Sectors that were not in the L2 cache and came from memory, and those that had changed and went there
+  uint64_t memory_loads, memory_stores;
 };
 inline Counters counters;  // of the launch
-inline std::vector<L2> l2_caches;  // of several sizes, which all see the same accesses
+inline L2 l2;
 
 // An access of the lanes of a warp. A lane that has nothing to do is not in `lanes`.
 struct Access {
@@ -96,9 +98,7 @@ EMULATOR_INTERNAL inline void count_global(const Access& access) {
   (loads ? counters.load_sectors : counters.store_sectors) += sectors;
   (loads ? counters.loads : counters.stores) += count > 0;
   for (unsigned i = 0; i < sectors; ++i) {
-    for (L2& l2 : l2_caches) {
-      l2.access(sector[i], !loads);
-    }
+    l2.access(sector[i], !loads, counters.memory_loads, counters.memory_stores);
   }
 }
 

@@ -245,11 +245,12 @@ void mma_m16n8k16(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a
 // ---- launching ----
 
 struct Device {
-  int shared_bytes;
+  int shared_bytes, cache_bytes, multiprocessors;
   bool has_bfloat16;
 };
 inline cudaError_t device_of_this_thread(Device& device) {
-  device = {emulator::options.shared_bytes, emulator::options.has_bfloat16};
+  const auto& options = emulator::options;
+  device = {options.shared_bytes, options.cache_bytes, options.multiprocessors, options.has_bfloat16};
   return cudaSuccess;
 }
 inline std::string text_of(cudaError_t) { return emulator::last_error; }

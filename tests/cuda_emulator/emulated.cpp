@@ -3,14 +3,18 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void emulator_set(int order, uint64_t seed, int shared_bytes, int has_bfloat16, int counting,
-                         int64_t last_blocks) {
-  emulator::options = {
-      static_cast<emulator::Order>(order), seed, shared_bytes, has_bfloat16 != 0, counting != 0, last_blocks};
+EXPORT void emulator_set(int order, uint64_t seed, int shared_bytes, int cache_bytes, int multiprocessors,
+                         int has_bfloat16, int counting, int64_t last_blocks) {
+  emulator::options = {static_cast<emulator::Order>(order),
+                       seed,
+                       shared_bytes,
+                       cache_bytes,
+                       multiprocessors,
+                       has_bfloat16 != 0,
+                       counting != 0,
+                       last_blocks};
 }
-EXPORT void emulator_set_caches(const int64_t* bytes, int count) {
-  emulator::l2_caches = std::vector<emulator::L2>(bytes, bytes + count);
-}
+EXPORT void emulator_reset() { emulator::options = {}; }
 
 static std::string text;  // that the last call returned
 
@@ -26,14 +30,12 @@ static std::string list(const emulator::Counters& counters) {
   return list(reinterpret_cast<const uint64_t*>(&counters), sizeof counters / sizeof(uint64_t));
 }
 
-// The launches that were counted since the last call, as JSON. L2 caches are emptied: what was stored there last is
+// The launches that were counted since the last call, as JSON. The L2 cache is emptied: what was stored there last is
 // written, on the account of the last launch.
 EXPORT const char* emulator_take_launches() {
-  for (size_t i = 0; i < emulator::l2_caches.size(); ++i) {
-    emulator::l2_caches[i].empty();
-    if (!emulator::counted_launches.empty()) {
-      emulator::counted_launches.back().to_memory[i] += std::exchange(emulator::l2_caches[i].stores, 0);
-    }
+  const uint64_t changed = emulator::l2.empty();
+  if (!emulator::counted_launches.empty()) {
+    emulator::counted_launches.back().counters.memory_stores += changed;
   }
   text.clear();
   for (const auto& launch : emulator::counted_launches) {
@@ -42,8 +44,7 @@ EXPORT const char* emulator_take_launches() {
             ",\"threads\":" + std::to_string(launch.threads) +
             ",\"shared_bytes\":" + std::to_string(launch.shared_bytes) +
             ",\"parameters\":" + list({launch.parameters.begin(), launch.parameters.end()}) +
-            ",\"counters\":" + list(launch.counters) + ",\"from_memory\":" + list(launch.from_memory) +
-            ",\"to_memory\":" + list(launch.to_memory) + ",\"alike\":[";
+            ",\"counters\":" + list(launch.counters) + ",\"alike\":[";
     std::string alike;
     for (const auto& [key, blocks] : launch.alike) {
       alike += (alike.empty() ? "[" : ",[") + std::to_string(blocks.count) + "," + std::to_string(blocks.first) + "," +
@@ -66,12 +67,11 @@ EXPORT const char* emulator_launches() {
 
 // For the test of the cache: sectors by number, and which of the accesses are stores
 EXPORT void l2_run(int64_t bytes, const uint64_t* sectors, const unsigned char* stores, int64_t count,
-                   uint64_t* sectors_from_memory_and_to_it) {
-  emulator::L2 cache(bytes);
+                   uint64_t* from_memory_and_to_it) {
+  emulator::L2 cache;
+  cache.resize(bytes);
   for (int64_t i = 0; i < count; ++i) {
-    cache.access(sectors[i], stores[i] != 0);
+    cache.access(sectors[i], stores[i] != 0, from_memory_and_to_it[0], from_memory_and_to_it[1]);
   }
-  cache.empty();
-  sectors_from_memory_and_to_it[0] = cache.loads;
-  sectors_from_memory_and_to_it[1] = cache.stores;
+  from_memory_and_to_it[1] += cache.empty();
 }

@@ -36,6 +36,8 @@ struct Options {
   Order order = Order::forward;
   uint64_t seed = 1;
   int shared_bytes = 163 * 1024;  // that a block can opt in to; 64 KB on sm_75, 163 on sm_80, 99 on sm_86, 227 on sm_90
+  int cache_bytes = 40 * 1024 * 1024;  // L2
+  int multiprocessors = 108;
   bool has_bfloat16 = true;
   bool counting = false;
   int64_t last_blocks = INT64_MAX;  // run only that many of a grid, for maps that are too large to compute
@@ -61,7 +63,6 @@ struct CountedLaunch {
   int threads, shared_bytes;
   std::vector<unsigned char> parameters;  // as a GPU's constant bank has them
   Counters counters;
-  std::vector<uint64_t> from_memory, to_memory;          // sectors, behind each of the caches
   std::map<std::array<uint64_t, 7>, AlikeBlocks> alike;  // by instructions
 };
 inline std::vector<CountedLaunch> counted_launches;
@@ -559,7 +560,8 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
   if (options.counting) {
     counters = {};
     counters.launches = 1;
-    counted_launches.push_back({name, static_cast<uint64_t>(blocks), threads, shared_bytes, {}, {}, {}, {}, {}});
+    l2.resize(options.cache_bytes);
+    counted_launches.push_back({name, static_cast<uint64_t>(blocks), threads, shared_bytes, {}, {}, {}});
     std::apply([](const auto&... value) { (add_parameter(counted_launches.back().parameters, value), ...); }, values);
   }
   auto call = [&] { std::apply(kernel, values); };
@@ -589,10 +591,6 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
   }
   if (options.counting) {
     counted_launches.back().counters = counters;
-    for (L2& l2 : l2_caches) {
-      counted_launches.back().from_memory.push_back(std::exchange(l2.loads, 0));
-      counted_launches.back().to_memory.push_back(std::exchange(l2.stores, 0));
-    }
   }
   launches[name] = {threads, shared_bytes};
 #if defined(__SANITIZE_THREAD__)

@@ -4,6 +4,7 @@
 // without reading it. Accesses come in the order in which the emulator has them, which is block after block.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <unordered_map>
 #include <vector>
@@ -15,25 +16,35 @@ namespace emulator {
 class L2 {
  public:
   static constexpr unsigned kLine = 128, kSectors = 4;
-  uint64_t loads = 0, stores = 0;  // sectors that came from memory, and that went there
 
-  explicit L2(int64_t bytes) : lines_(bytes / kLine + 1) { places_.reserve(lines_.size()); }
-
-  // Writes all that has changed and forgets everything.
-  void empty() {
+  // Empties it if the size changes.
+  void resize(int64_t bytes) {
+    const size_t lines = std::max<int64_t>(bytes / kLine, 1);
+    if (lines + 1 != lines_.size()) {
+      lines_.assign(lines + 1, {});
+      places_.clear();
+      places_.reserve(lines);
+      used_ = 0;
+    }
+  }
+  // Forgets everything; returns how many sectors had changed.
+  uint64_t empty() {
+    uint64_t changed = 0;
     for (uint32_t i = 1; i <= used_; ++i) {
-      stores += __builtin_popcount(lines_[i].changed);
+      changed += __builtin_popcount(lines_[i].changed);
     }
     lines_.assign(lines_.size(), {});
     places_.clear();
     used_ = 0;
+    return changed;
   }
-  EMULATOR_INTERNAL void access(uintptr_t sector, bool stores_it) {
+  // Counts the sectors that come from memory, and that go there.
+  EMULATOR_INTERNAL void access(uintptr_t sector, bool stores_it, uint64_t& loads, uint64_t& stores) {
     const uintptr_t address = sector / kSectors;
     const unsigned bit = 1u << sector % kSectors;
     auto [entry, is_new] = places_.try_emplace(address, 0);
     if (is_new) {
-      entry->second = used_ + 1 < lines_.size() ? ++used_ : evict();
+      entry->second = used_ + 1 < lines_.size() ? ++used_ : evict(stores);
       lines_[entry->second].address = address;
     } else {
       take_out(entry->second);
@@ -62,7 +73,7 @@ class L2 {
     lines_[lines_[0].after].before = i;
     lines_[0].after = i;
   }
-  uint32_t evict() {
+  uint32_t evict(uint64_t& stores) {
     const uint32_t last = lines_[0].before;
     take_out(last);
     stores += __builtin_popcount(lines_[last].changed);
