@@ -31,6 +31,7 @@ from benchmarks.criss_cross import CHANNELS, bmm_attention, print_table
 from benchmarks.fused_axes import fused_axes_attention
 from benchmarks.gpu_model import GPUS, LAUNCH, Gpu, LaunchModel, model_launches
 from benchmarks.original_scheme import count_original
+from benchmarks.sass import disassembler
 from benchmarks.traffic import Case, Counts, Passes, count_ours, count_plain, emulation, fewest
 from cc_attention import native
 from utils.arguments import ArgumentParser
@@ -191,9 +192,10 @@ def main() -> None:
     print(
         f"Query and key of {c} channels, value of {cv}; bfloat16, channels_last (original: float32, NCHW)", flush=True
     )
-    if not LIBRARY.exists():
-        print(f"No instructions and times of ours: {LIBRARY.name} is not built.")
-    results, models = count(args.cases, gpus, LIBRARY if LIBRARY.exists() else None)
+    library = LIBRARY if LIBRARY.exists() and disassembler() else None
+    if library is None:
+        print(f"No instructions and times of ours: there is no {LIBRARY.name}, or no cuobjdump.")
+    results, models = count(args.cases, gpus, library)
     print_table(
         "What warps ask for (ours; original as written), or what tensors have; and MB that pass the L2 cache.",
         ["", "", "MB", "/ fewest", "/ ours", *(f"{gpu.l2_bytes >> 20} MB of {gpu.name}" for gpu in gpus)]

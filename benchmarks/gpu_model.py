@@ -126,9 +126,14 @@ def run_launch(launch, kernel: Kernel, memory: Memory) -> list[BlocksRun]:
 
 
 def check_block(block: Block, counters) -> None:
-    """SassError if a block did not do what an emulation.Counters says of it."""
+    """SassError if a block did not do what an emulation.Counters says of it.
+
+    A compiler may load once what the source loads twice; then there are fewer loads, whose addresses tell nothing.
+    """
     issued = issued_by_name(block)
     found = {name: issued[instruction] for name, instruction in MARKERS.items()} | block.accesses
+    if found["loads"] < counters.loads:
+        del found["loads"], found["load_addresses"]
     for name, count in found.items():
         if count != (counted := getattr(counters, name)):
             raise SassError(
@@ -213,7 +218,7 @@ def steps_of(kernel: Kernel, gpu: Gpu, from_memory: float) -> list[Step]:
         "LDGSTS": (global_latency, ""),
         "SHFL": (SHUFFLE, "shared_loads"),
     }
-    by_name |= dict.fromkeys(("LDS", "LDSM"), (gpu.shared_latency, "shared_loads"))
+    by_name |= dict.fromkeys(("LDS", "LDSM", "LDL"), (gpu.shared_latency, "shared_loads"))
     steps = []
     for i in kernel.code:
         unit, (read, written) = UNITS.get(i.name, ""), registers_of(i)

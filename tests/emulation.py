@@ -173,8 +173,8 @@ def emulated_gpu(
     """A context in which operators on CPU tensors run on an emulated GPU with these properties.
 
     Threads and blocks run in the given order. Yields a function that returns the launches counted since its last call.
-    From one such call to the next there is an L2 cache, which begins empty, and of which at the call all that has changed
-    is written.
+    From one such call to the next there is an L2 cache, which begins empty, and of which at the call all that has
+    changed is written.
     """
     library = emulated_library()
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import torch
 from attention import DTYPES, everything, random_inputs
 from emulation import ROOT, emulated_gpu, launches
 
+from benchmarks import sass
+from benchmarks.sass import short
 from cc_attention import native
 
 LIBRARY = Path(native.__file__).with_name("_C_cuda.abi3.so")
@@ -22,23 +23,14 @@ REGISTERS, SHARED_BYTES, RESERVED_BYTES, WARPS, BLOCKS = 65536, 164 * 1024, 1024
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not LIBRARY.exists(), reason="needs cc_attention/_C_cuda: pip install -e ., with nvcc"),
+    pytest.mark.skipif(not sass.disassembler(), reason="needs cuobjdump: CUDA's, or triton's"),
 ]
 
 
 def cuobjdump(*arguments: str) -> str:
-    """CUDA's disassembler: a toolkit's, or the one that comes with triton."""
-    program = shutil.which("cuobjdump")
-    if program is None:
-        triton = pytest.importorskip("triton", reason="needs cuobjdump: CUDA's, or triton's")
-        program = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    result = subprocess.run([program, *arguments, str(LIBRARY)], check=True, text=True, stdout=subprocess.PIPE)
-    return subprocess.run(["c++filt"], input=result.stdout, check=True, text=True, stdout=subprocess.PIPE).stdout
-
-
-def short(name: str) -> str:
-    """attention_kernel<TensorCores, half, 128> for what compilers call it."""
-    name = name.split("(")[0].removeprefix("void ").replace("ccnet::", "").replace("__nv_", "").replace("__", "")
-    return re.sub(r"<\w+<(.*?)> ?>", r"<\1>", name).strip()
+    """What CUDA's disassembler prints about the library, with demangled names."""
+    text = sass.cuobjdump(LIBRARY, *arguments)
+    return subprocess.run(["c++filt"], input=text, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
 @pytest.fixture(scope="module")

@@ -212,7 +212,7 @@ def test_the_command_prints_all_tables(monkeypatch, capsys):
     cuda_roofline.main()
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("| 1x512x2x3 backward")]
-    launches = 3 if cuda_roofline.LIBRARY.exists() else 0
+    launches = 0 if "No instructions and times of ours" in printed else 3
     # counts, instructions by launch and by line, times of launches, times, targets
     assert len(rows) == 6 + (launches + (launches > 0)) + launches + 5 + 4
     assert "| original, as written |" in printed

@@ -18,7 +18,8 @@ LIBRARY = Path(native.__file__).with_name("_C_cuda.abi3.so")
 A100 = GPUS[0]
 
 needs_library = pytest.mark.skipif(
-    not LIBRARY.exists() or not native.LOADED, reason="needs the CUDA kernels: pip install -e ., with nvcc"
+    not LIBRARY.exists() or not native.LOADED or not sass.disassembler(),
+    reason="needs the CUDA kernels (pip install -e ., with nvcc) and cuobjdump",
 )
 
 
@@ -94,7 +95,7 @@ extern "C" __global__ void sums(const int* x, int* out, int count) {
 """
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(not shutil.which("nvcc") or not sass.disassembler(), reason="needs nvcc and cuobjdump")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_a_loop_that_nvcc_compiled(architecture, tmp_path):
     source, cubin = tmp_path / "tiny.cu", tmp_path / "tiny.cubin"
@@ -137,7 +138,8 @@ def passes(inputs, take_launches):
     [
         (torch.bfloat16, (1, 2, 3), "sm_80"),  # small tiles, two axes
         (torch.bfloat16, (1, 1, 70), "sm_90"),  # a large tile
-        (torch.half, (1, 2, 3), "sm_90"),
+        (torch.half, (1, 2, 3), "sm_89"),
+        (torch.float32, (1, 2, 3), "sm_80"),
     ],
     ids=str,
 )
@@ -161,7 +163,7 @@ def test_machine_code_has_the_results_of_the_emulated_source(dtype, shape, archi
             for x in written:  # exp2 and 1/x are not of the same last bit
                 found = torch.frombuffer(bytearray(memory.read(x)), dtype=x.dtype).as_strided(x.shape, x.stride())
                 assert (found == x).double().mean() > 0.98 or x.dtype == torch.float32
-                allowed = 2 * torch.finfo(x.dtype).eps * x.abs().max()
+                allowed = (2 if x.dtype == dtype != torch.float32 else 16) * torch.finfo(x.dtype).eps * x.abs().max()
                 assert torch.allclose(found, x, rtol=0, atol=float(allowed)), (found - x).abs().max() / allowed
 
 
@@ -174,11 +176,11 @@ def test_machine_code_that_does_not_do_what_was_counted_is_an_error():
     memory = sass.Memory([*inputs, *results])
     run_launch(launch, code, memory)
     for name in (*gpu_model.MARKERS, "loads", "stores", "load_addresses", "store_addresses"):
-        counters = launch.alike[0].counters
-        setattr(counters, name, getattr(counters, name) + 1)
+        counters, wrong = launch.alike[0].counters, -1 if name == "loads" else 1  # code may do with fewer loads
+        setattr(counters, name, getattr(counters, name) + wrong)
         with pytest.raises(sass.SassError, match=f"{name} is .* in its machine code, but the emulator counted"):
             run_launch(launch, code, memory)
-        setattr(counters, name, getattr(counters, name) - 1)
+        setattr(counters, name, getattr(counters, name) - wrong)
 
 
 # ---- the model ----

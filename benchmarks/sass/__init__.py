@@ -6,11 +6,11 @@
 A block's threads run in lockstep as long as they are at the same instruction, as rows of numpy arrays: registers are
 [number, thread]. Every instruction (instructions.py) works on real data, so branches go where they go on a GPU; one
 that is not known here is an error. Warps that diverge come together where the code says so (BSSY, BSYNC), as on a GPU
-from Volta on. Rounding other than to nearest is not there, and what MUFU approximates is computed in float32.
+from Volta on. What MUFU approximates is computed in float32.
 """
 
 from benchmarks.sass.block import WARP, Block, Launch, Memory, run_block
-from benchmarks.sass.code import Instruction, Kernel, Operand, SassError, cuobjdump, kernels, short
+from benchmarks.sass.code import Instruction, Kernel, Operand, SassError, cuobjdump, disassembler, kernels, short
 
 __all__ = [
     "WARP",
@@ -22,6 +22,7 @@ __all__ = [
     "Operand",
     "SassError",
     "cuobjdump",
+    "disassembler",
     "kernels",
     "run_block",
     "short",

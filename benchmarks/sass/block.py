@@ -12,6 +12,7 @@ from benchmarks.sass.code import Instruction, Kernel, Operand, SassError
 from benchmarks.sass.instructions import EXECUTE, LEAVES, WARP, per_warp
 
 PARAMETERS = {8: 0x160, 9: 0x210}  # where they begin in constant bank 0, by the architecture's generation
+LOCAL = 1 << 12  # bytes of local memory that a thread can have
 RESERVED_SHARED = {8: 0, 9: 1024}  # bytes of shared memory before the kernel's own
 
 
@@ -106,11 +107,14 @@ class Block:
 
     def __init__(self, kernel: Kernel, launch: Launch, number: int, memory: Memory):
         threads = launch.threads
+        if kernel.generation not in PARAMETERS:
+            raise SassError(f"{kernel.name}: {kernel.architecture} is not known here")
         self.kernel, self.memory, self.threads, self.number = kernel, memory, threads, number
         self.registers = {"R": np.zeros((256, threads), np.uint32), "UR": np.zeros((64, threads), np.uint32)}
         self.predicates = {"P": np.zeros((8, threads), bool), "UP": np.zeros((8, threads), bool)}
         for predicates in self.predicates.values():
             predicates[7] = True
+        self.local = np.zeros((threads, LOCAL), np.uint8)
         self.shared = np.zeros(RESERVED_SHARED[kernel.generation] + launch.shared_bytes, np.uint8)
         begin = PARAMETERS[kernel.generation]
         self.constants = bytearray(begin + len(launch.parameters) + 8)
@@ -205,7 +209,7 @@ class Block:
             zero = 255 if operand.kind == "R" else 63
             return self.registers[operand.kind][operand.number + which if operand.number != zero else zero]
         if operand.kind == "i":
-            return operand.bits if which == 0 else np.uint32(0)
+            return np.uint32(operand.number >> 32 * which & 0xFFFFFFFF)
         if operand.kind == "c":
             return np.frombuffer(self.constants, np.uint32, 1, operand.offset + 4 * which)[0]
         raise SassError(f"{self.kernel.name}: operand {operand.text}")
@@ -224,13 +228,21 @@ class Block:
             return np.uint64(0xFFFFFFFF) - value
         return np.uint64(1 << 32) - value if operand.negative else value
 
+    def _pair(self, operand: Operand) -> np.ndarray:
+        low, high = (np.asarray(self.raw(operand, which)).astype(np.uint64) for which in range(2))
+        return np.asarray(low | high << np.uint64(32))
+
     def u64(self, operand: Operand):
-        low, high = self.raw(operand), self.raw(operand, 1)
-        value = np.asarray(low).astype(np.uint64) | (np.asarray(high).astype(np.uint64) << np.uint64(32))
+        value = self._pair(operand)
         return ~value if operand.inverted else (~value + np.uint64(1)) if operand.negative else value
 
     def f32(self, operand: Operand):
         value = np.asarray(self.raw(operand)).view(np.float32)
+        value = np.abs(value) if operand.absolute else value
+        return -value if operand.negative else value
+
+    def f64(self, operand: Operand):
+        value = self._pair(operand).view(np.float64)
         value = np.abs(value) if operand.absolute else value
         return -value if operand.negative else value
 
@@ -250,7 +262,7 @@ class Block:
         np.copyto(self.registers[kind][operand.number + which], value.astype(np.uint32), where=self._written(kind))
 
     def set64(self, operand: Operand, value) -> None:
-        value = np.asarray(value)
+        value = np.asarray(value).view(np.uint64)
         self.set(operand, value & np.uint64(0xFFFFFFFF))
         self.set(operand, value >> np.uint64(32), 1)
 

@@ -1,5 +1,6 @@
 """Reading machine code: kernels, instructions and operands from what cuobjdump prints."""
 
+import importlib.util
 import re
 import shutil
 import struct
@@ -8,22 +9,26 @@ from collections.abc import Callable
 from functools import cache, cached_property, partial
 from pathlib import Path
 
-import numpy as np
-
 
 class SassError(Exception):
     """The code has something that is not known here, or does not fit what was counted."""
 
 
+@cache
+def disassembler() -> str | None:
+    """CUDA's cuobjdump: a toolkit's, or the one that comes with triton."""
+    package = importlib.util.find_spec("triton")
+    found = shutil.which("cuobjdump")
+    if found is None and package is not None and package.origin is not None:
+        found = shutil.which("cuobjdump", path=Path(package.origin).parent / "backends" / "nvidia" / "bin")
+    return found
+
+
 def cuobjdump(library: Path, *arguments: str) -> str:
-    """What CUDA's disassembler, a toolkit's or triton's, prints about a library or cubin."""
-    program = shutil.which("cuobjdump")
+    """What CUDA's disassembler prints about a library or cubin."""
+    program = disassembler()
     if program is None:
-        try:
-            import triton  # type: ignore[import-untyped]
-        except ImportError:
-            raise SassError("needs cuobjdump: CUDA's, or the one that comes with triton") from None
-        program = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+        raise SassError("needs cuobjdump: CUDA's, or the one that comes with triton")
     # It warns of every part of the library that does not have the function that was asked for.
     return subprocess.run([program, *arguments, str(library)], check=True, text=True, capture_output=True).stdout
 
@@ -37,7 +42,7 @@ def short(name: str) -> str:
 class Operand:
     """A register, predicate, constant, immediate or address. R and UR by number, with RZ 255 and URZ 63."""
 
-    def __init__(self, text: str, floating: bool):
+    def __init__(self, text: str, floating: str = ""):
         self.text = text = text.replace(".reuse", "").strip()
         self.negative, self.inverted, self.absolute = text[:1] in "-!" and text != "-", text[:1] == "~", "|" in text
         body = text.lstrip("-!~").strip("|")
@@ -53,11 +58,10 @@ class Operand:
             self.kind = "memory"
             self._address(match[1])
         elif floating and (value := _float(text)) is not None:
-            self.kind, self.number = "i", struct.unpack("<I", struct.pack("<f", value))[0]
+            self.kind, self.number = "i", int.from_bytes(struct.pack(floating, value), "little")
             self.negative = False
         elif re.fullmatch(r"0x[0-9a-f]+|\d+", body):
             self.kind, self.number = "i", int(body, 0)
-        self.bits = np.uint32(self.number & 0xFFFFFFFF)
 
     def _address(self, text: str) -> None:
         """[R2.64+UR4+0x10], [R2.X4+0x10] or the like."""
@@ -87,13 +91,14 @@ class Instruction:
         if parts is None:
             raise SassError(f"{text}: not as instructions are")
         guard, full_name, rest = parts.groups()
-        self.guard = Operand(guard, False) if guard else None
+        self.guard = Operand(guard) if guard else None
         self.name: str
         self.modifiers: list[str]
         self.name, *self.modifiers = full_name.split(".")
         # The uniform datapath's instructions are the others', with registers that a warp's threads share.
         self.base = self.name.removeprefix("U")
-        floating = self.base in ("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "FMNMX", "FCHK", "MUFU", "FSET")
+        floats = ("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "FMNMX", "FCHK", "MUFU", "FRND")
+        floating = "<f" if self.base in floats else "<d" if self.base in ("DADD", "DMUL", "DFMA", "DSETP") else ""
         self.operands = [Operand(x, floating) for x in re.split(r",\s*", rest)] if rest else []
 
     @property

@@ -222,28 +222,43 @@ def _(b, i):
     _set_predicates(b, i, holds, other)
 
 
-@executes("FSETP")
+@executes("FSETP", "DSETP")
 def _(b, i):
     _, _, x, y, other = i.operands
-    x, y = b.f32(x), b.f32(y)
+    get = b.f32 if i.base == "FSETP" else b.f64
+    x, y = get(x), get(y)
     unordered = np.isnan(x) | np.isnan(y)
     relation = i.modifiers[0]
     if relation in ("NAN", "NUM"):
         holds = unordered if relation == "NAN" else ~unordered
-    else:
+    elif relation[:2] in COMPARE:
         holds = COMPARE[relation[:2]](x, y) & ~unordered | (unordered if relation[2:] == "U" else False)
+    else:
+        raise b.unknown(i)
     _set_predicates(b, i, np.broadcast_to(holds, b.threads), other)
 
 
-@executes("FADD", "FMUL")
+@executes("FADD", "FMUL", "FFMA")
 def _(b, i):
-    b.set(i.operands[0], (np.add if i.base == "FADD" else np.multiply)(b.f32(i.operands[1]), b.f32(i.operands[2])))
+    x, y, *z = (b.f32(x).astype(np.float64) for x in i.operands[1:])
+    exact = x + y if i.base == "FADD" else x * y + (z[0] if z else 0)
+    rounded = exact.astype(np.float32)
+    if i.has("RM") or i.has("RZ") or i.has("RP"):
+        down = i.has("RM") | (i.has("RZ") & (exact > 0))
+        wrong = rounded > exact if i.has("RM") else rounded < exact if i.has("RP") else np.abs(rounded) > np.abs(exact)
+        rounded = np.where(wrong, np.nextafter(rounded, np.where(down, -np.inf, np.inf).astype(np.float32)), rounded)
+    b.set(i.operands[0], np.fmax(0, np.fmin(1, rounded)) if i.has("SAT") else rounded)
 
 
-@executes("FFMA")
+@executes("DADD", "DMUL")
 def _(b, i):
-    x, y, z = (b.f32(x).astype(np.float64) for x in i.operands[1:4])
-    b.set(i.operands[0], x * y + z)
+    b.set64(i.operands[0], (np.add if i.base == "DADD" else np.multiply)(b.f64(i.operands[1]), b.f64(i.operands[2])))
+
+
+@executes("DFMA")
+def _(b, i):
+    x, y, z = (b.f64(x).astype(np.longdouble) for x in i.operands[1:4])
+    b.set64(i.operands[0], (x * y + z).astype(np.float64))
 
 
 @executes("FMNMX")
@@ -264,6 +279,11 @@ def _(b, i):
 
 @executes("MUFU")
 def _(b, i):
+    if i.has("RCP64H") or i.has("RSQ64H"):  # from and to the upper half of a float64
+        x = (np.asarray(b.raw(i.operands[1])).astype(np.uint64) << np.uint64(32)).view(np.float64)
+        result = 1 / x if i.has("RCP64H") else 1 / np.sqrt(x)
+        b.set(i.operands[0], result.view(np.uint64) >> np.uint64(32))
+        return
     x = b.f32(i.operands[1])
     function: dict[str, Callable] = {
         "RCP": lambda x: np.float32(1) / x,
@@ -282,11 +302,30 @@ def _(b, i):
     if exact is None:
         exact = b.u32(x) if i.has("U32") else b.s32(x)
     exact = np.asarray(exact)
+    if i.has("F64"):
+        b.set64(i.operands[0], exact.astype(np.float64))
+        return
     rounded = exact.astype(np.float32)
     if i.has("RP"):
         below = rounded.astype(np.float64) < exact.astype(np.float64)
         rounded = np.where(below, np.nextafter(rounded, np.float32(np.inf)), rounded)
     b.set(i.operands[0], rounded)
+
+
+@executes("F2F")
+def _(b, i):
+    if i.modifiers[:2] == ["F64", "F32"]:
+        b.set64(i.operands[0], b.f32(i.operands[1]).astype(np.float64))
+    elif i.modifiers[:2] == ["F32", "F64"]:
+        b.set(i.operands[0], b.f64(i.operands[1]).astype(np.float32))
+    else:
+        raise b.unknown(i)
+
+
+@executes("FRND")
+def _(b, i):
+    function = {"FLOOR": np.floor, "CEIL": np.ceil, "TRUNC": np.trunc}
+    b.set(i.operands[0], function.get((i.modifiers or [""])[0], np.rint)(b.f32(i.operands[1])))
 
 
 @executes("F2I")
@@ -385,7 +424,7 @@ def _(b, i):
 @executes("LDC")
 def _(b, i):
     result, place = i.operands
-    offset = np.asarray(b.raw(Operand(f"R{place.number}" if place.number != 255 else "RZ", False)))
+    offset = np.asarray(b.raw(Operand(f"R{place.number}" if place.number != 255 else "RZ")))
     at = (offset.astype(np.int64) + place.offset)[:, None] + np.arange(i.width())
     values = np.frombuffer(b.constants, np.uint8)[at]
     words = values.view(f"<u{min(i.width(), 4)}")
@@ -415,6 +454,18 @@ def _(b, i):
 @executes("STS")
 def _(b, i):
     b.store_shared(b.address(i.operands[0]), b.get_bytes(i.operands[1], i.width()))
+
+
+@executes("LDL", "STL")
+def _(b, i):
+    loads = i.base == "LDL"
+    address = b.address(i.operands[loads]).astype(np.int64)
+    place = (address[:, None] + np.arange(i.width())) % b.local.shape[1]
+    thread = np.flatnonzero(b.mask)[:, None]
+    if loads:
+        b.set_bytes(i.operands[0], b.local[thread, place], i)
+    else:
+        b.local[thread, place] = b.get_bytes(i.operands[1], i.width())
 
 
 @executes("LDGSTS")
@@ -503,7 +554,7 @@ def _(b, i):
 
 @executes("RET")
 def _(b, i):
-    target = b.raw(Operand(i.operands[0].text.split()[0], False))
+    target = b.raw(Operand(i.operands[0].text.split()[0]))
     for place in np.unique(target[b.mask]):
         b.go(int(place), b.mask & (target == place))
     b.go(i.next, b.group.threads & ~b.mask)
