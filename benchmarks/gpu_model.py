@@ -130,8 +130,10 @@ def check_block(block: Block, counters) -> None:
 
     A compiler may load once what the source loads twice; then there are fewer loads, whose addresses tell nothing.
     """
-    issued = issued_by_name(block)
-    found = {name: issued[instruction] for name, instruction in MARKERS.items()} | block.accesses
+    acted: Counter[str] = Counter()
+    for issue in block.trace:
+        acted[block.kernel.code[issue.number].name] += issue.acting.bit_count()
+    found = {name: acted[instruction] for name, instruction in MARKERS.items()} | block.accesses
     if found["loads"] < counters.loads:
         del found["loads"], found["load_addresses"]
     for name, count in found.items():

@@ -539,8 +539,12 @@ def _(b, i):
 
 @executes("BRA", "CALL")
 def _(b, i):
-    taken = b.mask
-    for x in i.operands[:-1]:
+    taken, conditions = b.mask, i.operands[:-1]
+    if i.has("CONV") and conditions[0].text == "~URZ":  # if all of a warp's threads are here
+        taken, conditions = per_warp(np.all, taken), []
+    elif i.has("DIV") and conditions[0].text == "~URZ":  # if not
+        taken, conditions = taken & ~per_warp(np.all, taken), []
+    for x in conditions:
         if x.kind not in ("P", "UP"):
             raise b.unknown(i)
         taken = taken & b.predicate(x)
@@ -584,10 +588,16 @@ def _(b, i):
     b.meet()
 
 
-@executes("BSYNC")
+@executes("BSYNC", "WARPSYNC")
 def _(b, i):
     if b.mask.any():
-        b.at_meeting.setdefault(i.operands[0].text, []).append(b.group_of(i.next, b.mask))
+        where = i.operands[0].text
+        if i.base == "WARPSYNC":  # of all that live
+            if np.any(b.u32(i.operands[0]) != 0xFFFFFFFF):
+                raise b.unknown(i)
+            where = f"WARPSYNC {i.place}"
+            b.meets[where] = np.ones(b.threads, bool)
+        b.at_meeting.setdefault(where, []).append(b.group_of(i.next, b.mask))
         b.go(i.next, b.group.threads & ~b.mask)
         b.meet()
         return LEAVES
@@ -602,6 +612,6 @@ def _(b, i):
     return LEAVES
 
 
-@executes("NOP", "LDGDEPBAR", "DEPBAR", "WARPSYNC")
+@executes("NOP", "LDGDEPBAR", "DEPBAR")
 def _(b, i):
     pass
