@@ -115,9 +115,10 @@ def instruction_rows(models: Models) -> Iterable[list[str]]:
                     f"{kind.issued.total() / 1e6:,.2f}",
                     f"{kind.issued['HMMA'] / kind.issued.total():.1%}",
                     *(f"{number:,.0f}" for number in kind.waits),
+                    ", ".join(f"{count:,} {name}" for name, count in kind.left_out.items()),
                 ]
             total = sum(launch.issued.total() for launch in launches)
-            yield [f"{case} {what}", gpu.architecture, f"a line: {total / case.lines:,.0f}", *["-"] * 12]
+            yield [f"{case} {what}", gpu.architecture, f"a line: {total / case.lines:,.0f}", *["-"] * 13]
 
 
 def _kinds(launches: list[LaunchModel]) -> list[list[LaunchModel]]:
@@ -205,9 +206,10 @@ def main() -> None:
     if models:
         print_table(
             "Instructions issued: by a warp, and millions by a launch. Cycles of a block by itself, and for how many\n"
-            "its slowest warp waits for loads, copies, shared memory, tensor cores and barriers; how often for loads.",
+            "its slowest warp waits for loads, copies, shared memory, tensor cores and barriers; how often for loads.\n"
+            "Left out is what the compiler saw no use of, of what the source does.",
             ["", "code", "kernel", "blocks x warps", "at once", "a warp", "all, M", "HMMA", "cycles"]
-            + ["loads", "copies", "shared", "mma", "barriers", "waiting"],
+            + ["loads", "copies", "shared", "mma", "barriers", "waiting", "left out"],
             instruction_rows(models),
         )
         print_table(
