@@ -2,15 +2,16 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from attention import DTYPES, everything, random_inputs
-from emulation import ROOT, emulated_gpu, take_launches
+from emulation import ROOT, emulated_gpu, take_launched_kernels
 
+from benchmarks import sass
+from benchmarks.sass import short
 from cc_attention import native
 
 LIBRARY = Path(native.__file__).with_name("_C_cuda.abi3.so")
@@ -32,23 +33,14 @@ ATTENTION = re.compile(r"(plain_)?(attention|value_gradient|query_key_gradient)_
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not LIBRARY.exists(), reason="needs cc_attention/_C_cuda: pip install -e ., with nvcc"),
+    pytest.mark.skipif(not sass.disassembler(), reason="needs cuobjdump: CUDA's, or triton's"),
 ]
 
 
 def cuobjdump(*arguments: str) -> str:
-    """CUDA's disassembler: a toolkit's, or the one that comes with triton."""
-    program = shutil.which("cuobjdump")
-    if program is None:
-        triton = pytest.importorskip("triton", reason="needs cuobjdump: CUDA's, or triton's")
-        program = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    result = subprocess.run([program, *arguments, str(LIBRARY)], check=True, text=True, stdout=subprocess.PIPE)
-    return subprocess.run(["c++filt"], input=result.stdout, check=True, text=True, stdout=subprocess.PIPE).stdout
-
-
-def short(name: str) -> str:
-    """attention_kernel<TensorCores, half, 128> for what compilers call it."""
-    name = name.split("(")[0].removeprefix("void ").replace("ccnet::", "").replace("__nv_", "").replace("__", "")
-    return re.sub(r"<\w+<(.*?)> ?>", r"<\1>", name).strip()
+    """What CUDA's disassembler prints about the library, with demangled names."""
+    text = sass.cuobjdump(LIBRARY, *arguments)
+    return subprocess.run(["c++filt"], input=text, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +81,7 @@ DEVICES = {"sm_75": {"shared_bytes": 64 * 1024, "architecture": 75}, "sm_80": {}
 @pytest.fixture(scope="module")
 def launched_on() -> dict[str, dict[str, tuple[int, int]]]:
     """(threads a block, bytes of shared memory) by kernel, as launchers ask for them, on sm_75 and on all later."""
-    take_launches()
+    take_launched_kernels()
     launched = {}
     for name, device in DEVICES.items():
         with emulated_gpu(**device):
@@ -98,7 +90,7 @@ def launched_on() -> dict[str, dict[str, tuple[int, int]]]:
                     inputs = {name: x.to(dtype) for name, x in random_inputs(1, 8, 8, 1, length).items()}
                     list(everything(inputs, inputs))
                 launch_batch_norm(dtype)
-        launched[name] = {short(name): size for name, size in take_launches().items()}
+        launched[name] = {short(name): size for name, size in take_launched_kernels().items()}
     return launched
 
 

@@ -50,6 +50,7 @@ EMULATOR_INTERNAL T __shfl_xor_sync(unsigned mask, T x, int bits, EMULATOR_HERE)
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
   emulator::Shuffle<T> lane{x, x, emulator::state.current->lane ^ bits};
   emulator::warp_operation(mask, emulator::shuffle<T>, &lane, file, line);
+  emulator::count_once(emulator::counters.shuffles, sizeof(T) / 4);
   return lane.out;
 }
 
@@ -123,6 +124,7 @@ void store_shared(T* p, const T& x, bool valid = true, EMULATOR_HERE) {
 inline void copy_async(void* shared, const void* global, bool valid, EMULATOR_HERE) {
   emulator::count_access(emulator::Access::load, global, 16, valid, file, line);
   emulator::count_access(emulator::Access::shared_access, shared, 16, true, file, line);
+  emulator::count_once(emulator::counters.copies);
   emulator::copy_async(shared, valid ? global : nullptr);
 }
 inline void copies_wait() { emulator::copies_wait(); }
@@ -154,6 +156,7 @@ EMULATOR_INTERNAL void ldmatrix(void* const* arguments, unsigned) {
     }
   }
   if (options.counting) {
+    ++counters.ldmatrix;
     for (int matrix = 0; matrix < 4; ++matrix) {
       uintptr_t address[8];
       for (int row = 0; row < 8; ++row) {
