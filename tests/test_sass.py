@@ -92,16 +92,39 @@ extern "C" __global__ void sums(const int* x, int* out, int count) {
   __syncthreads();
   out[blockIdx.x * 64 + threadIdx.x] = shared[threadIdx.x ^ 63] / 7 * (blockIdx.x + 1);
 }
+
+extern "C" __global__ void ratios(const float* x, const double* y, double* out, int which) {
+  double all[8];  // in local memory
+  for (int i = 0; i < 8; ++i) {
+    all[i] = (floorf(x[threadIdx.x]) - .5) / y[threadIdx.x ^ i] + expf(x[i]);
+  }
+  out[threadIdx.x] = all[threadIdx.x % 8 ^ which];
+}
 """
 
 
-@pytest.mark.skipif(not shutil.which("nvcc") or not sass.disassembler(), reason="needs nvcc and cuobjdump")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_a_loop_that_nvcc_compiled(architecture, tmp_path):
+@pytest.fixture(params=["sm_80", "sm_90"])
+def tiny(request, tmp_path) -> dict[str, sass.Kernel]:
+    if not shutil.which("nvcc") or not sass.disassembler():
+        pytest.skip("needs nvcc and cuobjdump")
     source, cubin = tmp_path / "tiny.cu", tmp_path / "tiny.cubin"
     source.write_text(TINY)
-    subprocess.run(["nvcc", f"-arch={architecture}", "-cubin", "-o", cubin, source], check=True)
-    code = sass.kernels(cubin, architecture)["sums"]
+    subprocess.run(["nvcc", f"-arch={request.param}", "-cubin", "-o", cubin, source], check=True)
+    return sass.kernels(cubin, request.param)
+
+
+def test_functions_of_real_numbers(tiny):
+    x, y, out = torch.randn(32), torch.randn(32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)
+    memory = sass.Memory([x, y, out])
+    (block,) = run(tiny["ratios"], 1, 32, 0, memory, x.data_ptr(), y.data_ptr(), out.data_ptr(), 5)
+    i = torch.arange(32) % 8 ^ 5
+    expected = (x.floor().double() - 0.5) / y[torch.arange(32) ^ i] + x[i].exp().double()
+    torch.testing.assert_close(torch.from_numpy(memory.read(out).view(np.float64)), expected, rtol=1e-7, atol=1e-6)
+    assert issued_by_name(block)["LDL"] > 0
+
+
+def test_a_loop_that_nvcc_compiled(tiny):
+    code = tiny["sums"]
     # Everything up to EXIT is in line but for one loop, whose end goes back to its beginning; after EXIT is padding.
     back = [i for i in code.code if i.name == "BRA" and i.operands[-1].number < i.place]
     end = next(n for n, i in enumerate(code.code) if i.name == "EXIT" and i.guard is None) + 1

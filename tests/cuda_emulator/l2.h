@@ -23,7 +23,6 @@ class L2 {
     if (lines + 1 != lines_.size()) {
       lines_.assign(lines + 1, {});
       places_.clear();
-      places_.reserve(lines);
       used_ = 0;
     }
   }
