@@ -32,9 +32,11 @@ def surrounding_pythons() -> list[str]:
     """
     found = []
     parent = Path(f"/proc/{os.getppid()}")
-    if parent.exists():  # `.venv/bin/python -m build` itself
+    try:  # `.venv/bin/python -m build` itself
         program = (parent / "cmdline").read_bytes().split(b"\0")[0].decode()
         found += [os.path.join(os.readlink(parent / "cwd"), program)] if "/" in program else []
+    except OSError:  # no /proc, or the parent has ended, and the process in its place may not be looked into
+        pass
     environments = [os.environ[name] for name in ("VIRTUAL_ENV", "CONDA_PREFIX") if name in os.environ]
     environments += [str(folder / ".venv") for folder in (Path.cwd(), *Path.cwd().parents)]  # uv's rule
     found += [os.path.join(environment, "bin", "python") for environment in environments]

@@ -152,6 +152,14 @@ def test_environments_that_a_build_may_have_begun_in(monkeypatch, tmp_path):
         assert out.strip() == sys.executable
 
 
+def test_a_parent_that_may_not_be_looked_into(monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "readlink", refuse)
+    assert pytorch.surrounding_pythons()  # those of other places
+
+
 # ---- compilers ----
 
 

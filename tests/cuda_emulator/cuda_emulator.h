@@ -75,7 +75,10 @@ struct SharedCarver {
 };
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
-inline int unknown(int x) { return x; }
+template <class T>
+T unknown(T x) {
+  return x;
+}
 
 template <class T>
 T load_word(const T* p) {

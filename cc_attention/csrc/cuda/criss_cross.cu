@@ -112,6 +112,7 @@ Axes axes_of(const Tensor& x) {
   for (int64_t d = x.dim() - 1, step = 1; d >= 2; step *= x.size(d--)) {
     const int64_t length = x.size(d);
     STD_TORCH_CHECK(length <= std::numeric_limits<int>::max() / 4, "expected sides of less than 2^29 pixels");
+    STD_TORCH_CHECK(step <= std::numeric_limits<int>::max(), "expected planes of less than 2^31 pixels");
     const bool first = axes.count == 0;
     if (first || length > 1) {  // a line of one pixel has, but for the first axis, nobody to attend to
       axes.lines[axes.count++] = {step, static_cast<int>(length), first, false, 0, static_cast<int>(path)};

@@ -191,7 +191,7 @@ auto with_kernels(const Device& device, const Line& line, const F& f) {
     return f(std::conditional_t<std::is_same_v<T, BFloat16>, PlainLine<T>, Small>());
   } else {
     return line.length <= 64    ? f(Small())
-           : line.length <= 112 ? f(TensorCoreLine<T, 112, 112, 112>())
+           : line.length <= 112 ? f(TensorCoreLine<T, 64, 112, 112>())
            : line.length <= 128 ? f(TensorCoreLine<T, 64, 128, 128>())
                                 : f(TensorCoreLine<T, 64, 256, 128>());
   }

@@ -11,7 +11,7 @@ namespace ccnet {
 
 // The lines of one axis: `step` pixels lie from one pixel of a line to the next.
 struct Line {
-  int64_t step;
+  int64_t step;  // less than 2^31
   int length;  // pixels
   // The axes of a criss-cross path follow each other: the first one's lines have the pixel itself, later ones leave it
   // out and merge into what is there. After the last, what is there is the result.

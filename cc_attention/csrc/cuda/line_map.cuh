@@ -9,8 +9,9 @@ namespace ccnet {
 __device__ __forceinline__ int at_most(int limit, int x) { return x < limit ? x : limit; }
 
 // Of the line of that number
-__device__ __forceinline__ int64_t first_pixel(const Line& line, int64_t number) {
-  return number / line.step * line.step * line.length + number % line.step;
+__device__ __forceinline__ int64_t first_pixel(const Line& line, unsigned number) {
+  const unsigned step = line.step, before = number / step;  // in 32 bits, since division takes that many instructions
+  return before * line.step * line.length + (number - before * step);
 }
 
 template <class T>

@@ -36,12 +36,17 @@ struct WarpRows {
   // acc += these rows times b, from column n of it on
   template <class Acc, class B>
   __device__ __forceinline__ void multiply(Acc& acc, const B& b, int n) const {
+    const T* rows[Acc::kColumns / 4];  // unknown, so that all that follows differs from them by constants
+#pragma unroll
+    for (int j = 0; j < Acc::kColumns; j += 4) {
+      rows[j / 4] = unknown(right_row<false>(b, 0, n + 4 * j));
+    }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
 #pragma unroll
       for (int j = 0; j < Acc::kColumns; j += 4) {
         uint32_t right[4];
-        load_right<false>(right, b, 16 * k, n + 4 * j);
+        load_right<false>(right, rows[j / 4] + 16 * k * B::kColumns);
         mma_m16n8k16<T>(acc.x[0][j], acc.x[0][j + 1], acc.x[1][j], acc.x[1][j + 1], x[k], right[0], right[1]);
         mma_m16n8k16<T>(acc.x[0][j + 2], acc.x[0][j + 3], acc.x[1][j + 2], acc.x[1][j + 3], x[k], right[2], right[3]);
       }
@@ -62,7 +67,7 @@ struct Staging {
   template <class Acc>
   __device__ __forceinline__ void exchange(const Acc& acc, Run<float, 8> (&packs)[2]) const {
     // Fours of a row are permuted, so that neither pairs of columns nor whole rows of lanes meet in a bank.
-    const int thread = unknown(threadIdx.x);
+    const unsigned thread = unknown(threadIdx.x);
     const int group = thread % 32 / 4, lane = thread % 4, odd = group % 2, permutation = group % 4 * 2;
     float* const pairs = rows + group * kStrip + ((lane / 2) ^ odd) * 4 + lane % 2 * 2;
     const float* const fours = rows + group * kStrip + ((2 * lane) ^ permutation) * 4;
@@ -95,7 +100,11 @@ struct Staging {
 template <class T>
 struct StripTarget {
   __device__ __forceinline__ StripTarget(const Target<T>& target, int first_row)
-      : target_(target), first_row_(first_row) {}
+      : target_(target) {
+    const unsigned thread = unknown(threadIdx.x);
+    row_ = first_row + thread % 32 / 4;
+    at_ = row_ * target.rows.stride + thread % 4 * 8;
+  }
   // multiply(sums) makes the strip from that channel on. What is there is loaded before and stored afterwards.
   template <class Sums, class F>
   __device__ __forceinline__ void make(int channel, const Staging& staging, const float (&scale)[2],
@@ -114,15 +123,15 @@ struct StripTarget {
   __device__ __forceinline__ void run(int channel, const Staging& staging, const float (&scale)[2],
                                       const float (&keep)[2], const F& multiply) const {
     using Pack = Run<uint32_t, 4>;  // pairs
-    const int thread = unknown(threadIdx.x), row = first_row_ + thread % 32 / 4, first = channel + thread % 4 * 8;
+    const bool inside = channel + static_cast<int>(threadIdx.x % 4) * 8 < target_.rows.channels;
     Pack before[2], own[2], after;
     Pack* to[2];
     bool valid[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t offset = (row + 8 * i) * target_.rows.stride + first;
+      const int64_t offset = at_ + (i * 8 * target_.rows.stride + channel);
       to[i] = reinterpret_cast<Pack*>(target_.rows.data + offset);
-      valid[i] = first < target_.rows.channels && row + 8 * i < target_.rows.count;
+      valid[i] = inside && row_ + 8 * i < target_.rows.count;
       if (kMerges) {
         before[i] = load_global(to[i], valid[i] && target_.add);
       }
@@ -157,7 +166,8 @@ struct StripTarget {
   }
 
   const Target<T> target_;
-  const int first_row_;
+  int row_;
+  int64_t at_;  // of channel 0
 };
 
 // acc = A B^T, the rows of A and B being pixels of the line, in whose channels they are summed. The tiles hold the last
@@ -271,7 +281,7 @@ struct TensorCoreForward {
 };
 
 template <class Work>
-__global__ void __launch_bounds__(Work::kThreads, Work::kThreads == 128 ? 3 : 2)
+__global__ void __launch_bounds__(Work::kThreads, 3)
     attention_kernel(const Line line, const int parts, const LineMap<const typename Work::T> query,
                      const LineMap<const typename Work::T> key, const LineMap<const typename Work::T> value,
                      const typename Work::T* residual, const float* gamma, const LineMap<typename Work::T> out,
@@ -453,10 +463,11 @@ struct TensorCoreValueGradient : TensorCoreBackward<T_, kQueries_> {
     for (int k = 0; k < kStrip; k += 16) {
       uint32_t left[4];
       load_left<false>(left, values, Products::warp_row(), k);
+      const T* const row = unknown(right_row<true>(grads, k, 0));
 #pragma unroll
       for (int j = 0; j < Products::kColumns; j += 4) {
         uint32_t right[4];
-        load_right<true>(right, grads, k, 4 * j);
+        load_right<true>(right, row + 4 * j * GradSlice::kColumns);
         float (&upper)[Products::kColumns] = products.x[0], (&lower)[Products::kColumns] = products.x[1];
         mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], left, right[0], right[1]);
         mma_m16n8k16<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], left, right[2], right[3]);
@@ -529,16 +540,18 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kQueries > 112 ? 2 : 3)
     const auto values = [&](int c) { return typename Work::ValueSlice(for_keys + c / kStrip % 2 * Work::kKeys * kStrip); };
     const StripTarget<T> target({grad_value.rows(line, pixel), !line.first_axis || first_query > 0}, warp_key);
     __syncthreads();
+    const typename Work::GradSlice::template Source<kThreads> of_grads(g, first_query);
+    const typename Work::ValueSlice::template Source<kThreads> of_values(v, first_key);
     if (v.channels > 0) {
-      grads(0).template fetch<kThreads>(g, first_query, 0);
-      values(0).template fetch<kThreads>(v, first_key, 0);
+      grads(0).fetch(of_grads, 0);
+      values(0).fetch(of_values, 0);
     }
     for (int c = 0; c < v.channels; c += kStrip) {
       copies_wait();
       __syncthreads();
       if (c + kStrip < v.channels) {
-        grads(c + kStrip).template fetch<kThreads>(g, first_query, c + kStrip);
-        values(c + kStrip).template fetch<kThreads>(v, first_key, c + kStrip);
+        grads(c + kStrip).fetch(of_grads, c + kStrip);
+        values(c + kStrip).fetch(of_values, c + kStrip);
       }
       if (warp_key < line.length) {
         Work::multiply(products, values(c), grads(c));

@@ -120,19 +120,23 @@ template <bool kTransposed, class A>
 __device__ __forceinline__ void load_left(uint32_t (&x)[4], const A& a, int m, int k) {
   const int lane = threadIdx.x % 32, high = lane / 16 * 8, middle = lane / 8 % 2 * 8, low = lane % 8;
   if constexpr (kTransposed) {
-    ldmatrix_x4_trans(x, a.at(k + high + low, m + middle));
+    ldmatrix_x4_trans(x, a.at(k, high + low, m + middle));
   } else {
-    ldmatrix_x4(x, a.at(m + middle + low, k + high));
+    ldmatrix_x4(x, a.at(m, middle + low, k + high));
   }
 }
-// Two fragments of B, side by side: 16x16 elements from row k and column n on
+// Two fragments of B, side by side: 16x16 elements from row k and column n on. Which row a lane reads for them
 template <bool kTransposed, class B>
-__device__ __forceinline__ void load_right(uint32_t (&x)[4], const B& b, int k, int n) {
+__device__ __forceinline__ auto* right_row(const B& b, int k, int n) {
   const int lane = threadIdx.x % 32, high = lane / 16 * 8, middle = lane / 8 % 2 * 8, low = lane % 8;
+  return kTransposed ? b.at(n, high + low, k + middle) : b.at(k, middle + low, n + high);
+}
+template <bool kTransposed>
+__device__ __forceinline__ void load_right(uint32_t (&x)[4], const void* row) {
   if constexpr (kTransposed) {
-    ldmatrix_x4(x, b.at(n + high + low, k + middle));
+    ldmatrix_x4(x, row);
   } else {
-    ldmatrix_x4_trans(x, b.at(k + middle + low, n + high));
+    ldmatrix_x4_trans(x, row);
   }
 }
 
@@ -156,7 +160,7 @@ __device__ __forceinline__ void multiply(Accumulator<TensorCores, T, kM, kN, kTh
 #pragma unroll
     for (int n = 0; n < kPairs; ++n) {
       uint32_t right[4];
-      load_right<kTransposedB>(right, b, k, acc.warp_column() + n * 16);
+      load_right<kTransposedB>(right, right_row<kTransposedB>(b, k, acc.warp_column() + n * 16));
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
         float (&upper)[Acc::kColumns] = acc.x[2 * m], (&lower)[Acc::kColumns] = acc.x[2 * m + 1];

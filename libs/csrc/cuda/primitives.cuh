@@ -66,8 +66,13 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 
 // x, of which the compiler knows no more: what depends on it is computed where it is used, and not ahead of a loop in
 // registers that the loop needs.
-__device__ __forceinline__ int unknown(int x) {
-  asm volatile("" : "+r"(x));
+template <class T>
+__device__ __forceinline__ T unknown(T x) {
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+r"(x));
+  } else {
+    asm volatile("" : "+l"(x));
+  }
   return x;
 }
 

@@ -20,6 +20,12 @@ struct AccumulateOf<double> {
 template <class T>
 using Accumulate = typename AccumulateOf<T>::type;
 
+// kCount elements that lie side by side and are moved at once
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Run {
+  T x[kCount];
+};
+
 __device__ __forceinline__ float up(float x) { return x; }
 __device__ __forceinline__ double up(double x) { return x; }
 __device__ __forceinline__ float up(Half x) { return __half2float(x); }
@@ -50,20 +56,20 @@ __device__ __forceinline__ uint32_t pair_of(float low, float high) {
   return bits;
 }
 
-__device__ __forceinline__ float2 numbers_of(const Half&, uint32_t pair) {
-  __half2 x;
-  memcpy(static_cast<void*>(&x), &pair, sizeof x);
-  return __half22float2(x);
-}
-__device__ __forceinline__ float2 numbers_of(const BFloat16&, uint32_t pair) {
-  __nv_bfloat162 x;
-  memcpy(static_cast<void*>(&x), &pair, sizeof x);
-  return __bfloat1622float2(x);
-}
 // Its two elements
 template <class T>
 __device__ __forceinline__ float2 numbers_of(uint32_t pair) {
-  return numbers_of(T(), pair);
+  float2 numbers;
+  if constexpr (std::is_same_v<T, Half>) {
+    Run<T, 2> elements;
+    memcpy(static_cast<void*>(&elements), &pair, sizeof pair);
+    numbers = {up(elements.x[0]), up(elements.x[1])};
+  } else {  // the upper half of a float32
+    const uint32_t low = pair << 16, high = pair & 0xffff0000;
+    memcpy(&numbers.x, &low, sizeof low);
+    memcpy(&numbers.y, &high, sizeof high);
+  }
+  return numbers;
 }
 
 __host__ __device__ constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
@@ -83,11 +89,5 @@ __device__ __forceinline__ Accumulate<T> exponential(Accumulate<T> x) {
     return exp(x);
   }
 }
-
-// kCount elements that lie side by side and are moved at once
-template <class T, int kCount>
-struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Run {
-  T x[kCount];
-};
 
 }  // namespace ccnet

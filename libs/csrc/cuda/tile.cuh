@@ -37,8 +37,16 @@ struct Tile {
       return pack ^ (row / (8 / kPacks) % kPacks);  // 128 bytes hold several rows
     }
   }
+  // Rows so far apart are permuted alike.
+  static constexpr int kPeriod = sizeof(T) > 2 ? 32 : 8;
+
   __device__ __forceinline__ T* at(int row, int column) const {
     return data + row * kColumns + permuted(row, column / kPack) * kPack + column % kPack;
+  }
+  // The same of row first + row, where `first` is known when this is compiled: then only `row` costs instructions.
+  __device__ __forceinline__ T* at(int first, int row, int column) const {
+    const int rest = first % kPeriod;
+    return at(rest + row, column) + (first - rest) * kColumns;
   }
 
   template <int kCount>
@@ -75,22 +83,39 @@ struct Tile {
     }
   }
 
-  // Rows from first_row and channels from first_channel on; what is beyond either end is 0. The tile is there after
-  // copies_wait() and a barrier.
+  // What a thread copies of the rows from first_row on: its pack of every kAtOnce-th
   template <int kThreads>
-  __device__ __forceinline__ void fetch(const Rows<const T>& x, int first_row, int first_channel) const {
-    constexpr int kAtOnce = kThreads / kPacks;  // rows
+  struct Source {
+    static constexpr int kAtOnce = kThreads / kPacks;
     static_assert(kThreads % kPacks == 0 && kRows * kPacks % 32 == 0, "a thread stays in its column; whole warps");
-    const int thread = unknown(threadIdx.x);
-    const int first = thread / kPacks, pack = thread % kPacks, channel = first_channel + pack * kPack;
-    const T* from = x.data + (first_row + first) * x.stride + channel;
+    const T* from;
+    int64_t step;  // from one of these rows to the next
+    int rows, channels;
+    __device__ __forceinline__ Source(const Rows<const T>& x, int first_row)
+        : step(kAtOnce * x.stride), rows(x.count - first_row), channels(x.channels) {
+      const unsigned thread = unknown(threadIdx.x);
+      from = x.data + static_cast<int>(first_row + thread / kPacks) * x.stride + thread % kPacks * kPack;
+    }
+  };
+  // Channels from first_channel on; what is beyond the rows or channels is 0. The tile is there after copies_wait() and a
+  // barrier.
+  template <int kThreads>
+  __device__ __forceinline__ void fetch(const Source<kThreads>& x, int first_channel) const {
+    constexpr int kAtOnce = Source<kThreads>::kAtOnce;
+    const unsigned thread = unknown(threadIdx.x);
+    const int first = thread / kPacks, pack = thread % kPacks;
+    const bool inside = first_channel + pack * kPack < x.channels;
+    const T* from = x.from + first_channel;
 #pragma unroll kCopiesAtOnce
-    for (int i = 0; i < kRows; i += kAtOnce, from += kAtOnce * x.stride) {
-      const int row = first + i;
-      if (kRows % kAtOnce == 0 || row < kRows) {
-        copy_async(at(row, pack * kPack), from, first_row + row < x.count && channel < x.channels);
+    for (int i = 0; i < kRows; i += kAtOnce, from += x.step) {
+      if (kRows % kAtOnce == 0 || first + i < kRows) {
+        copy_async(at(i, first, pack * kPack), from, first + i < x.rows && inside);
       }
     }
+  }
+  template <int kThreads>
+  __device__ __forceinline__ void fetch(const Rows<const T>& x, int first_row, int first_channel) const {
+    fetch(Source<kThreads>(x, first_row), first_channel);
   }
 
   T* data;
