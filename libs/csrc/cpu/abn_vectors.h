@@ -150,6 +150,7 @@ struct OfInput {
 
 constexpr int64_t kChain = 64;   // numbers that are added up in Real, before their sum is added in double
 constexpr int64_t kStrip = 512;  // columns whose sums are held at a time
+constexpr int kRowsAtOnce = 4;   // that are added up before a column's sums are read and written
 
 // The sums of terms(i, column, vector), i being the element's number in the block
 template <class Real, class Terms>
@@ -199,6 +200,22 @@ class StripNumbers {
   alignas(4096) Real memory_[4 * kStrip];
 };
 
+template <class Real, int kRows, class Terms>
+CCNET_INLINE void add_rows(const Block& block, int64_t row, int64_t strip, int64_t width, StripNumbers<Real>& sums,
+                           const Terms& terms) {
+  each_vector<Real>(width, [&](int64_t i, auto vector) CCNET_MEMBER {
+    Pair<Real> sum = terms(row * block.length + strip + i, strip + i, vector);
+#pragma GCC unroll 8
+    for (int k = 1; k < kRows; ++k) {
+      const Pair<Real> term = terms((row + k) * block.length + strip + i, strip + i, vector);
+      sum.first += term.first;
+      sum.second += term.second;
+    }
+    store(sums.first + i, load(sums.first + i) + sum.first);
+    store(sums.second + i, load(sums.second + i) + sum.second);
+  });
+}
+
 // Of `width` columns from `strip` on, at most kStrip
 template <class Real, class Terms>
 CCNET_INLINE void sums_of_columns(const Block& block, int64_t strip, int64_t width, StripNumbers<Real>& sums,
@@ -209,12 +226,12 @@ CCNET_INLINE void sums_of_columns(const Block& block, int64_t strip, int64_t wid
   for (int64_t begin = 0; begin < block.rows; begin += kChain) {
     const int64_t end = block.rows - begin < kChain ? block.rows : begin + kChain;
     std::memset(sums.first, 0, 2 * kStrip * sizeof(Real));
-    for (int64_t row = begin; row < end; ++row) {
-      each_vector<Real>(width, [&](int64_t i, auto vector) CCNET_MEMBER {
-        const Pair<Real> term = terms(row * block.length + strip + i, strip + i, vector);
-        store(sums.first + i, load(sums.first + i) + term.first);
-        store(sums.second + i, load(sums.second + i) + term.second);
-      });
+    int64_t row = begin;
+    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
+      add_rows<Real, kRowsAtOnce>(block, row, strip, width, sums, terms);
+    }
+    for (; row < end; ++row) {
+      add_rows<Real, 1>(block, row, strip, width, sums, terms);
     }
     for (int64_t i = 0; i < width; ++i) {
       first[strip + i] += sums.first[i];
