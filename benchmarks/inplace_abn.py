@@ -14,7 +14,6 @@ Memory is what the forward pass keeps for the backward pass, counted by torch.au
 """
 
 import argparse
-import copy
 import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from libs import ABN, InPlaceABN
+from libs import ABN, InPlaceABN, to_batchnorm
 from networks import BACKBONE_ACTIVATIONS, build_model
 from utils.arguments import ArgumentParser
 
@@ -181,27 +180,13 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(saved.values())
 
 
-class BatchNormReluInPlace(nn.Module):
-    """The plain network's replacement for activated batch norm."""
-
-    def __init__(self, abn: ABN):
-        super().__init__()
-        self.activation = abn.activation
-        self.norm = nn.BatchNorm2d(abn.num_features)
-        self.relu = nn.Identity() if abn.activation == "identity" else nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = self.norm(x)
-        return self.relu(y if residual is None else y + residual)
-
-
-def with_plain_norms(module: nn.Module) -> nn.Module:
-    """A copy of the network with BatchNorm2d and ReLU(inplace=True) for each activated batch norm."""
-    if isinstance(module, ABN):
-        return BatchNormReluInPlace(module)
-    module = copy.copy(module)
-    module._modules = {name: with_plain_norms(child) for name, child in module.named_children()}
-    return module
+def with_plain_norms(network: nn.Module) -> nn.Module:
+    """A copy of the network with BatchNorm2d and activations in place."""
+    plain = to_batchnorm(network)
+    for module in plain.modules():
+        if isinstance(module, nn.ReLU | nn.LeakyReLU):
+            module.inplace = True
+    return plain
 
 
 def block(*norm: nn.Module) -> nn.Sequential:
@@ -218,13 +203,13 @@ def memory_rows(side: int) -> Iterable[list[str]]:
         "InPlaceABN": saved_bytes(block(InPlaceABN(256)), x),
     }
     images = torch.randn(2, 3, side, side).contiguous(memory_format=torch.channels_last)
-    with_relu, fused = (
+    faithful, fused = (
         build_model(backbone_activation=activation).to(memory_format=torch.channels_last)
         for activation in BACKBONE_ACTIVATIONS
     )
     of_network = {
-        "BatchNorm2d, ReLU in place": saved_bytes(with_plain_norms(fused), images),
-        "--backbone-activation identity": saved_bytes(with_relu, images),
+        "BatchNorm2d, ReLU in place": saved_bytes(with_plain_norms(faithful), images),
+        "--backbone-activation identity": saved_bytes(faithful, images),
         "--backbone-activation leaky_relu": saved_bytes(fused, images),
     }
     for where, numbers in (

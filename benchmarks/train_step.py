@@ -93,7 +93,7 @@ def plain_network(backbone: str, recurrence: int) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, BatchDropout2d):
                 setattr(module, name, nn.Dropout2d(child.p))
-            if isinstance(child, nn.LeakyReLU):
+            if isinstance(child, nn.LeakyReLU | nn.ReLU):
                 child.inplace = True
     return network
 

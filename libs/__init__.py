@@ -2,7 +2,7 @@
 
 from cc_attention import native
 
-from .abn import ABN, InPlaceABN, InPlaceABNSync
+from .abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync
 from .conversion import absorb_negative_weights, fold, fold_norms, from_batchnorm, to_batchnorm
 from .functional import activated_batch_norm
 from .statistics import freeze_statistics, update_statistics
@@ -12,6 +12,7 @@ if native.LOADED:
 
 __all__ = [
     "ABN",
+    "ABNSync",
     "InPlaceABN",
     "InPlaceABNSync",
     "absorb_negative_weights",

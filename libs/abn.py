@@ -31,7 +31,8 @@ class ABN(_BatchNorm):
         momentum: weight of the new batch in the running statistics; None for the mean over all batches since the
             module was created or its statistics were reset. State dicts do not contain the number of batches.
         affine: whether it has a weight (1 at the start) and a bias (0).
-        activation: leaky_relu, relu, elu, identity, or none (the same as identity).
+        activation: leaky_relu, relu, elu, identity, or none (the same as identity). relu cannot be inverted: with it,
+            the backward pass keeps x instead of the result, and with a residual both.
         slope: leaky_relu's slope on the negative side.
         device, dtype: those of parameters and statistics.
         activation_param: inplace_abn's name for slope. For elu it must be 1.
@@ -90,7 +91,7 @@ class ABN(_BatchNorm):
         """Not available. `convert_sync_batchnorm`, which would drop the activation, reads it and gets an error."""
         raise NotImplementedError(
             f"{type(self).__name__} has no num_batches_tracked and is not converted to nn.SyncBatchNorm, which would "
-            "drop its activation; use InPlaceABNSync, or libs.to_batchnorm first"
+            "drop its activation; use ABNSync or InPlaceABNSync, or libs.to_batchnorm first"
         )
 
     def __dir__(self) -> list[str]:
@@ -205,14 +206,14 @@ class InPlaceABN(ABN):
         check_invertible(self.activation, self.slope)
 
 
-class InPlaceABNSync(InPlaceABN):
-    """InPlaceABN with statistics over the batches of all processes of a torch.distributed group.
+class ABNSync(ABN):
+    """ABN with statistics over the batches of all processes of a torch.distributed group.
 
     Args:
         group: the process group; None for all processes. Other arguments are those of `ABN`.
 
     Every process must take part in each training step, also with an empty batch. If one fails, the collective raises an
-    error in the others. If torch.distributed is not initialised, or the group has one process, this is InPlaceABN.
+    error in the others. If torch.distributed is not initialised, or the group has one process, this is ABN.
     """
 
     def __init__(self, num_features: int, *args, group: dist.ProcessGroup | None = None, **kwargs):
@@ -224,3 +225,7 @@ class InPlaceABNSync(InPlaceABN):
             return None
         group = self.group if self.group is not None else dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
+
+
+class InPlaceABNSync(ABNSync, InPlaceABN):
+    """ABNSync that, as InPlaceABN, writes its output over its input."""

@@ -30,7 +30,7 @@ def from_batchnorm(
     Args:
         norm: batch norm with running statistics.
         activation, slope: the activation after `norm`; see `ABN`.
-        kind: ABN, InPlaceABN or InPlaceABNSync.
+        kind: ABN, ABNSync, InPlaceABN or InPlaceABNSync.
         convolution: the convolution whose output only `norm` uses; needed if weights are negative.
 
     Raises:

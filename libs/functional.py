@@ -1,7 +1,8 @@
 """Activated batch norm as a function: it checks its inputs and calls native code or the reference.
 
 Native code saves the result z for the backward pass, not the input x, and inverts the activation and the affine map
-(Rota Bulo et al., "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", arXiv 1712.02616).
+(Rota Bulo et al., "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", arXiv 1712.02616). relu cannot
+be inverted: with it, x is saved, and of z only the sign is needed, which x tells if there is no residual.
 """
 
 from typing import Any
@@ -46,15 +47,16 @@ def activated_batch_norm(
         running_mean, running_var: [C] in the same dtypes. In training they are updated in place with those of the
             batch, weighted by `momentum`, the variance as its unbiased estimate; otherwise they are used as constants.
         eps: more than 0.
-        activation, slope: leaky_relu (with that slope), elu, identity, none, or relu, which only the reference has.
+        activation, slope: leaky_relu (with that slope), elu, identity or none, for which the backward pass keeps z; or
+            relu, for which it keeps x, and with a residual z as well.
         group: process group whose batches are normalised together in training, with one collective in the forward and
             one in the backward pass.
         in_place: whether z is written over x, which must not be used afterwards. Then x must not be a leaf that
             requires a gradient, and its elements must not share memory; and PyTorch raises an error in the backward
             pass if the operation that produced x needs it. The reference has the same conditions, but does not
             overwrite x; neither does native code while torch.compile or activation checkpointing runs it.
-        residual: same shape, dtype and device as x; None for 0. The backward pass keeps it, and recovers the sum
-            without it as a difference, to the absolute accuracy of the larger numbers.
+        residual: same shape, dtype and device as x; None for 0. Unless the activation is relu, the backward pass keeps
+            it, and recovers the sum without it as a difference, to the absolute accuracy of the larger numbers.
 
     Returns:
         z, with the shape and dtype of x.
@@ -77,8 +79,7 @@ def activated_batch_norm(
         raise ValueError(f"eps: expected more than 0, since a weight of 0 could not be inverted without, got {eps}")
     if training and group is None and x.numel() == x.shape[1]:
         raise ValueError(f"x: expected more than one element a channel in training, got {list(x.shape)}")
-    invertible = activation != "relu" and (activation != "leaky_relu" or slope > 0)
-    in_native_code = native.runs_on(x.device) and invertible
+    in_native_code = native.runs_on(x.device) and (activation != "leaky_relu" or slope > 0)
     if in_native_code:
         _check_transforms(x, weight, bias, running_mean, running_var, residual)
     if in_place:
@@ -86,28 +87,57 @@ def activated_batch_norm(
     if not in_native_code:
         return reference.activated_batch_norm(x, weight, bias, running_mean, running_var, *settings)
     with torch.no_grad():
-        if training:
-            statistics = call(torch.ops.ccnet.abn_statistics, x)
-            if group is not None:
-                statistics = _of_all(statistics, group)
-            _update_running(running_mean, running_var, statistics, momentum)
-        else:  # running statistics in the form of `abn_statistics`, with a count of 1
-            mean = running_mean.double()
-            statistics = torch.stack([torch.ones_like(mean), mean, running_var.double()])
+        normaliser = _normaliser(x, running_mean, running_var, training, momentum, eps, group)
     in_place = in_place and not _is_input_kept()
     accumulated_in = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = (p if p is None else p.to(accumulated_in) for p in (weight, bias))
     constants = (eps, activation, float(slope))
-    return _ActivatedBatchNorm.apply(x, statistics, weight, bias, residual, constants, training, group, in_place)
+    return _ActivatedBatchNorm.apply(x, normaliser, weight, bias, residual, constants, training, group, in_place)
+
+
+def _normaliser(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """What normalises x (csrc/abn.cpp), by the statistics of the batch, which the running ones take in, or by these."""
+    if running_mean.dtype not in (torch.float32, torch.float64):
+        mean, var = running_mean.float(), running_var.float()
+        normaliser = _normaliser(x, mean, var, training, momentum, eps, group)
+        if training:
+            running_mean.copy_(mean)
+            running_var.copy_(var)
+        return normaliser
+    running = (running_mean, running_var)
+    if not training:
+        return call(torch.ops.ccnet.abn_normaliser_of_running, *running, eps)
+    if group is None:
+        return call(torch.ops.ccnet.abn_normaliser_of_batch_, x, *running, momentum, eps)
+    parts = _gathered(call(torch.ops.ccnet.abn_statistics, x), group)
+    return call(torch.ops.ccnet.abn_normaliser_of_parts_, parts, *running, momentum, eps)
+
+
+def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensors of all processes, [rows, columns], as [processes, rows, columns]."""
+    size, (rows, columns) = dist.get_world_size(group), own.shape
+    parts = own.new_empty([size * rows, columns])
+    # The newer name of all_gather_into_tensor, of which newer versions of PyTorch warn
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(parts, own, group=group)
+    return parts.view(size, rows, columns)
 
 
 class _ActivatedBatchNorm(torch.autograd.Function):
-    """Normalise with given statistics. If they are those of the batch, the gradient of x accounts for that."""
+    """Normalise with a given normaliser. If it is of the batch, the gradient of x accounts for that."""
 
     @staticmethod
     def forward(
         x: Tensor,
-        statistics: Tensor,
+        normaliser: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
@@ -117,68 +147,76 @@ class _ActivatedBatchNorm(torch.autograd.Function):
         in_place: bool,
     ) -> Tensor:
         if not in_place:
-            return call(torch.ops.ccnet.abn_forward, x, statistics, weight, bias, residual, *constants)
-        call(torch.ops.ccnet.abn_forward_, x, statistics, weight, bias, residual, *constants)
+            return call(torch.ops.ccnet.abn_forward, x, normaliser, weight, bias, residual, *constants)
+        call(torch.ops.ccnet.abn_forward_, x, normaliser, weight, bias, residual, *constants)
         return x
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, statistics, weight, bias, residual, ctx.constants, ctx.of_batch, ctx.group, in_place = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, normaliser, weight, bias, residual, ctx.constants, ctx.of_batch, ctx.group, in_place = inputs
         if in_place:
             ctx.mark_dirty(x)
-        ctx.save_for_backward(output, statistics, weight, bias, residual)
+        if ctx.constants[1] == "relu":
+            kept = (x, None if residual is None else output, None)
+        else:
+            kept = (None, output, residual)
+        ctx.save_for_backward(*kept, normaliser, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        z, *others = ctx.saved_tensors
         needs_x, _, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-        needs = (needs_x or needs_residual, needs_weight, needs_bias)
-        grad_x, grad_weight, grad_bias, grad_residual = _Gradients.apply(
-            z, grad_z, *others, ctx.constants, ctx.of_batch, ctx.group, needs
+        needs = (needs_x or needs_residual, needs_weight or needs_bias)
+        grad_x, grad_residual, grad_weight, grad_bias = _Gradients.apply(
+            grad_z, *ctx.saved_tensors, ctx.constants, ctx.of_batch, ctx.group, needs
         )
-        return grad_x, None, grad_weight, grad_bias, grad_residual, None, None, None, None
+        return (
+            grad_x,
+            None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            grad_residual if needs_residual else None,
+            *[None] * 4,
+        )
 
 
 class _Gradients(torch.autograd.Function):
     """The gradients of `_ActivatedBatchNorm`, as a separate function, so that their derivative raises an error.
 
-    They depend on both z and its gradient. `once_differentiable` considers only the latter, so that a second derivative
-    of a loss that is linear in z would silently be 0.
+    They depend on both what is kept and the gradient of z. `once_differentiable` considers only the latter, so that a
+    second derivative of a loss that is linear in z would silently be 0.
     """
 
     @staticmethod
     def forward(
-        z: Tensor,
         grad_z: Tensor,
-        statistics: Tensor,
+        x: Tensor | None,
+        z: Tensor | None,
+        residual: Tensor | None,
+        normaliser: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        residual: Tensor | None,
         constants: tuple[float, str, float],
         of_batch: bool,
         group: dist.ProcessGroup | None,
-        needs: tuple[bool, bool, bool],
+        needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, ...]:
-        needs_x, needs_weight, needs_bias = needs
-        tensors = (weight, bias, residual)
-        grad_x = grad_residual = grad_weight = grad_bias = None
+        """Gradients of x, residual, weight and bias; those that are not needed may be None."""
+        needs_x, needs_parameters = needs
+        kept = (x, z, grad_z, normaliser)
+        more = (weight, bias, residual, *constants)
+        if needs_x and of_batch and group is None:
+            return call(torch.ops.ccnet.abn_backward_of_batch, *kept, *more)
         sums: Any = None
-        if of_batch or needs_weight or needs_bias:
-            sums = call(torch.ops.ccnet.abn_backward_sums, z, grad_z, *tensors, *constants)
-        if needs_weight and weight is not None:
-            grad_weight = (sums[1] * weight.sign()).to(weight.dtype)
-        if needs_bias and bias is not None:
-            grad_bias = sums[0].to(bias.dtype)
+        grad_x = grad_residual = grad_weight = grad_bias = None
+        if of_batch or needs_parameters:
+            sums, grad_weight, grad_bias = call(torch.ops.ccnet.abn_backward_sums, *kept, *more)
         if needs_x:
             if not of_batch:
                 sums = None
-            elif group is not None:
-                sums = sums.clone()  # the gradients of weight and bias are those of this process
+            elif group is not None:  # the gradients of weight and bias are those of this process
                 dist.all_reduce(sums, group=group)
-            grad_x, grad_residual = call(
-                torch.ops.ccnet.abn_backward, z, grad_z, statistics, sums, *tensors, *constants
-            )
-        return grad_x, grad_weight, grad_bias, None if residual is None else grad_residual
+            grad_x, grad_residual = call(torch.ops.ccnet.abn_backward, *kept, sums, *more)
+        return grad_x, grad_residual, grad_weight, grad_bias
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -203,29 +241,6 @@ def _is_input_kept() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _of_all(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The statistics [3, C] (see `abn_statistics`) of this process's batch to those of all processes together.
-
-    The squared deviations are converted to the common mean, which is accurate even if the means differ much.
-    """
-    parts = statistics.new_empty([dist.get_world_size(group), *statistics.shape])
-    dist.all_gather(list(parts.unbind()), statistics, group=group)
-    count, mean, squares = parts.unbind(1)
-    total = count.sum(0)
-    mean_of_all = (count * mean).sum(0) / total.clamp(min=1)
-    return torch.stack([total, mean_of_all, (squares + count * (mean - mean_of_all).square()).sum(0)])
-
-
-def _update_running(running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float) -> None:
-    if running_mean.dtype in (torch.float32, torch.float64):
-        torch.ops.ccnet.abn_update_running_(running_mean, running_var, statistics, momentum)
-        return
-    mean, var = running_mean.float(), running_var.float()
-    torch.ops.ccnet.abn_update_running_(mean, var, statistics, momentum)
-    running_mean.copy_(mean)
-    running_var.copy_(var)
 
 
 # ---- checks ----
@@ -280,7 +295,7 @@ def _check_in_place(x: Tensor, activation: str, slope: float) -> None:
 def check_invertible(activation: str, slope: float) -> None:
     """Raise a ValueError if the activation is not invertible, as in-place computation requires."""
     if activation == "relu":
-        raise ValueError("activation: relu cannot be inverted in place; use leaky_relu, or ABN")
+        raise ValueError("activation: relu cannot be inverted, so its input is kept; use leaky_relu, or ABN or ABNSync")
     if activation == "leaky_relu" and not slope > 0:
         raise ValueError(f"slope: expected more than 0 for an activation that can be inverted, got {slope}")
 

@@ -29,9 +29,15 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty([3, x.shape[1]], dtype=torch.float64)
 
 
-@torch.library.register_fake("ccnet::abn_update_running_")
-def _(running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float) -> None:
-    pass
+@torch.library.register_fake("ccnet::abn_normaliser_of_batch_")
+@torch.library.register_fake("ccnet::abn_normaliser_of_parts_")
+def _(x: Tensor, running_mean: Tensor, *_: object) -> Tensor:
+    return running_mean.new_empty([4, running_mean.shape[0]])
+
+
+@torch.library.register_fake("ccnet::abn_normaliser_of_running")
+def _(running_mean: Tensor, *_: object) -> Tensor:
+    return running_mean.new_empty([4, running_mean.shape[0]])
 
 
 @torch.library.register_fake("ccnet::abn_forward")
@@ -45,11 +51,43 @@ def _(x: Tensor, *_: object) -> None:
 
 
 @torch.library.register_fake("ccnet::abn_backward_sums")
-def _(z: Tensor, *_: object) -> Tensor:
-    return z.new_empty([2, z.shape[1]], dtype=torch.float64)
+def _(x: Tensor | None, z: Tensor | None, grad_z: Tensor, normaliser: Tensor, *_: object) -> tuple[Tensor, ...]:
+    channels = normaliser.shape[1]
+    return tuple(normaliser.new_empty(shape) for shape in ([2, channels], [channels], [channels]))
+
+
+def _elements(x: Tensor | None, z: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the residual."""
+    kept, had_residual = (x, z is not None) if x is not None else (z, residual is not None)
+    assert kept is not None
+    return _empty_as(kept), _empty_as(kept) if had_residual else kept.new_empty([0])
 
 
 @torch.library.register_fake("ccnet::abn_backward")
-def _(z: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    residual = others[5]
-    return _empty_as(z), z.new_empty([0]) if residual is None else _empty_as(z)
+def _(
+    x: Tensor | None,
+    z: Tensor | None,
+    grad_z: Tensor,
+    normaliser: Tensor,
+    sums: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
+    return _elements(x, z, residual)
+
+
+@torch.library.register_fake("ccnet::abn_backward_of_batch")
+def _(
+    x: Tensor | None,
+    z: Tensor | None,
+    grad_z: Tensor,
+    normaliser: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, ...]:
+    parameters = (normaliser.new_empty([normaliser.shape[1]]) for _ in range(2))
+    return (*_elements(x, z, residual), *parameters)

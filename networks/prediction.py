@@ -22,9 +22,6 @@ class PredictionNetwork(nn.Module):
         super().__init__()
         self.network = fold_norms(model)
         del self.network.dsn, self.network.ccl
-        for module in self.network.modules():
-            if isinstance(module, nn.ReLU):
-                module.inplace = True
         self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PredictionNetwork":

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from libs import InPlaceABNSync
+from libs import ABNSync, InPlaceABNSync
 
 from .layers import conv3x3
 
-# Activation of the backbone's batch norms. identity: none, and a separate ReLU follows, which keeps a second tensor for
-# the backward pass. leaky_relu: only one tensor is kept (docs/inplace_abn.md).
+# Activation of the backbone's batch norms. identity: none, and ReLU follows, as in the original; both are one operator
+# here, which keeps its input and its result for the backward pass. leaky_relu: only the result (docs/inplace_abn.md).
 BACKBONE_ACTIVATIONS = ("identity", "leaky_relu")
 
 # Output channels of the stem's convolutions. conv3x3: three of 3x3, the original's and that of ResNet V1s;
@@ -23,23 +23,11 @@ BACKBONE_ACTIVATIONS = ("identity", "leaky_relu")
 STEMS = {"conv3x3": (64, 64, 128), "conv3x3_narrow": (32, 32, 64), "conv7x7": (64,)}
 
 
-def _norm(channels: int, activation: str = "identity") -> InPlaceABNSync:
+def _norm(channels: int, activation: str) -> ABNSync:
+    """Batch norm with the activation after it, for one of BACKBONE_ACTIVATIONS; with a residual, after their sum."""
+    if activation == "identity":
+        return ABNSync(channels, activation="relu")
     return InPlaceABNSync(channels, activation=activation)
-
-
-def _relu_unless(activation: str, inplace: bool = False) -> nn.Module:
-    """The module after a batch norm with that activation.
-
-    It must not run in place directly after InPlaceABN, whose backward pass needs its own output.
-    """
-    return nn.ReLU(inplace) if activation == "identity" else nn.Identity()
-
-
-def _norm_and_sum(norm: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
-    """norm(x) + shortcut, with the norm's activation applied to the sum."""
-    if isinstance(norm, InPlaceABNSync) and norm.activation == "identity":
-        return norm(x) + shortcut  # norm(x, shortcut) would keep the shortcut for the backward pass
-    return norm(x, shortcut)
 
 
 def _max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
@@ -69,16 +57,15 @@ class BasicBlock(nn.Module):
     ):
         super().__init__()
         self.conv1 = conv3x3(in_channels, channels, stride, dilation)
-        self.bn1, self.relu = _norm(channels, activation), _relu_unless(activation)
+        self.bn1 = _norm(channels, activation)
         self.conv2 = conv3x3(channels, channels, dilation=dilation)
         self.bn2 = _norm(channels, activation)
-        self.relu_of_sum = _relu_unless(activation, inplace=True)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        return self.relu_of_sum(_norm_and_sum(self.bn2, self.conv2(out), shortcut))
+        out = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(out), shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -97,19 +84,18 @@ class Bottleneck(nn.Module):
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1, self.relu1 = _norm(channels, activation), _relu_unless(activation)
+        self.bn1 = _norm(channels, activation)
         self.conv2 = conv3x3(channels, channels, stride, dilation)
-        self.bn2, self.relu2 = _norm(channels, activation), _relu_unless(activation)
+        self.bn2 = _norm(channels, activation)
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = _norm(channels * self.expansion, activation)
-        self.relu_of_sum = _relu_unless(activation, inplace=True)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu1(self.bn1(self.conv1(x)))
-        out = self.relu2(self.bn2(self.conv2(out)))
-        return self.relu_of_sum(_norm_and_sum(self.bn3, self.conv3(out), shortcut))
+        out = self.bn1(self.conv1(x))
+        out = self.bn2(self.conv2(out))
+        return self.bn3(self.conv3(out), shortcut)
 
 
 BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -137,13 +123,13 @@ class DilatedResNet(nn.Module):
         block, (n1, n2, n3, n4) = BACKBONES[name]
         channels = STEMS[stem]
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False) if stem == "conv7x7" else conv3x3(3, channels[0], stride=2)
-        self.bn1, self.relu1 = _norm(channels[0], activation), _relu_unless(activation)
+        self.bn1 = _norm(channels[0], activation)
         self.three_convolutions = len(channels) == 3
         if self.three_convolutions:
             self.conv2 = conv3x3(channels[0], channels[1])
-            self.bn2, self.relu2 = _norm(channels[1], activation), _relu_unless(activation)
+            self.bn2 = _norm(channels[1], activation)
             self.conv3 = conv3x3(channels[1], channels[2])
-            self.bn3, self.relu3 = _norm(channels[2], activation), _relu_unless(activation)
+            self.bn3 = _norm(channels[2], activation)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
         self.layer1 = _make_stage(block, activation, channels[-1], 64, n1)
         self.layer2 = _make_stage(block, activation, 64 * block.expansion, 128, n2, stride=2)
@@ -156,10 +142,10 @@ class DilatedResNet(nn.Module):
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 3, H, W] to (layer3, layer4), each [N, C, ~H/8, ~W/8]."""
-        x = self.relu1(self.bn1(self.conv1(images)))
+        x = self.bn1(self.conv1(images))
         if self.three_convolutions:
-            x = self.relu2(self.bn2(self.conv2(x)))
-            x = self.relu3(self.bn3(self.conv3(x)))
+            x = self.bn2(self.conv2(x))
+            x = self.bn3(self.conv3(x))
         layer3 = self.layer3(self.layer2(self.layer1(_max_pool(self.maxpool, x))))
         return layer3, self.layer4(layer3)
 
@@ -176,7 +162,8 @@ def _make_stage(
     out_channels = channels * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
-        downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), _norm(out_channels))
+        convolution = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        downsample = nn.Sequential(convolution, InPlaceABNSync(out_channels, activation="identity"))
     blocks = [block(in_channels, channels, stride, dilation, downsample, activation)]
     blocks += [block(out_channels, channels, 1, dilation, None, activation) for _ in range(num_blocks - 1)]
     return nn.Sequential(*blocks)

@@ -1,6 +1,7 @@
 """The native activated batch norm: every instruction set, dtype, layout and activation against the reference in
 float64, and what PyTorch does with operators: compiling, autocast, checks of its own."""
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -8,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import laid_out
-from targets import ALL_CAPABILITIES, TARGETS, running_on
+from targets import ALL_CAPABILITIES, EMULATED, TARGETS, best_capability, running_on
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from libs import ABN, InPlaceABN, native, reference
-from libs.functional import _of_all, activated_batch_norm
+from libs.functional import activated_batch_norm
 from networks import build_model
 
 pytestmark = pytest.mark.skipif(not native.LOADED, reason="needs the native operators: pip install -e .")
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.skipif(not native.LOADED, reason="needs the native oper
 # Largest error over the largest number, of results, gradients and running statistics
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 DTYPES = list(TOLERANCE)
-ACTIVATIONS = ["leaky_relu", "elu", "identity"]
+INVERTIBLE = ["leaky_relu", "elu", "identity"]
+ACTIVATIONS = [*INVERTIBLE, "relu"]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed"]
 
 
@@ -65,6 +67,14 @@ def run(function, arguments, activation="leaky_relu", **more):
     }
 
 
+def normaliser_of(x, count=0):
+    """Of channels of mean 0 and deviation 1; see csrc/abn.cpp."""
+    normaliser = torch.zeros(4, x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    normaliser[2] = 1
+    normaliser[3] = 1 / count if count else 0
+    return normaliser
+
+
 def exactly(arguments):
     return {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
 
@@ -84,7 +94,7 @@ def assert_as_reference(shape, dtype, activation, layout="contiguous", training=
         arguments["weight"], arguments["bias"] = arguments["weight"] / 4, arguments["bias"] / 4
     expected = run(reference.activated_batch_norm, exactly(arguments), activation)
     arguments["x"], arguments["upstream"] = (laid_out(arguments[name], layout) for name in ("x", "upstream"))
-    actual = run(activated_batch_norm, arguments, activation, in_place=in_place)
+    actual = run(activated_batch_norm, arguments, activation, in_place=in_place and activation in INVERTIBLE)
     context = f"{list(shape)} {dtype} {activation} {layout}, training {training}, residual {residual}"
     assert_close(actual, expected, TOLERANCE[dtype], context)
 
@@ -136,7 +146,7 @@ def test_any_shape_layout_and_dtype(target, n, c, pixels, layout, dtype, activat
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("activation", ["leaky_relu", "identity"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "identity", "relu"])
 def test_errors_are_at_most_twice_those_of_pytorch(each_target, dtype, layout, activation):
     """Of the reference in the same dtype, both against float64: norms over all elements.
 
@@ -167,25 +177,22 @@ def test_small_deviations_beside_a_large_mean(each_target, shape, layout):
     assert_close(run(activated_batch_norm, arguments), expected, 2e-5)
 
 
-def test_merging_statistics_of_parts_far_apart():
+@pytest.mark.parametrize("target", ["cpu", EMULATED, "cuda"])
+def test_merging_statistics_of_parts_far_apart(target):
     parts = [1e4 + torch.randn(3, 5, dtype=torch.float64), torch.randn(40, 5, dtype=torch.float64), torch.zeros(0, 5)]
-    statistics = [torch.ops.ccnet.abn_statistics(part.double()) for part in parts]
-
-    class Group:
-        pass
-
-    def all_gather(to, own, group):
-        for x, y in zip(to, statistics, strict=True):
-            x.copy_(y)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.distributed, "get_world_size", lambda group: len(parts))
-        patch.setattr(torch.distributed, "all_gather", all_gather)
-        merged = _of_all(statistics[0], Group())
     whole = torch.cat([part.double() for part in parts])
-    torch.testing.assert_close(merged, torch.stack([
-        torch.full([5], 43.0, dtype=torch.float64), whole.mean(0), whole.var(0, correction=0) * 43,
-    ]))  # fmt: skip
+    with running_on(best_capability() if target == "cpu" else target):
+        statistics = torch.stack([torch.ops.ccnet.abn_statistics(part.double()) for part in parts])
+        running = torch.zeros(2, 5, dtype=torch.float64).unbind()
+        normaliser = torch.ops.ccnet.abn_normaliser_of_parts_(statistics, *running, 1.0, 1e-5)
+    torch.testing.assert_close(running[0], whole.mean(0))
+    torch.testing.assert_close(running[1], whole.var(0))
+    deviation = (whole.var(0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(
+        normaliser,
+        torch.stack([whole.mean(0), torch.zeros(5), 1 / deviation, torch.full([5], 1 / 43)]),
+        check_dtype=False,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -214,7 +221,13 @@ def assert_same_bits_for_any_number_of_threads(dtype, layout):
 
 @pytest.mark.parametrize(
     ("activation", "layout", "in_place"),
-    [("leaky_relu", "contiguous", True), ("elu", "channels_last", False), ("identity", "sliced", True)],
+    [
+        ("leaky_relu", "contiguous", True),
+        ("elu", "channels_last", False),
+        ("identity", "sliced", True),
+        ("relu", "channels_last", False),
+        ("relu", "sliced", False),
+    ],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(activation, layout, training, in_place):
@@ -232,13 +245,14 @@ def test_gradcheck(activation, layout, training, in_place):
     assert torch.autograd.gradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "relu"])
 @pytest.mark.parametrize("training", [True, False])
-def test_gradient_of_one_input_only(wanted, training):
-    arguments = case((2, 3, 3, 4), torch.float64, training)
+def test_gradient_of_one_input_only(wanted, activation, training):
+    arguments = case((2, 3, 3, 4), torch.float64, training, residual=True)
     upstream = arguments.pop("upstream")
     arguments[wanted].requires_grad_()
-    options = {"momentum": 0, "eps": 1e-5, "activation": "leaky_relu", "slope": 0.01}
+    options = {"momentum": 0, "eps": 1e-5, "activation": activation, "slope": 0.01}
     gradients = [
         torch.autograd.grad(function(**arguments, **options), arguments[wanted], upstream)[0]
         for function in (activated_batch_norm, reference.activated_batch_norm)
@@ -247,21 +261,25 @@ def test_gradient_of_one_input_only(wanted, training):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", INVERTIBLE)
 def test_what_is_recovered_from_the_result(each_target, dtype, activation):
-    """xhat, from sums of one element each: the error is that of rounding z."""
+    """y - bias, from sums of one element each: the error is that of rounding z."""
     channels = 501
     y = torch.linspace(-5, 5, channels, dtype=torch.float64)
     z = reference.activate(y, activation, 0.01).to(dtype).view(1, channels)
     gain, bias = 1.5 + torch.rand(2, channels, dtype=torch.float64)
     parameters = [x.to(torch.float64 if dtype == torch.float64 else torch.float32) for x in (gain - 1e-5, bias)]
-    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), *parameters, None, 1e-5, activation, 0.01)
+    sums, grad_weight, _ = torch.ops.ccnet.abn_backward_sums(
+        None, z, torch.ones_like(z), normaliser_of(z), *parameters, None, 1e-5, activation, 0.01
+    )
+    torch.testing.assert_close(grad_weight.double(), sums[1].double() / gain, rtol=1e-6, atol=0)
+    sums = sums.double()
     slope = torch.where(z[0] > 0, 1, {"leaky_relu": 0.01, "elu": z[0].double() + 1, "identity": 1}[activation])
     torch.testing.assert_close(sums[0], slope, rtol=1e-6, atol=0, check_dtype=False)
     # Half a step of z, over the slope there
     half_step = torch.finfo(dtype).eps * z[0].double().abs().clamp(min=torch.finfo(dtype).smallest_normal) / 2
-    expected = (y - bias) / gain
-    allowed = half_step / slope / gain * 1.01 + 4 * torch.finfo(parameters[0].dtype).eps * (1 + expected.abs())
+    expected = y - bias
+    allowed = half_step / slope * 1.01 + 4 * torch.finfo(parameters[0].dtype).eps * (1 + expected.abs() + bias)
     assert ((sums[1] / sums[0] - expected).abs() <= allowed).all()
 
 
@@ -269,13 +287,11 @@ def test_what_is_recovered_from_the_result(each_target, dtype, activation):
 def test_elu_of_very_negative_numbers(each_target, dtype):
     """Where z is -1, y cannot be recovered; it is taken to be as far as z could still tell, and nothing is infinite."""
     z = torch.tensor([[-1.0, -1.0], [-0.5, 3.0]], dtype=dtype)
-    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), None, None, None, 1e-5, "elu", 0.01)
+    kept = (None, z, torch.ones_like(z), normaliser_of(z, count=5))
+    sums, *_ = torch.ops.ccnet.abn_backward_sums(*kept, None, None, None, 1e-5, "elu", 0.01)
     assert sums.isfinite().all()
-    torch.testing.assert_close(sums[0], torch.tensor([0.5, 1.0], dtype=torch.float64))
-    statistics = torch.ops.ccnet.abn_statistics(torch.randn(5, 2, dtype=dtype))
-    grad_x, _ = torch.ops.ccnet.abn_backward(
-        z, torch.ones_like(z), statistics, sums, None, None, None, 1e-5, "elu", 0.01
-    )
+    torch.testing.assert_close(sums[0].double(), torch.tensor([0.5, 1.0], dtype=torch.float64))
+    grad_x, _ = torch.ops.ccnet.abn_backward(*kept, sums, None, None, None, 1e-5, "elu", 0.01)
     assert grad_x.isfinite().all()
 
 
@@ -283,26 +299,56 @@ def test_elu_of_very_negative_numbers(each_target, dtype):
 def test_elu_and_its_inverse_near_zero_and_far_away(each_target, dtype):
     """Relative errors, also where e^y - 1 would lose all digits."""
     y = -torch.logspace(-30, 1, 500, dtype=torch.float64).view(1, -1)
-    statistics = torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64).expand(3, 500).contiguous()
     y = y.to(dtype)
-    z = torch.ops.ccnet.abn_forward(y, statistics, None, None, None, 1e-30, "elu", 0.01)
+    normaliser = normaliser_of(y)
+    z = torch.ops.ccnet.abn_forward(y, normaliser, None, None, None, 1e-30, "elu", 0.01)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(z.double(), torch.expm1(y.double()), rtol=4 * eps, atol=0)
     near = y > -2
-    sums = torch.ops.ccnet.abn_backward_sums(z, torch.ones_like(z), None, None, None, 1e-30, "elu", 0.01)
-    recovered = (sums[1] / sums[0])[near[0]]
+    sums, *_ = torch.ops.ccnet.abn_backward_sums(
+        None, z, torch.ones_like(z), normaliser, None, None, None, 1e-30, "elu", 0.01
+    )
+    recovered = (sums[1].double() / sums[0].double())[near[0]]
     torch.testing.assert_close(recovered, torch.log1p(z.double())[near], rtol=8 * eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_relu_has_a_gradient_where_its_result_is_not_0(each_target, dtype, layout, residual):
+    """As PyTorch's: at 0 and where z is rounded to 0 there is none, whatever that of z; NaN has one."""
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest number
+    numbers = torch.tensor([0.0, -0.0, 1.0, -1.0, tiny, -tiny, 1e-4, -1e-4] * 5, dtype=dtype)
+    x = laid_out(torch.stack([numbers, numbers * 0.5]).view(2, 2, 4, 5), layout)
+    rest = torch.zeros_like(x) if residual else None
+    weight = torch.full([2], 0.4, dtype=normaliser_of(x).dtype)
+    options = (weight, torch.zeros_like(weight), rest, 1e-5, "relu", 0.01)
+    z = torch.ops.ccnet.abn_forward(x, normaliser_of(x), *options)
+    expected = torch.where(z > 0, 0.40001, 0).to(dtype)
+    grad_z = torch.where(z > 0, 1, torch.inf).to(dtype)
+    options = (None, *options[:2], None, *options[3:])
+    kept = (x, z if residual else None, grad_z, normaliser_of(x))
+    grad_x, grad_residual = torch.ops.ccnet.abn_backward(*kept, *options)
+    torch.testing.assert_close(grad_x, expected)
+    if residual:
+        assert torch.equal(grad_residual, (z > 0).to(dtype))
+    x[0, 1, 2, 3] = torch.nan
+    z = torch.ops.ccnet.abn_forward(x, normaliser_of(x), *options[1:3], rest, *options[4:])
+    assert z.isnan().nonzero().tolist() == [[0, 1, 2, 3]]
+    grad_x, _ = torch.ops.ccnet.abn_backward(x, z if residual else None, *kept[2:], *options)
+    assert grad_x.isnan().nonzero().tolist() == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
-def test_nan_and_infinity_stay_in_their_channel(each_target, layout, bad):
+@pytest.mark.parametrize("activation", ["leaky_relu", "relu"])
+def test_nan_and_infinity_stay_in_their_channel(each_target, layout, bad, activation):
     arguments = case((2, 33, 9, 10), torch.float32)
-    good = run(activated_batch_norm, arguments)
+    good = run(activated_batch_norm, arguments, activation)
     arguments["x"][1, 7, 3, 3] = bad
     arguments["x"] = laid_out(arguments["x"], layout)
     others = [c for c in range(33) if c != 7]
-    for name, x in run(activated_batch_norm, arguments).items():
+    for name, x in run(activated_batch_norm, arguments, activation).items():
         dim = 1 if x.dim() == 4 else 0
         torch.testing.assert_close(
             x.index_select(dim, torch.tensor(others)), good[name].index_select(dim, torch.tensor(others))
@@ -311,7 +357,7 @@ def test_nan_and_infinity_stay_in_their_channel(each_target, layout, bad):
             assert x.select(dim, 7).isnan().any(), name
 
 
-@pytest.mark.parametrize("kind", [ABN, InPlaceABN])
+@pytest.mark.parametrize("kind", [ABN, InPlaceABN, partial(ABN, activation="relu")])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("residual", [True, False])
@@ -399,27 +445,33 @@ def test_opcheck(dtype, layout, shape):
     arguments = case(shape, dtype)
     x, upstream = (laid_out(arguments[name], layout) for name in ("x", "upstream"))
     running = (arguments["running_mean"], arguments["running_var"])
-    options = (arguments["weight"], arguments["bias"], None, 1e-5, "leaky_relu", 0.01)
-    statistics = ops.abn_statistics(x)
-    sums = ops.abn_backward_sums(x, upstream, *options)
     torch.library.opcheck(ops.abn_statistics, (x,))
-    torch.library.opcheck(ops.abn_update_running_, (*running, statistics, 0.1))
-    torch.library.opcheck(ops.abn_forward, (x, statistics, *options))
-    torch.library.opcheck(ops.abn_forward_, (x, statistics, *options))
-    torch.library.opcheck(ops.abn_backward_sums, (x, upstream, *options))
-    for some in (sums, None):
-        torch.library.opcheck(ops.abn_backward, (x, upstream, statistics, some, *options))
-    options = (*options[:2], laid_out(torch.randn(shape).to(dtype), "contiguous"), *options[3:])
-    torch.library.opcheck(ops.abn_forward, (x, statistics, *options))
-    torch.library.opcheck(ops.abn_backward_sums, (x, upstream, *options))
-    torch.library.opcheck(ops.abn_backward, (x, upstream, statistics, sums, *options))
-    torch.library.opcheck(ops.abn_forward, (x, statistics, None, None, None, 1e-5, "elu", 0.01))
+    torch.library.opcheck(ops.abn_normaliser_of_batch_, (x, *running, 0.1, 1e-5))
+    torch.library.opcheck(ops.abn_normaliser_of_parts_, (ops.abn_statistics(x)[None], *running, 0.1, 1e-5))
+    torch.library.opcheck(ops.abn_normaliser_of_running, (*running, 1e-5))
+    normaliser = ops.abn_normaliser_of_batch_(x, *running, 0.1, 1e-5)
+    parameters, rest = (arguments["weight"], arguments["bias"]), laid_out(torch.randn(shape).to(dtype), "contiguous")
+    for activation, residual in product(("leaky_relu", "relu"), (None, rest)):
+        constants = (1e-5, activation, 0.01)
+        torch.library.opcheck(ops.abn_forward, (x, normaliser, *parameters, residual, *constants))
+        kept, inverted_with = (None, x), residual
+        if activation == "relu":
+            kept, inverted_with = (x, None if residual is None else upstream), None
+        kept = (*kept, upstream, normaliser)
+        options = (*parameters, inverted_with, *constants)
+        torch.library.opcheck(ops.abn_backward_of_batch, (*kept, *options))
+        torch.library.opcheck(ops.abn_backward_sums, (*kept, *options))
+        for sums in (ops.abn_backward_sums(*kept, *options)[0], None):
+            torch.library.opcheck(ops.abn_backward, (*kept, sums, *options))
+    torch.library.opcheck(ops.abn_forward_, (x, normaliser, *parameters, None, 1e-5, "leaky_relu", 0.01))
+    torch.library.opcheck(ops.abn_forward, (x, normaliser, None, None, None, 1e-5, "elu", 0.01))
 
 
 def network():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), InPlaceABN(8), nn.Conv2d(8, 8, 3), InPlaceABN(8, activation="identity"), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(8, 2, 3), ABN(2, activation="elu"))
+    layers += [nn.Conv2d(8, 4, 3), ABN(4, activation="relu")]
+    return nn.Sequential(*layers, nn.Conv2d(4, 2, 3), ABN(2, activation="elu"))
 
 
 def train(module, run, steps, size=(2, 3, 16, 16)):
@@ -516,33 +568,46 @@ def test_a_view_as_input():
 def test_operators_called_directly_check_their_inputs():
     ops = torch.ops.ccnet
     x, w = torch.zeros(2, 3, 4, 4), torch.ones(3)
-    statistics = ops.abn_statistics(x)
+    statistics, normaliser = ops.abn_statistics(x), normaliser_of(x)
     options = (None, 1e-5, "leaky_relu", 0.01)
+    of_relu = (None, 1e-5, "relu", 0.01)
     for call, message in [
         (lambda: ops.abn_statistics(w), r"x: expected \[N, C, ...\], got 1 dimensions"),
         (lambda: ops.abn_statistics(x.int()), "expected float32, float64, float16 or bfloat16"),
-        (lambda: ops.abn_forward(x, statistics[:2], w, w, *options), "statistics: expected a number for each of 3"),
+        (lambda: ops.abn_forward(x, normaliser[:2], w, w, *options), "normaliser: expected a number for each of 3"),
         (
-            lambda: ops.abn_forward(x, statistics, w[:2], w, *options),
+            lambda: ops.abn_forward(x, normaliser, w[:2], w, *options),
             "weight: expected a number for each of 3 channels",
         ),
-        (lambda: ops.abn_forward(x, statistics, w, w.double(), *options), "bias: expected float64, or for weight and"),
+        (lambda: ops.abn_forward(x, normaliser, w, w.double(), *options), "bias: expected float64, or float32 for"),
         (
-            lambda: ops.abn_forward(x, statistics, w, w, None, 1e-5, "gelu", 0.1),
-            "activation: expected leaky_relu, elu, ident",
+            lambda: ops.abn_forward(x, normaliser, w, w, None, 1e-5, "gelu", 0.1),
+            "activation: expected leaky_relu, elu, relu, ident",
         ),
-        (lambda: ops.abn_backward_sums(x, x[:1], w, w, *options), "grad_z: expected the shape of the first tensor"),
         (
-            lambda: ops.abn_backward(x, x.half(), statistics, None, w, w, *options),
+            lambda: ops.abn_backward_sums(None, x, x[:1], normaliser, w, w, *options),
+            "grad_z: expected the shape of the first tensor",
+        ),
+        (
+            lambda: ops.abn_backward(None, x, x.half(), normaliser, None, w, w, *options),
             "grad_z: expected the first tensor's",
         ),
-        (lambda: ops.abn_update_running_(w, w[:2], statistics, 0.1), "running_var: expected the shape of the first"),
+        (lambda: ops.abn_backward_of_batch(x, x, x, normaliser, w, w, *options), "expected z without x for the activ"),
+        (lambda: ops.abn_backward_of_batch(None, x, x, normaliser, w, w, *of_relu), "expected x without residual for"),
+        (
+            lambda: ops.abn_normaliser_of_parts_(statistics[None], w, w[:2], 0.1, 1e-5),
+            "running_var: expected the shape of the first",
+        ),
+        (
+            lambda: ops.abn_normaliser_of_parts_(statistics, w, w, 0.1, 1e-5),
+            r"parts: expected \[parts, 3, C\] in float64",
+        ),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call()
 
 
-@pytest.mark.parametrize("operator", ["abn_statistics", "abn_forward", "abn_backward_sums", "abn_backward"])
+@pytest.mark.parametrize("operator", ["abn_normaliser_of_batch_", "abn_forward", "abn_backward_of_batch"])
 def test_out_of_memory_of_a_gpu_is_pytorchs_error(operator, monkeypatch):
     def out_of_memory(*_):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. (originally from torch_call_dispatcher)")

@@ -20,8 +20,10 @@ from attention import (
     run,
 )
 from emulation import EMULATOR, KERNELS, ROOT, compile_with_emulator, emulated_gpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cc_attention import native, reference
+from libs import ABN
 
 pytestmark = [
     pytest.mark.emulated,
@@ -51,24 +53,96 @@ def test_same_bits_in_every_order_of_threads_and_blocks(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 40, 9, 13), (3, 19, 7, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 40, 20, 30), (3, 19, 7, 5)], ids=str)
 def test_same_bits_of_batch_norm_in_every_order(shape, dtype):
     x, grad_z = torch.randn(2, *shape).to(dtype)
-    parameters = [p.to(torch.float64 if dtype == torch.float64 else torch.float32) for p in torch.randn(2, shape[1])]
-    constants = (None, 1e-5, "leaky_relu", 0.01)
+    numbers = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias, *running = torch.randn(4, shape[1]).to(numbers)
+    ops = torch.ops.ccnet
     results = []
     for order in ("forward", "reverse", "random"):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             laid_out_x, laid_out_grad = (tensor.contiguous(memory_format=memory_format) for tensor in (x, grad_z))
-            ops = torch.ops.ccnet
             with emulated_gpu(order=order):
-                statistics = ops.abn_statistics(laid_out_x)
-                z = ops.abn_forward(laid_out_x, statistics, *parameters, *constants)
-                sums = ops.abn_backward_sums(z, laid_out_grad, *parameters, *constants)
-                grad_x, _ = ops.abn_backward(z, laid_out_grad, statistics, sums, *parameters, *constants)
-            results.append(list(enumerate([statistics, z, sums, grad_x])))
+                found = [ops.abn_statistics(laid_out_x)]
+                updated = [statistics.abs() for statistics in running]
+                normaliser = ops.abn_normaliser_of_batch_(laid_out_x, *updated, 0.1, 1e-5)
+                for activation in ("leaky_relu", "relu"):
+                    constants = (weight, bias, None, 1e-5, activation, 0.01)
+                    z = ops.abn_forward(laid_out_x, normaliser, *constants)
+                    kept = (laid_out_x, None) if activation == "relu" else (None, z)
+                    kept = (*kept, laid_out_grad, normaliser)
+                    found += [
+                        z,
+                        *ops.abn_backward_sums(*kept, *constants),
+                        *ops.abn_backward_of_batch(*kept, *constants),
+                    ]
+            results.append(list(enumerate([*found, *updated, normaliser])))
     assert_same_bits(results[::2])
     assert_same_bits(results[1::2])
+
+
+def batch_norm_layer(activation, training=True):
+    """Forward and backward, with a residual, on an emulated GPU; the counters, and the operators that PyTorch ran."""
+    module = ABN(40, activation=activation).train(training)
+    images = [torch.randn(2, 40, 70, 70, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)] * 3
+    x, residual, upstream = (tensor.clone().requires_grad_() for tensor in images)
+    with emulated_gpu(counting=True) as take_counters, OperatorNames() as names:
+        z = module(x, residual)
+        torch.autograd.backward(z, upstream.detach(), inputs=[x, residual, *module.parameters()])
+        return take_counters(), names.seen
+
+
+class OperatorNames(TorchDispatchMode):
+    """The operators that PyTorch runs, but for those that make tensors without touching their elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and function.name() != "aten::detach":
+            self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "relu"])
+def test_a_layer_of_batch_norm_is_five_launches(activation):
+    """With running statistics and the gradients of the parameters; and no operator of PyTorch's own."""
+    counters, names = batch_norm_layer(activation)
+    assert names == ["ccnet::abn_normaliser_of_batch_", "ccnet::abn_forward", "ccnet::abn_backward_of_batch"]
+    assert counters.launches == 5
+    # x twice, the residual; x or z, grad_z and the other of z and the residual, twice: no more is read than that
+    tensor = 2 * 40 * 70 * 70 * 2
+    assert 9 * tensor < counters.load_bytes < 9.5 * tensor
+    assert 3 * tensor < counters.store_bytes < 3.1 * tensor
+
+
+def test_a_layer_with_frozen_statistics_is_five_launches():
+    counters, names = batch_norm_layer("relu", training=False)
+    assert names == [
+        "ccnet::abn_normaliser_of_running",
+        "ccnet::abn_forward",
+        "ccnet::abn_backward_sums",
+        "ccnet::abn_backward",
+    ]
+    assert counters.launches == 5
+
+
+def test_synchronised_batch_norm_merges_in_one_launch():
+    """What processes have gathered; the rest of a layer is as many launches as alone, and two for sums to exchange."""
+    running = torch.zeros(2, 40).unbind()
+    x = torch.randn(2, 40, 9, 9)
+    with emulated_gpu(counting=True) as take_counters:
+        own = torch.ops.ccnet.abn_statistics(x)
+        assert take_counters().launches == 2
+        normaliser = torch.ops.ccnet.abn_normaliser_of_parts_(own.expand(8, 3, 40).contiguous(), *running, 0.1, 1e-5)
+        assert take_counters().launches == 1
+        options = (None, None, None, 1e-5, "identity", 0.01)
+        sums, *_ = torch.ops.ccnet.abn_backward_sums(None, x, x, normaliser, *options)
+        assert take_counters().launches == 2
+        torch.ops.ccnet.abn_backward(None, x, x, normaliser, sums, *options)
+        assert take_counters().launches == 1
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)

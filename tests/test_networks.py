@@ -85,31 +85,35 @@ def test_layers_of_the_papers_network(resnet101):
     }
     heads = {name for name in activations if name.startswith(("head.", "dsn."))}
     assert {activations[name] for name in heads} == {"leaky_relu"}
-    assert {activations[name] for name in activations.keys() - heads} == {"identity"}
+    assert {activations[name] for name in activations.keys() - heads} == {"relu", "identity"}
+    identity = {name for name, activation in activations.items() if activation == "identity"}
+    assert identity == {f"layer{n}.0.downsample.1" for n in (1, 2, 3, 4)}
 
 
 def test_the_backbones_activation():
-    """leaky_relu in every norm but those of the shortcuts, also of the sums; and no ReLU is left."""
+    """leaky_relu in every norm but those of the shortcuts, also of the sums."""
     with torch.device("meta"):
         model = build_model("resnet50", backbone_activation="leaky_relu")
     assert model.state_dict().keys() == build_model("resnet50").state_dict().keys()
-    identity = {n for n, module in model.named_modules() if getattr(module, "activation", "") == "identity"}
+    activations = {name: module.activation for name, module in model.named_modules() if isinstance(module, ABN)}
+    identity = {name for name, activation in activations.items() if activation == "identity"}
     assert identity == {f"layer{n}.0.downsample.1" for n in (1, 2, 3, 4)}
-    assert not any(isinstance(module, torch.nn.ReLU) for module in model.modules())
+    assert set(activations.values()) == {"identity", "leaky_relu"}
     with pytest.raises(ValueError, match="backbone_activation: expected one of identity, leaky_relu, got 'elu'"):
         build_model("resnet18", backbone_activation="elu")
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
-def test_the_activation_of_a_sum_is_behind_the_sum(backbone):
-    model = build_model(backbone, backbone_activation="leaky_relu")
+@pytest.mark.parametrize(("activation", "slope"), [("identity", 0), ("leaky_relu", 0.01)])
+def test_the_activation_of_a_sum_is_behind_the_sum(backbone, activation, slope):
+    model = build_model(backbone, backbone_activation=activation)
     block = model.layer1[-1]
     x = torch.randn(2, block.conv1.in_channels, 5, 6)
     out = x
     norms = [block.bn1, block.bn2, *([block.bn3] if hasattr(block, "bn3") else [])]
     for number, norm in enumerate(norms, start=1):
         out = F.batch_norm(getattr(block, f"conv{number}")(out), None, None, norm.weight, norm.bias, training=True)
-        out = F.leaky_relu(out + x if norm is norms[-1] else out, 0.01)
+        out = F.leaky_relu(out + x if norm is norms[-1] else out, slope)
     torch.testing.assert_close(block(x), out, rtol=1e-3, atol=1e-4)
 
 

@@ -459,6 +459,9 @@ def test_the_optimizer_is_sgd():
             optimizer.step()
     for (name, one), other in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, msg=lambda text, name=name: name + text)
+        for tensor in (other, other.grad, optimizer.state[other]["momentum_buffer"]):
+            assert tensor.shape == one.shape
+            assert tensor.dim() != 4 or tensor.is_contiguous(memory_format=torch.channels_last), name
 
 
 def nan_in_step(monkeypatch, number):

@@ -24,8 +24,11 @@ inline Activation activation_of(const std::string& name) {
   if (name == "elu") {
     return Activation::elu;
   }
-  STD_TORCH_CHECK(name == "identity" || name == "none", "activation: expected leaky_relu, elu, identity or none, got ",
-                  name);
+  if (name == "relu") {
+    return Activation::relu;
+  }
+  STD_TORCH_CHECK(name == "identity" || name == "none",
+                  "activation: expected leaky_relu, elu, relu, identity or none, got ", name);
   return Activation::identity;
 }
 
@@ -52,36 +55,40 @@ inline void check_per_channel(const char* name, const Tensor& numbers, const Ten
   const bool fits = rows == 0 ? numbers.dim() == 1 && numbers.size(0) == channels
                               : numbers.dim() == 2 && numbers.size(0) == rows && numbers.size(1) == channels;
   STD_TORCH_CHECK(fits, name, ": expected a number for each of ", channels, " channels");
-  STD_TORCH_CHECK(numbers.scalar_type() == dtype, name,
-                  ": expected float64, or for weight and bias of tensors that are not, float32");
+  STD_TORCH_CHECK(numbers.scalar_type() == dtype, name, ": expected float64, or float32 for tensors that are not");
   STD_TORCH_CHECK(numbers.device() == x.device(), name, ": expected on the first tensor's device");
   STD_TORCH_CHECK(numbers.is_contiguous(), name, ": expected to be contiguous");
 }
 
-inline void check_parameters(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
-  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// The dtype of parameters, normalisers and sums
+inline ScalarType numbers_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_numbers(const Tensor& x, const Tensor& normaliser, const OptionalTensor& weight,
+                          const OptionalTensor& bias) {
+  check_per_channel("normaliser", normaliser, x, 4, numbers_type(x));
   if (weight) {
-    check_per_channel("weight", *weight, x, 0, dtype);
+    check_per_channel("weight", *weight, x, 0, numbers_type(x));
   }
   if (bias) {
-    check_per_channel("bias", *bias, x, 0, dtype);
+    check_per_channel("bias", *bias, x, 0, numbers_type(x));
   }
 }
 
-inline void check_statistics(const Tensor& x, const Tensor& statistics) {
-  check_per_channel("statistics", statistics, x, 3, ScalarType::Double);
-}
-
-inline void check_running(const Tensor& running_mean, const Tensor& running_var, const Tensor& statistics) {
+inline void check_running(const Tensor& running_mean, const Tensor& running_var) {
   STD_TORCH_CHECK(running_mean.dim() == 1 && running_mean.is_contiguous() && running_var.is_contiguous(),
                   "running statistics: expected [C], contiguous");
   STD_TORCH_CHECK(running_mean.scalar_type() == ScalarType::Float || running_mean.scalar_type() == ScalarType::Double,
                   "running statistics: expected float32 or float64");
   check_like("running_var", running_var, running_mean);
-  STD_TORCH_CHECK(statistics.dim() == 2 && statistics.size(0) == 3 && statistics.size(1) == running_mean.numel() &&
-                      statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
-                      statistics.device() == running_mean.device(),
-                  "statistics: expected [3, C] in float64, on the running statistics' device");
+}
+
+inline void check_parts(const Tensor& parts, const Tensor& running_mean) {
+  STD_TORCH_CHECK(parts.dim() == 3 && parts.size(1) == 3 && parts.size(2) == running_mean.numel() &&
+                      parts.scalar_type() == ScalarType::Double && parts.is_contiguous() &&
+                      parts.device() == running_mean.device(),
+                  "parts: expected [parts, 3, C] in float64, on the running statistics' device");
 }
 
 // ---- memory ----
@@ -142,12 +149,39 @@ inline Tensor in_layout_of(const Tensor& like, const Tensor& x) {
 }
 
 // With the strides of like
-inline OptionalTensor residual_as(const Tensor& like, const OptionalTensor& residual) {
-  if (!residual) {
+inline OptionalTensor in_layout_of(const char* name, const Tensor& like, const OptionalTensor& x) {
+  if (!x) {
     return std::nullopt;
   }
-  check_like("residual", *residual, like);
-  return in_layout_of(like, *residual);
+  check_like(name, *x, like);
+  return in_layout_of(like, *x);
 }
+
+// What the backward pass has of the forward pass, in one layout: z, and the residual, if there was one; or, if the
+// activation cannot be inverted, x, and z, if there was a residual.
+struct __attribute__((visibility("hidden"))) KeptTensors {
+  OptionalTensor x, z, residual;
+  Tensor grad_z;
+  ActivationOf activation;
+
+  KeptTensors(const OptionalTensor& x_, const OptionalTensor& z_, const Tensor& grad_z_, const OptionalTensor& residual_,
+              const std::string& activation_, double slope)
+      : grad_z(grad_z_), activation{activation_of(activation_), slope} {
+    const bool from_z = activation.is_invertible();
+    STD_TORCH_CHECK(from_z ? z_ && !x_ : x_ && !residual_, from_z ? "expected z without x" : "expected x without residual",
+                    " for the activation ", activation_);
+    const Tensor& first = from_z ? *z_ : *x_;
+    check_images(from_z ? "z" : "x", first);
+    const Tensor like = in_some_layout(first);
+    x = from_z ? std::nullopt : OptionalTensor(like);
+    z = from_z ? OptionalTensor(like) : in_layout_of("z", like, z_);
+    residual = in_layout_of("residual", like, residual_);
+    check_like("grad_z", grad_z_, like);
+    grad_z = in_layout_of(like, grad_z_);
+  }
+  // A tensor of the shape, dtype and layout of all
+  const Tensor& like() const { return grad_z; }
+  bool had_residual() const { return x ? z.has_value() : residual.has_value(); }
+};
 
 }  // namespace ccnet

@@ -3,11 +3,13 @@
 
 namespace ccnet {
 
-enum class Activation { identity, leaky_relu, elu };
+enum class Activation { identity, leaky_relu, elu, relu };
 
 struct ActivationOf {
   Activation name;
   double slope;  // of leaky_relu
+  // Where it cannot be inverted, the backward pass is given x.
+  bool is_invertible() const { return name != Activation::relu; }
 };
 
 }  // namespace ccnet

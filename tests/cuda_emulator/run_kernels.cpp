@@ -2,6 +2,7 @@
 //
 // Buffers are of exactly the size that the kernels may touch and hold NaN where they have to be written. Results are
 // compared with the reference elsewhere; here none may be NaN.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -99,27 +100,47 @@ void run_abn(bool planes, int64_t rows, int channels, int row_length, Activation
   const Buffer<T> x(rows, row_length, &random), grad_z(rows, row_length, &random);
   const Buffer<T> residual(rows, row_length, &random);
   const Buffer<T> z(rows, row_length), grad_x(rows, row_length), grad_residual(rows, row_length);
-  const Buffer<Real> weight(1, channels, &random), bias(1, channels, &random), numbers(Abn::kNumbers, channels);
+  const Buffer<Real> weight(1, channels, &random), bias(1, channels, &random), normaliser(4, channels, &random);
   const Pieces pieces = Pieces::cut(planes, channels, rows, row_length, sizeof(T),
                                     {x.data.get(), z.data.get(), grad_z.data.get(), grad_x.data.get()});
-  const Buffer<double> partial(3 * pieces.slots(), channels), statistics(3, channels), sums(2, channels);
-  const typename Abn::Affine affine{weight.data.get(), bias.data.get(), 1e-5, {activation, 0.1}};
-  check(Abn::statistics(pieces, x.data.get(), partial.data.get(), statistics.data.get(), nullptr));
-  if constexpr (std::is_same_v<T, Real>) {  // other types use that of float
-    const Buffer<Real> mean(1, channels, &random), var(1, channels, &random);
-    check(update_running_statistics(statistics.data.get(), 0.1, channels, mean.data.get(), var.data.get(), nullptr));
-    mean.check("running mean"), var.check("running variance");
+  const Buffer<Real> moments(3 * pieces.parts, channels), partial(2 * pieces.parts, channels), sums(2, channels);
+  const Buffer<Real> grad_weight(1, channels), grad_bias(1, channels), of_total(2, channels);
+  const ChannelSources<Real> sources{normaliser.data.get(), weight.data.get(), bias.data.get(), Real(1e-5)};
+  const ActivationOf activate{activation, 0.1};
+  const bool has_x = !activate.is_invertible();
+  check(Abn::moments(pieces, x.data.get(), moments.data.get(), nullptr));
+  if constexpr (std::is_same_v<T, Real>) {  // other types use those of float
+    using Channels = AbnChannels<Real>;
+    const Buffer<Real> mean(1, channels, &random), var(1, channels);
+    std::fill_n(var.data.get(), channels, Real(1));
+    const RunningStatistics<Real> running{mean.data.get(), var.data.get(), 0.1};
+    const Buffer<double> statistics(3, channels);
+    const Buffer<Real> of_blocks(4, channels), of_processes(4, channels), of_running(4, channels);
+    check(Channels::statistics(pieces, moments.data.get(), statistics.data.get(), nullptr));
+    check(Channels::normaliser(pieces, moments.data.get(), running, 1e-5, of_blocks.data.get(), nullptr));
+    check(Channels::normaliser(statistics.data.get(), 1, channels, running, 1e-5, of_processes.data.get(), nullptr));
+    check(Channels::normaliser(channels, running.mean, running.var, 1e-5, of_running.data.get(), nullptr));
+    statistics.check("statistics");
+    for (const auto* buffer : {&mean, &var, &of_blocks, &of_processes, &of_running}) {
+      buffer->check("normalisers");
+    }
   }
-  check(Abn::forward(pieces, x.data.get(), statistics.data.get(), affine, residual.data.get(), numbers.data.get(),
-                     z.data.get(), nullptr));
-  check(Abn::backward_sums(pieces, z.data.get(), grad_z.data.get(), affine, residual.data.get(), partial.data.get(),
-                           sums.data.get(), nullptr));
-  check(Abn::backward(pieces, z.data.get(), grad_z.data.get(), statistics.data.get(), sums.data.get(), affine,
-                      residual.data.get(), numbers.data.get(), grad_x.data.get(), grad_residual.data.get(), nullptr));
+  check(Abn::forward(pieces, x.data.get(), sources, activate, residual.data.get(), z.data.get(), nullptr));
+  const KeptData<T> kept{has_x ? x.data.get() : z.data.get(), has_x ? z.data.get() : residual.data.get(),
+                         grad_z.data.get()};
+  check(Abn::backward_sums(pieces, kept, sources, activate, partial.data.get(), nullptr));
+  if constexpr (std::is_same_v<T, Real>) {
+    check(AbnChannels<Real>::gradient_sums({partial.data.get(), pieces.parts}, channels, sources, has_x,
+                                           sums.data.get(), of_total.data.get(), of_total.data.get() + channels,
+                                           nullptr));
+    sums.check("sums"), of_total.check("gradients of the parameters");
+  }
+  check(Abn::backward(pieces, kept, sources, activate, {partial.data.get(), pieces.parts}, grad_x.data.get(),
+                      grad_residual.data.get(), grad_weight.data.get(), grad_bias.data.get(), nullptr));
   for (const auto* buffer : {&z, &grad_x, &grad_residual}) {
     buffer->check("activated batch norm");
   }
-  statistics.check("statistics"), sums.check("sums");
+  grad_weight.check("gradient of weight"), grad_bias.check("gradient of bias");
 }
 
 template <class T>
@@ -136,11 +157,13 @@ void run_all() {
   emulator::options.shared_bytes = 64 * 1024;  // as on sm_75
   emulator::options.architecture = 75;
   run<T>(1, 1, 97, 8, 40);
-  for (const auto activation : {Activation::identity, Activation::leaky_relu, Activation::elu}) {
+  for (const auto activation : {Activation::identity, Activation::leaky_relu, Activation::elu, Activation::relu}) {
     run_abn<T>(false, 75, 40, 40, activation);     // channels_last
     run_abn<T>(false, 21, 19, 19, activation);     // rows that are no multiple of 16 bytes
     run_abn<T>(true, 2 * 3, 3, 1040, activation);  // NCHW
     run_abn<T>(true, 2 * 3, 3, 35, activation);
+    run_abn<T>(false, 4200, 8, 8, activation);  // several blocks, whose sums are added up
+    run_abn<T>(true, 2 * 3, 3, 9000, activation);
   }
 }
 

@@ -137,59 +137,44 @@ class Blocks {
   int64_t rows_ = 0, block_rows_ = 0, left_over_ = 0;
 };
 
-// |weight| + eps and bias of each channel, or 1 and 0
-struct Affine {
-  std::vector<double> gain, bias;
-};
+#include "libs/csrc/channel.h"
 
-std::vector<double> doubles_of(const OptionalTensor& numbers, int64_t channels, double otherwise) {
-  std::vector<double> values(channels, otherwise);
-  if (numbers) {
-    for_type("weight or bias", *numbers, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      if constexpr (std::is_floating_point_v<T>) {
-        const T* from = static_cast<const T*>(numbers->const_data_ptr());
-        std::copy(from, from + channels, values.begin());
-      }
-    });
-  }
+// [rows, C] of a dtype that numbers of channels have, in double
+std::vector<double> doubles_of(const Tensor& numbers) {
+  std::vector<double> values(numbers.numel());
+  for_type("numbers", numbers, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_floating_point_v<T>) {
+      const T* from = static_cast<const T*>(numbers.const_data_ptr());
+      std::copy(from, from + numbers.numel(), values.begin());
+    }
+  });
   return values;
 }
 
-Affine affine_of(int64_t channels, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  Affine affine{doubles_of(weight, channels, 1), doubles_of(bias, channels, 0)};
-  if (weight) {
-    for (double& gain : affine.gain) {
-      gain = std::abs(gain) + eps;
-    }
+std::vector<Channel<double>> channels_of(const Tensor& x, const Tensor& normaliser, const OptionalTensor& weight,
+                                         const OptionalTensor& bias, double eps) {
+  check_numbers(x, normaliser, weight, bias);
+  const int64_t count = x.size(1);
+  const std::vector<double> of = doubles_of(normaliser), none;
+  const std::vector<double> weights = weight ? doubles_of(*weight) : none, biases = bias ? doubles_of(*bias) : none;
+  std::vector<Channel<double>> channels(count);
+  for (int64_t c = 0; c < count; ++c) {
+    channels[c] = {of[c],     of[count + c], of[2 * count + c], of[3 * count + c], weight ? std::abs(weights[c]) + eps : 1,
+                   bias ? biases[c] : 0};
   }
-  return affine;
+  return channels;
 }
 
-// [3, C] of `abn_statistics`
-struct Statistics {
-  const double *count, *mean, *squares;
-  Statistics(const Tensor& x, const Tensor& statistics) {
-    check_statistics(x, statistics);
-    count = static_cast<const double*>(statistics.const_data_ptr());
-    mean = count + x.size(1);
-    squares = mean + x.size(1);
-  }
-  double inverse_deviation(int64_t c, double eps) const {
-    const double variance = count[c] > 0 ? squares[c] / count[c] : 0;
-    return 1 / std::sqrt(variance + eps);
-  }
-};
-
-// kCount arrays of numbers as the kernels read them, from what of_channel(c, number of the array) says
-template <class Real, int kCount>
+// ChannelNumbers as the kernels read them, from what of_channel(c) says
+template <class Real>
 class Numbers {
  public:
   template <class F>
   Numbers(const Blocks& blocks, int64_t channels, const F& of_channel)
       : row_(blocks.numbers() + kNumbersBeyond), numbers_(kCount * row_) {
     for (int64_t c = 0; c < channels; ++c) {
-      const auto values = of_channel(c);
+      const std::array<double, kCount> values = of_channel(c);
       for (int k = 0; k < kCount; ++k) {
         for (int64_t i = c; i < blocks.numbers(); i += channels) {
           numbers_[k * row_ + i] = values[k];
@@ -197,15 +182,21 @@ class Numbers {
       }
     }
   }
-  const Real* operator[](int k) const { return numbers_.data() + k * row_; }
+  operator ChannelNumbers<Real>() const {
+    const Real* p = numbers_.data();
+    return {p, p + row_, p + 2 * row_, p + 3 * row_, p + 4 * row_};
+  }
 
  private:
+  static constexpr int kCount = 5;
   int64_t row_;
   std::vector<Real> numbers_;
 };
 
-Tensor empty_doubles(const Tensor& x, int64_t rows) {
-  return torch::stable::new_empty(x, {rows, x.size(1)}, ScalarType::Double);
+// [C], or [rows, C]
+Tensor empty_numbers(const Tensor& x, ScalarType dtype, int64_t rows = 0) {
+  const int64_t channels = x.size(1);
+  return rows == 0 ? torch::stable::new_empty(x, {channels}, dtype) : torch::stable::new_empty(x, {rows, channels}, dtype);
 }
 
 Tensor empty_as(const Tensor& like) {
@@ -230,7 +221,7 @@ Tensor abn_statistics(const Tensor& x_) {
       kernel(place.block, data + place.element, mean_of.get() + place.slot, squares_of.get() + place.slot);
     });
   });
-  Tensor statistics = empty_doubles(x, 3);
+  Tensor statistics = empty_numbers(x, ScalarType::Double, 3);
   double* count = static_cast<double*>(statistics.mutable_data_ptr());
   double *mean = count + channels, *squares = mean + channels;
   std::fill(count, count + 3 * channels, 0.0);
@@ -248,25 +239,80 @@ Tensor abn_statistics(const Tensor& x_) {
   return statistics;
 }
 
-void abn_update_running_(Tensor running_mean, Tensor running_var, const Tensor& statistics, double momentum) {
-  check_running(running_mean, running_var, statistics);
-  const int64_t channels = running_mean.numel();
-  const double* count = static_cast<const double*>(statistics.const_data_ptr());
-  const double *mean = count + channels, *squares = mean + channels;
-  for_type("running_mean", running_mean, [&](auto* type) {
+// Writes `values`, which has as many numbers as `numbers`
+void write(Tensor& numbers, const std::vector<double>& values) {
+  for_type("numbers", numbers, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    T *to_mean = static_cast<T*>(running_mean.mutable_data_ptr());
-    T* to_var = static_cast<T*>(running_var.mutable_data_ptr());
     if constexpr (std::is_floating_point_v<T>) {
-      for (int64_t c = 0; c < channels; ++c) {
-        if (count[c] > 0) {
-          const double var = squares[c] / std::max(count[c] - 1, 1.0);
-          to_mean[c] += momentum * (mean[c] - to_mean[c]);
-          to_var[c] += momentum * (var - to_var[c]);
-        }
-      }
+      std::copy(values.begin(), values.end(), static_cast<T*>(numbers.mutable_data_ptr()));
     }
   });
+}
+
+// Of mean and variance of each channel, for a batch of so many elements; 0: they are constants
+Tensor normaliser_of(const Tensor& running_mean, const std::vector<double>& mean, const std::vector<double>& var,
+                     const double* count, double eps) {
+  const int64_t channels = running_mean.numel();
+  const bool is_float = running_mean.scalar_type() == ScalarType::Float;
+  std::vector<double> numbers(4 * channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double rounded = is_float ? static_cast<float>(mean[c]) : mean[c];
+    numbers[c] = rounded;
+    numbers[channels + c] = mean[c] - rounded;
+    numbers[2 * channels + c] = 1 / std::sqrt(var[c] + eps);
+    numbers[3 * channels + c] = count != nullptr && count[c] > 0 ? 1 / count[c] : 0;
+  }
+  Tensor normaliser = torch::stable::new_empty(running_mean, {4, channels});
+  write(normaliser, numbers);
+  return normaliser;
+}
+
+Tensor abn_normaliser_of_parts_(const Tensor& parts, Tensor running_mean, Tensor running_var, double momentum,
+                                double eps) {
+  check_running(running_mean, running_var);
+  check_parts(parts, running_mean);
+  const int64_t channels = running_mean.numel();
+  std::vector<double> count(channels), mean(channels), var(channels);
+  std::vector<double> new_mean = doubles_of(running_mean), new_var = doubles_of(running_var);
+  const double* const data = static_cast<const double*>(parts.const_data_ptr());
+  // f(c, count, mean, sum of squared deviations) of each part
+  const auto each = [&](const auto& f) {
+    for (const double* part = data; part < data + parts.numel(); part += 3 * channels) {
+      for (int64_t c = 0; c < channels; ++c) {
+        f(c, part[c], part[channels + c], part[2 * channels + c]);
+      }
+    }
+  };
+  each([&](int64_t c, double n, double part_mean, double) {
+    count[c] += n;
+    mean[c] += n * part_mean;
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] /= std::max(count[c], 1.0);
+  }
+  each([&](int64_t c, double n, double part_mean, double squares) {
+    var[c] += squares + n * (part_mean - mean[c]) * (part_mean - mean[c]);
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    if (count[c] > 0) {
+      new_mean[c] += momentum * (mean[c] - new_mean[c]);
+      new_var[c] += momentum * (var[c] / std::max(count[c] - 1, 1.0) - new_var[c]);
+      var[c] /= count[c];
+    }
+  }
+  write(running_mean, new_mean);
+  write(running_var, new_var);
+  return normaliser_of(running_mean, mean, var, count.data(), eps);
+}
+
+Tensor abn_normaliser_of_batch_(const Tensor& x, Tensor running_mean, Tensor running_var, double momentum, double eps) {
+  const Tensor statistics = abn_statistics(x);
+  return abn_normaliser_of_parts_(torch::stable::unsqueeze(statistics, 0), running_mean, running_var, momentum, eps);
+}
+
+Tensor abn_normaliser_of_running(const Tensor& running_mean, const Tensor& running_var, double eps) {
+  check_running(running_mean, running_var);
+  return normaliser_of(running_mean, doubles_of(running_mean), doubles_of(running_var), nullptr, eps);
 }
 
 template <class T>
@@ -280,140 +326,147 @@ T* from(T* data, int64_t element) {
 }
 
 // z of x, both of one of the layouts, maybe the same
-void forward(const Tensor& x, const Tensor& statistics_, const OptionalTensor& weight, const OptionalTensor& bias,
+void forward(const Tensor& x, const Tensor& normaliser, const OptionalTensor& weight, const OptionalTensor& bias,
              const OptionalTensor& residual_, double eps, const std::string& activation, double slope, Tensor& z) {
-  check_parameters(x, weight, bias);
-  const OptionalTensor residual = residual_as(x, residual_);
-  const Statistics statistics(x, statistics_);
-  const int64_t channels = x.size(1);
-  const Affine affine = affine_of(channels, weight, bias, eps);
+  const std::vector<Channel<double>> channels = channels_of(x, normaliser, weight, bias, eps);
+  const OptionalTensor residual = in_layout_of("residual", x, residual_);
   const Blocks blocks(*layout_of(x));
   const ActivationOf activate{activation_of(activation), slope};
   for_type("x", x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using Real = Accumulate<T>;
-    const Numbers<Real, 3> numbers(blocks, channels, [&](int64_t c) {
-      const Real shift = statistics.mean[c];
-      const double scale = affine.gain[c] * statistics.inverse_deviation(c, eps);
-      return std::array<double, 3>{shift, scale, affine.bias[c] - (statistics.mean[c] - shift) * scale};
+    const Numbers<Accumulate<T>> numbers(blocks, x.size(1), [&](int64_t c) {
+      return std::array<double, 5>{channels[c].mean, channels[c].scale(), channels[c].offset()};
     });
-    const AffineNumbers<Real> affine_numbers{numbers[0], numbers[1], numbers[2]};
+    const ChannelNumbers<Accumulate<T>> of_channels = numbers;
     const T *in = static_cast<const T*>(x.const_data_ptr()), *rest = data_of<T>(residual);
     T* out = static_cast<T*>(z.mutable_data_ptr());
     const auto kernel = abn_kernels<T>().forward;
     blocks.each_backwards([&](const Blocks::Place& place) {
-      kernel(place.block, activate, in + place.element, affine_numbers.from(place.channel), from(rest, place.element),
+      kernel(place.block, activate, in + place.element, of_channels.from(place.channel), from(rest, place.element),
              out + place.element);
     });
   });
 }
 
-Tensor abn_forward(const Tensor& x_, const Tensor& statistics, const OptionalTensor& weight,
+Tensor abn_forward(const Tensor& x_, const Tensor& normaliser, const OptionalTensor& weight,
                    const OptionalTensor& bias, const OptionalTensor& residual, double eps,
                    const std::string& activation, double slope) {
   check_images("x", x_);
   const Tensor x = in_some_layout(x_);
   Tensor z = empty_as(x);
-  forward(x, statistics, weight, bias, residual, eps, activation, slope, z);
+  forward(x, normaliser, weight, bias, residual, eps, activation, slope, z);
   return z;
 }
 
-void abn_forward_(Tensor x, const Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias,
+void abn_forward_(Tensor x, const Tensor& normaliser, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& residual, double eps, const std::string& activation, double slope) {
   check_images("x", x);
   Tensor z = in_some_layout(x);
-  forward(z, statistics, weight, bias, residual, eps, activation, slope, z);
+  forward(z, normaliser, weight, bias, residual, eps, activation, slope, z);
   if (!layout_of(x)) {
     torch::stable::copy_(x, z);
   }
 }
 
-Tensor abn_backward_sums(const Tensor& z_, const Tensor& grad_z_, const OptionalTensor& weight,
-                         const OptionalTensor& bias, const OptionalTensor& residual_, double eps,
-                         const std::string& activation, double slope) {
-  check_images("z", z_);
-  check_like("grad_z", grad_z_, z_);
-  check_parameters(z_, weight, bias);
-  const Tensor z = in_some_layout(z_), grad_z = in_layout_of(z, grad_z_);
-  const OptionalTensor residual = residual_as(z, residual_);
-  const int64_t channels = z.size(1);
-  const Affine affine = affine_of(channels, weight, bias, eps);
-  const Blocks blocks(*layout_of(z));
-  const ActivationOf activate{activation_of(activation), slope};
-  const std::unique_ptr<double[]> sum_of(new double[blocks.slots()]), product_sum_of(new double[blocks.slots()]);
-  for_type("z", z, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    using Real = Accumulate<T>;
-    const Numbers<Real, 1> numbers(blocks, channels, [&](int64_t c) { return std::array<double, 1>{affine.bias[c]}; });
-    const Real* biases = numbers[0];
-    const T *out = static_cast<const T*>(z.const_data_ptr()), *grad = static_cast<const T*>(grad_z.const_data_ptr());
-    const T* rest = data_of<T>(residual);
-    const auto kernel = abn_kernels<T>().backward_sums;
-    blocks.each([&](const Blocks::Place& place) {
-      kernel(place.block, activate, out + place.element, grad + place.element, from(rest, place.element),
-             biases + place.channel, sum_of.get() + place.slot, product_sum_of.get() + place.slot);
-    });
-  });
-  Tensor sums = empty_doubles(z, 2);
-  double* sum = static_cast<double*>(sums.mutable_data_ptr());
-  double* product_sum = sum + channels;
-  std::fill(sum, sum + 2 * channels, 0.0);
-  blocks.each_slot([&](int64_t slot, int64_t c, int64_t) {
-    sum[c] += sum_of[slot];
-    product_sum[c] += product_sum_of[slot];
-  });
-  for (int64_t c = 0; c < channels; ++c) {
-    product_sum[c] /= affine.gain[c];  // y - bias = xhat * gain
-  }
-  return sums;
+template <class T>
+KeptData<T> kept_from(const KeptTensors& kept, int64_t element) {
+  return {from(data_of<T>(kept.x), element), from(data_of<T>(kept.z), element), from(data_of<T>(kept.residual), element)};
 }
 
-std::tuple<Tensor, Tensor> abn_backward(const Tensor& z_, const Tensor& grad_z_, const Tensor& statistics_,
-                                        const OptionalTensor& sums, const OptionalTensor& weight,
-                                        const OptionalTensor& bias, const OptionalTensor& residual_, double eps,
-                                        const std::string& activation, double slope) {
-  check_images("z", z_);
-  check_like("grad_z", grad_z_, z_);
-  check_parameters(z_, weight, bias);
-  const Statistics statistics(z_, statistics_);
-  const int64_t channels = z_.size(1);
-  const double *sum = nullptr, *product_sum = nullptr;
-  if (sums) {
-    check_per_channel("sums", *sums, z_, 2, ScalarType::Double);
-    sum = static_cast<const double*>(sums->const_data_ptr());
-    product_sum = sum + channels;
-  }
-  const Tensor z = in_some_layout(z_), grad_z = in_layout_of(z, grad_z_);
-  const OptionalTensor residual = residual_as(z, residual_);
-  Tensor grad_x = empty_as(z), grad_residual = residual ? empty_as(z) : torch::stable::new_empty(z, {0});
-  const Affine affine = affine_of(channels, weight, bias, eps);
-  const Blocks blocks(*layout_of(z));
-  const ActivationOf activate{activation_of(activation), slope};
-  for_type("z", z, [&](auto* type) {
+// What deviations are taken from, and the numbers of channel.h
+std::array<double, 5> backward_numbers(const KeptTensors& kept, const Channel<double>& channel, double sum,
+                                       double deviation_sum) {
+  const bool has_x = kept.x.has_value();
+  const ChannelGradient<double> gradient(channel, has_x, sum, deviation_sum);
+  return {has_x ? channel.mean : channel.bias, channel.scale(), channel.offset(), gradient.of_deviation,
+          gradient.constant};
+}
+
+std::tuple<Tensor, Tensor, Tensor> abn_backward_sums(
+    const OptionalTensor& x, const OptionalTensor& z, const Tensor& grad_z, const Tensor& normaliser,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, double eps,
+    const std::string& activation, double slope) {
+  const KeptTensors kept(x, z, grad_z, residual, activation, slope);
+  const Tensor& like = kept.like();
+  const std::vector<Channel<double>> channels = channels_of(like, normaliser, weight, bias, eps);
+  const Blocks blocks(*layout_of(like));
+  const std::unique_ptr<double[]> sum_of(new double[blocks.slots()]), product_sum_of(new double[blocks.slots()]);
+  for_type("z", like, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using Real = Accumulate<T>;
-    // dx = (dy - sum(dy) / n - xhat * sum(dy * xhat) / n) * gain * inverse deviation, xhat = (y - bias) / gain
-    const Numbers<Real, 4> numbers(blocks, channels, [&](int64_t c) {
-      const double inverse = statistics.inverse_deviation(c, eps), scale = affine.gain[c] * inverse;
-      if (sum == nullptr || statistics.count[c] == 0) {
-        return std::array<double, 4>{affine.bias[c], scale, 0, 0};
-      }
-      const double n = statistics.count[c];
-      return std::array<double, 4>{affine.bias[c], scale, -inverse * product_sum[c] / n, -scale * sum[c] / n};
+    const Numbers<Accumulate<T>> numbers(
+        blocks, like.size(1), [&](int64_t c) { return backward_numbers(kept, channels[c], 0, 0); });
+    const ChannelNumbers<Accumulate<T>> of_channels = numbers;
+    const T* grad = static_cast<const T*>(kept.grad_z.const_data_ptr());
+    const auto kernel = abn_kernels<T>().backward_sums;
+    blocks.each([&](const Blocks::Place& place) {
+      kernel(place.block, kept.activation, kept_from<T>(kept, place.element), grad + place.element,
+             of_channels.from(place.channel), sum_of.get() + place.slot, product_sum_of.get() + place.slot);
     });
-    const GradientNumbers<Real> gradient{numbers[0], numbers[1], numbers[2], numbers[3]};
-    const T *out = static_cast<const T*>(z.const_data_ptr()), *grad = static_cast<const T*>(grad_z.const_data_ptr());
-    const T* rest = data_of<T>(residual);
+  });
+  const int64_t count = like.size(1);
+  std::vector<double> totals(2 * count), of_weight(count);
+  blocks.each_slot([&](int64_t slot, int64_t c, int64_t) {
+    totals[c] += sum_of[slot];
+    totals[count + c] += product_sum_of[slot];
+  });
+  const std::vector<double> weights = weight ? doubles_of(*weight) : std::vector<double>(count, 1);
+  for (int64_t c = 0; c < count; ++c) {
+    const ChannelGradient<double> gradient(channels[c], kept.x.has_value(), totals[c], totals[count + c]);
+    of_weight[c] = gradient.of_weight * ((weights[c] > 0) - (weights[c] < 0));
+  }
+  Tensor sums = empty_numbers(like, numbers_type(like), 2);
+  Tensor grad_weight = empty_numbers(like, numbers_type(like)), grad_bias = empty_numbers(like, numbers_type(like));
+  write(sums, totals);
+  write(grad_weight, of_weight);
+  totals.resize(count);
+  write(grad_bias, totals);
+  return {sums, grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor> abn_backward(const OptionalTensor& x, const OptionalTensor& z, const Tensor& grad_z,
+                                        const Tensor& normaliser, const OptionalTensor& sums,
+                                        const OptionalTensor& weight, const OptionalTensor& bias,
+                                        const OptionalTensor& residual, double eps, const std::string& activation,
+                                        double slope) {
+  const KeptTensors kept(x, z, grad_z, residual, activation, slope);
+  const Tensor& like = kept.like();
+  const std::vector<Channel<double>> channels = channels_of(like, normaliser, weight, bias, eps);
+  const int64_t count = like.size(1);
+  std::vector<double> totals(2 * count);
+  if (sums) {
+    check_per_channel("sums", *sums, like, 2, numbers_type(like));
+    totals = doubles_of(*sums);
+  }
+  const bool had_residual = kept.had_residual();
+  Tensor grad_x = empty_as(like), grad_residual = had_residual ? empty_as(like) : torch::stable::new_empty(like, {0});
+  const Blocks blocks(*layout_of(like));
+  for_type("z", like, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Numbers<Accumulate<T>> numbers(
+        blocks, count, [&](int64_t c) { return backward_numbers(kept, channels[c], totals[c], totals[count + c]); });
+    const ChannelNumbers<Accumulate<T>> of_channels = numbers;
+    const T* grad = static_cast<const T*>(kept.grad_z.const_data_ptr());
     T* to_x = static_cast<T*>(grad_x.mutable_data_ptr());
-    T* to_residual = residual ? static_cast<T*>(grad_residual.mutable_data_ptr()) : nullptr;
+    T* to_residual = had_residual ? static_cast<T*>(grad_residual.mutable_data_ptr()) : nullptr;
     const bool past_caches = grad_x.numel() * static_cast<int64_t>(sizeof(T)) >= kBytesPastCaches;
     const auto kernel = abn_kernels<T>().backward;
     blocks.each_backwards([&](const Blocks::Place& place) {
-      kernel(place.block, activate, out + place.element, grad + place.element, from(rest, place.element),
-             gradient.from(place.channel), to_x + place.element, from(to_residual, place.element), past_caches);
+      kernel(place.block, kept.activation, kept_from<T>(kept, place.element), grad + place.element,
+             of_channels.from(place.channel), to_x + place.element, from(to_residual, place.element), past_caches);
     });
   });
   return {grad_x, grad_residual};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> abn_backward_of_batch(
+    const OptionalTensor& x, const OptionalTensor& z, const Tensor& grad_z, const Tensor& normaliser,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, double eps,
+    const std::string& activation, double slope) {
+  const auto [sums, grad_weight, grad_bias] =
+      abn_backward_sums(x, z, grad_z, normaliser, weight, bias, residual, eps, activation, slope);
+  const auto [grad_x, grad_residual] =
+      abn_backward(x, z, grad_z, normaliser, sums, weight, bias, residual, eps, activation, slope);
+  return {grad_x, grad_residual, grad_weight, grad_bias};
 }
 
 }  // namespace
@@ -421,9 +474,12 @@ std::tuple<Tensor, Tensor> abn_backward(const Tensor& z_, const Tensor& grad_z_,
 
 STABLE_TORCH_LIBRARY_IMPL(ccnet, CPU, m) {
   m.impl("abn_statistics", TORCH_BOX(&ccnet::abn_statistics));
-  m.impl("abn_update_running_", TORCH_BOX(&ccnet::abn_update_running_));
+  m.impl("abn_normaliser_of_batch_", TORCH_BOX(&ccnet::abn_normaliser_of_batch_));
+  m.impl("abn_normaliser_of_parts_", TORCH_BOX(&ccnet::abn_normaliser_of_parts_));
+  m.impl("abn_normaliser_of_running", TORCH_BOX(&ccnet::abn_normaliser_of_running));
   m.impl("abn_forward", TORCH_BOX(&ccnet::abn_forward));
   m.impl("abn_forward_", TORCH_BOX(&ccnet::abn_forward_));
   m.impl("abn_backward_sums", TORCH_BOX(&ccnet::abn_backward_sums));
   m.impl("abn_backward", TORCH_BOX(&ccnet::abn_backward));
+  m.impl("abn_backward_of_batch", TORCH_BOX(&ccnet::abn_backward_of_batch));
 }

@@ -20,21 +20,21 @@ struct Block {
 };
 constexpr int64_t kNumbersBeyond = 16;
 
-// y = (x - shift) * scale + offset. shift is the mean rounded to Real: subtracting it first is exact where x is near the
-// mean. offset accounts for the rounding.
+// y = (x - shift) * scale + offset, dx = dy * scale + deviation * of_deviation + constant, where the deviation is x - shift,
+// or y - shift if x is not kept (../channel.h). The forward pass reads the first three only.
 template <class Real>
-struct AffineNumbers {
-  const Real *shift, *scale, *offset;
-  __attribute__((always_inline)) AffineNumbers from(int64_t i) const { return {shift + i, scale + i, offset + i}; }
+struct ChannelNumbers {
+  const Real *shift, *scale, *offset, *of_deviation, *constant;
+  __attribute__((always_inline)) ChannelNumbers from(int64_t i) const {
+    return {shift + i, scale + i, offset + i, of_deviation + i, constant + i};
+  }
 };
 
-// dx = dy * of_grad + (y - bias) * of_deviation + constant
-template <class Real>
-struct GradientNumbers {
-  const Real *bias, *of_grad, *of_deviation, *constant;
-  __attribute__((always_inline)) GradientNumbers from(int64_t i) const {
-    return {bias + i, of_grad + i, of_deviation + i, constant + i};
-  }
+// What the backward pass has: z, and the residual, if there was one; or, if the activation cannot be inverted, x, and z,
+// if there was a residual. What there is not is null.
+template <class T>
+struct KeptData {
+  const T *x, *z, *residual;
 };
 
 template <class T>
@@ -43,14 +43,15 @@ struct AbnKernels {
 
   // For each channel: the mean of its elements, and the sum of squared deviations from that mean
   void (*statistics)(const Block&, const T* x, double* mean, double* squares);
-  // z = activation(y + residual); z may be x. Here and below, residual is null if there is none.
-  void (*forward)(const Block&, ActivationOf, const T* x, AffineNumbers<Real>, const T* residual, T* z);
-  // For each channel: the sums over its elements of dy and of dy * (y - bias)
-  void (*backward_sums)(const Block&, ActivationOf, const T* z, const T* grad_z, const T* residual, const Real* bias,
-                        double* sum, double* product_sum);
-  // past_caches: write the gradients with non-temporal stores, because they are larger than the caches.
-  void (*backward)(const Block&, ActivationOf, const T* z, const T* grad_z, const T* residual, GradientNumbers<Real>,
-                   T* grad_x, T* grad_residual, bool past_caches);
+  // z = activation(y + residual); z may be x, residual null.
+  void (*forward)(const Block&, ActivationOf, const T* x, ChannelNumbers<Real>, const T* residual, T* z);
+  // For each channel: the sums over its elements of dy and of dy * deviation
+  void (*backward_sums)(const Block&, ActivationOf, KeptData<T>, const T* grad_z, ChannelNumbers<Real>, double* sum,
+                        double* deviation_sum);
+  // grad_residual may be null. past_caches: write the gradients with non-temporal stores, because they are larger than
+  // the caches.
+  void (*backward)(const Block&, ActivationOf, KeptData<T>, const T* grad_z, ChannelNumbers<Real>, T* grad_x,
+                   T* grad_residual, bool past_caches);
 };
 
 CCNET_DECLARE_KERNELS(AbnKernels, abn_kernels)

@@ -106,15 +106,51 @@ struct NoResidual {
   }
 };
 
-// ---- sums of each channel ----
-
-constexpr int64_t kChain = 64;   // numbers that are added up in Real, before their sum is added in double
-constexpr int64_t kStrip = 512;  // columns whose sums are held at a time
-
 template <class Real>
 struct Pair {
   Vector<Real> first, second;
 };
+
+// dy and the deviation of elements from i on, from z: y is recovered from it.
+template <class T, class Activate, class Numbers, class Rest>
+struct OfResult {
+  using Real = Accumulate<T>;
+  Activate activate;
+  const T *z, *grad_z;
+  Rest rest;
+  Numbers bias;
+  template <class V>
+  CCNET_MEMBER Pair<Real> at(int64_t i, int64_t column, V vector) const {
+    const Vector<Real> out = vector.read(z + i);
+    return {activate.gradient(out, vector.read(grad_z + i)),
+            activate.inverse(out) - rest.at(i, vector) - bias.at(column)};
+  }
+};
+// The same from x, and z if there is one: without a residual y is computed again, as the forward pass computes it.
+template <class T, bool kHasResult, class Activate, class Numbers>
+struct OfInput {
+  using Real = Accumulate<T>;
+  Activate activate;
+  const T *x, *z, *grad_z;
+  Numbers shift, scale, offset;
+  template <class V>
+  CCNET_MEMBER Pair<Real> at(int64_t i, int64_t column, V vector) const {
+    const Vector<Real> deviation = vector.read(x + i) - shift.at(column);
+    Vector<Real> out;
+    if constexpr (kHasResult) {
+      out = vector.read(z + i);
+    } else {
+      out = deviation * scale.at(column) + offset.at(column);
+    }
+    return {activate.gradient(out, vector.read(grad_z + i)), deviation};
+  }
+};
+
+// ---- sums of each channel ----
+
+constexpr int64_t kChain = 64;   // numbers that are added up in Real, before their sum is added in double
+constexpr int64_t kStrip = 512;  // columns whose sums are held at a time
+constexpr int kRowsAtOnce = 4;   // that are added up before a column's sums are read and written
 
 // The sums of terms(i, column, vector), i being the element's number in the block
 template <class Real, class Terms>
@@ -164,6 +200,22 @@ class StripNumbers {
   alignas(4096) Real memory_[4 * kStrip];
 };
 
+template <class Real, int kRows, class Terms>
+CCNET_INLINE void add_rows(const Block& block, int64_t row, int64_t strip, int64_t width, StripNumbers<Real>& sums,
+                           const Terms& terms) {
+  each_vector<Real>(width, [&](int64_t i, auto vector) CCNET_MEMBER {
+    Pair<Real> sum = terms(row * block.length + strip + i, strip + i, vector);
+#pragma GCC unroll 8
+    for (int k = 1; k < kRows; ++k) {
+      const Pair<Real> term = terms((row + k) * block.length + strip + i, strip + i, vector);
+      sum.first += term.first;
+      sum.second += term.second;
+    }
+    store(sums.first + i, load(sums.first + i) + sum.first);
+    store(sums.second + i, load(sums.second + i) + sum.second);
+  });
+}
+
 // Of `width` columns from `strip` on, at most kStrip
 template <class Real, class Terms>
 CCNET_INLINE void sums_of_columns(const Block& block, int64_t strip, int64_t width, StripNumbers<Real>& sums,
@@ -174,12 +226,12 @@ CCNET_INLINE void sums_of_columns(const Block& block, int64_t strip, int64_t wid
   for (int64_t begin = 0; begin < block.rows; begin += kChain) {
     const int64_t end = block.rows - begin < kChain ? block.rows : begin + kChain;
     std::memset(sums.first, 0, 2 * kStrip * sizeof(Real));
-    for (int64_t row = begin; row < end; ++row) {
-      each_vector<Real>(width, [&](int64_t i, auto vector) CCNET_MEMBER {
-        const Pair<Real> term = terms(row * block.length + strip + i, strip + i, vector);
-        store(sums.first + i, load(sums.first + i) + term.first);
-        store(sums.second + i, load(sums.second + i) + term.second);
-      });
+    int64_t row = begin;
+    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
+      add_rows<Real, kRowsAtOnce>(block, row, strip, width, sums, terms);
+    }
+    for (; row < end; ++row) {
+      add_rows<Real, 1>(block, row, strip, width, sums, terms);
     }
     for (int64_t i = 0; i < width; ++i) {
       first[strip + i] += sums.first[i];
@@ -199,13 +251,13 @@ CCNET_INLINE void each_strip(const Block& block, const F& f) {
 // ---- the kernels ----
 
 template <class T>
-constexpr double kEpsilon = 0x1p-23;  // from 1 to the next larger number
+constexpr Rounding kRounding = {0x1p-23, 0};
 template <>
-constexpr double kEpsilon<double> = 0x1p-52;
+constexpr Rounding kRounding<double> = {0x1p-52, 0};
 template <>
-constexpr double kEpsilon<Half> = 0x1p-10;
+constexpr Rounding kRounding<Half> = {0x1p-10, 0x1p-25};
 template <>
-constexpr double kEpsilon<BFloat16> = 0x1p-7;
+constexpr Rounding kRounding<BFloat16> = {0x1p-7, 0x1p-134};
 
 template <class T>
 struct Abn {
@@ -239,7 +291,7 @@ struct Abn {
     });
   }
 
-  static void forward(const Block& block, ActivationOf activation, const T* x, AffineNumbers<Real> numbers,
+  static void forward(const Block& block, ActivationOf activation, const T* x, ChannelNumbers<Real> numbers,
                       const T* residual, T* z) {
     specialise(block, activation, residual, [&](auto activate, auto number, auto rest) CCNET_MEMBER {
       const auto shift = number(numbers.shift), scale = number(numbers.scale), offset = number(numbers.offset);
@@ -253,39 +305,35 @@ struct Abn {
     });
   }
 
-  static void backward_sums(const Block& block, ActivationOf activation, const T* z, const T* grad_z, const T* residual,
-                            const Real* biases, double* sums, double* product_sums) {
-    specialise(block, activation, residual, [&](auto activate, auto number, auto rest) CCNET_MEMBER {
-      const auto bias = number(biases);
+  static void backward_sums(const Block& block, ActivationOf activation, KeptData<T> kept, const T* grad_z,
+                            ChannelNumbers<Real> numbers, double* sums, double* deviation_sums) {
+    specialise_backward(block, activation, kept, grad_z, numbers, [&](auto, auto of) CCNET_MEMBER {
       const auto terms = [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
-        const Vector<Real> out = vector.read(z + i);
-        const Vector<Real> grad_y = vector.read(grad_z + i) * activate.derivative(out);
-        return Pair<Real>{grad_y, grad_y * (activate.inverse(out) - rest.at(i, vector) - bias.at(column))};
+        const Pair<Real> element = of.at(i, column, vector);
+        return Pair<Real>{element.first, element.first * element.second};
       };
       if (block.one_channel) {
-        sum_of_one_channel<Real>(block.rows * block.length, terms, sums, product_sums);
+        sum_of_one_channel<Real>(block.rows * block.length, terms, sums, deviation_sums);
       } else {
-        StripNumbers<Real> numbers(z, grad_z);
+        StripNumbers<Real> strips(kept.x != nullptr ? kept.x : kept.z, grad_z);
         each_strip(block, [&](int64_t strip, int64_t width) CCNET_MEMBER {
-          sums_of_columns<Real>(block, strip, width, numbers, terms, sums, product_sums);
+          sums_of_columns<Real>(block, strip, width, strips, terms, sums, deviation_sums);
         });
       }
     });
   }
 
-  static void backward(const Block& block, ActivationOf activation, const T* z, const T* grad_z, const T* residual,
-                       GradientNumbers<Real> numbers, T* grad_x, T* grad_residual, bool past_caches) {
-    specialise(block, activation, residual, [&](auto activate, auto number, auto rest) CCNET_MEMBER {
-      const auto bias = number(numbers.bias), of_grad = number(numbers.of_grad);
+  static void backward(const Block& block, ActivationOf activation, KeptData<T> kept, const T* grad_z,
+                       ChannelNumbers<Real> numbers, T* grad_x, T* grad_residual, bool past_caches) {
+    specialise_backward(block, activation, kept, grad_z, numbers, [&](auto number, auto of) CCNET_MEMBER {
+      const auto scale = number(numbers.scale);
       const auto of_deviation = number(numbers.of_deviation), constant = number(numbers.constant);
       for (int64_t row = 0; row < block.rows; ++row) {
         const int64_t begin = row * block.length;
         const auto at = [&](int64_t i, auto vector) CCNET_MEMBER {
-          const int64_t element = begin + i;
-          const Vector<Real> out = vector.read(z + element);
-          const Vector<Real> grad_y = vector.read(grad_z + element) * activate.derivative(out);
-          const Vector<Real> deviation = activate.inverse(out) - rest.at(element, vector) - bias.at(i);
-          return Pair<Real>{grad_y * of_grad.at(i) + (deviation * of_deviation.at(i) + constant.at(i)), grad_y};
+          const Pair<Real> element = of.at(begin + i, i, vector);
+          return Pair<Real>{element.first * scale.at(i) + (element.second * of_deviation.at(i) + constant.at(i)),
+                            element.first};
         };
         if (past_caches) {
           each_aligned_vector(grad_x + begin, block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
@@ -341,16 +389,40 @@ struct Abn {
     *squares = rest < 0 ? 0 : rest;
   }
 
-  // f(activation, what makes the channels' numbers of an array, residual), compiled for each kind of the three
+  // f(what makes the channels' numbers of an array), compiled for either kind of block
+  template <class F>
+  CCNET_INLINE void with_numbers(const Block& block, const F& f) {
+    block.one_channel ? f([](const Real* p) CCNET_MEMBER { return OneNumber<Real>(p); })
+                      : f([](const Real* p) CCNET_MEMBER { return NumberOfEach<Real>(p); });
+  }
+
+  // f(activation, what makes the channels' numbers, residual), compiled for each kind of the three
   template <class F>
   CCNET_INLINE void specialise(const Block& block, ActivationOf activation, const T* residual, const F& f) {
-    const auto one = [](const Real* p) CCNET_MEMBER { return OneNumber<Real>(p); };
-    const auto of_each = [](const Real* p) CCNET_MEMBER { return NumberOfEach<Real>(p); };
-    with_activation<Real>(activation, kEpsilon<T>, [&](auto activate) CCNET_MEMBER {
-      if (residual != nullptr) {
-        block.one_channel ? f(activate, one, Residual<T>{residual}) : f(activate, of_each, Residual<T>{residual});
-      } else {
-        block.one_channel ? f(activate, one, NoResidual<T>()) : f(activate, of_each, NoResidual<T>());
+    with_activation<Real>(activation, kRounding<T>, [&](auto activate) CCNET_MEMBER {
+      with_numbers(block, [&](auto number) CCNET_MEMBER {
+        residual != nullptr ? f(activate, number, Residual<T>{residual}) : f(activate, number, NoResidual<T>());
+      });
+    });
+  }
+
+  // f(what makes the channels' numbers, OfResult or OfInput)
+  template <class F>
+  CCNET_INLINE void specialise_backward(const Block& block, ActivationOf activation, KeptData<T> kept, const T* grad_z,
+                                        ChannelNumbers<Real> numbers, const F& f) {
+    specialise(block, activation, kept.residual, [&](auto activate, auto number, auto rest) CCNET_MEMBER {
+      using Activate = decltype(activate);
+      using Numbers = decltype(number(numbers.shift));
+      const Numbers shift = number(numbers.shift);
+      if constexpr (!std::is_same_v<Activate, Relu<Real>>) {
+        f(number, OfResult<T, Activate, Numbers, decltype(rest)>{activate, kept.z, grad_z, rest, shift});
+      } else if constexpr (std::is_same_v<decltype(rest), NoResidual<T>>) {  // x tells what the residual would
+        const Numbers scale = number(numbers.scale), offset = number(numbers.offset);
+        if (kept.z != nullptr) {
+          f(number, OfInput<T, true, Activate, Numbers>{activate, kept.x, kept.z, grad_z, shift, scale, offset});
+        } else {
+          f(number, OfInput<T, false, Activate, Numbers>{activate, kept.x, kept.z, grad_z, shift, scale, offset});
+        }
       }
     });
   }

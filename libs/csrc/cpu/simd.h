@@ -51,9 +51,26 @@ CCNET_INLINE void store(float* p, Vector<float> x) { *reinterpret_cast<VectorOf<
 CCNET_INLINE Vector<double> load(const double* p) { return *reinterpret_cast<const VectorOf<double>::unaligned*>(p); }
 CCNET_INLINE void store(double* p, Vector<double> x) { *reinterpret_cast<VectorOf<double>::unaligned*>(p) = x; }
 
-// The bits of elements of 2 bytes, each in the lower half of a lane
+// The bits of elements of 2 bytes, each in the lower half of a lane. (GCC converts wide vectors in halves and pieces.)
+#if CCNET_VECTOR_BYTES == 64
+CCNET_INLINE Bits load_halves(const void* p) {
+  return (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+CCNET_INLINE void store_halves(void* p, Bits x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)x));
+}
+#elif CCNET_VECTOR_BYTES == 32
+CCNET_INLINE Bits load_halves(const void* p) {
+  return (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+CCNET_INLINE void store_halves(void* p, Bits x) {
+  const __m256i halves = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // each twice, in lanes of 16 bytes
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08)));
+}
+#else
 CCNET_INLINE Bits load_halves(const void* p) { return __builtin_convertvector(*static_cast<const HalfBits*>(p), Bits); }
 CCNET_INLINE void store_halves(void* p, Bits x) { *static_cast<HalfBits*>(p) = __builtin_convertvector(x, HalfBits); }
+#endif
 
 // The nearest bfloat16, ties to even, in the lower half of each lane.
 CCNET_INLINE Bits round_to_bfloat16(Vector<float> x) {

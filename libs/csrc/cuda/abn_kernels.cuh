@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "libs/csrc/cuda/abn_launchers.h"
+#include "libs/csrc/cuda/abn_sums.cuh"
 #include "libs/csrc/cuda/scalar_types.cuh"
 
 namespace ccnet {
@@ -14,394 +15,342 @@ using std::log1p;
 #endif
 #include "libs/csrc/activation_functions.h"
 
-constexpr int kAbnThreads = 256;
-
 // ---- which elements a thread has ----
 
-// Packs at base, base + stride, ..., count of them; threads of a block take as many steps, some with nothing to do.
+// The packs of a thread, as many steps for all threads of a block, some with nothing to do. In rows each step goes down
+// the column; in planes it goes on in the plane, or in the next one of the channel.
 struct Walk {
-  int64_t base, stride, channel, slot;
+  int64_t offset, stride;             // of the next pack, and to the one after it
+  int64_t place, place_step, places;  // of the pack in its plane, and how many there are; rows: always the first
+  int64_t to_next_plane;              // added to the offset at the end of a plane
   int count;
-  int channel_step;       // from one element of a pack to the next
-  bool first_of_channel;  // of the block's threads, for the channels of its pack: it is left with their sums
+  int64_t first_of_block;  // packs along the column before those of the block
 
   __device__ __forceinline__ explicit Walk(const Pieces& pieces) {
-    const int thread = threadIdx.x;
     const int64_t group = blockIdx.x % pieces.groups, part = blockIdx.x / pieces.groups;
-    const int64_t packs = pieces.row_length / pieces.pack;
+    const int64_t packs = pieces.row_packs();
     const int lanes = kAbnThreads / pieces.columns;  // along the way
-    const int64_t first = part * pieces.steps * lanes + thread / pieces.columns;
-    int64_t left;
+    const int column_of_block = thread_number() % pieces.columns, lane = thread_number() / pieces.columns;
+    first_of_block = part * pieces.along_block();
+    const int64_t first = first_of_block + lane;
+    int64_t left = pieces.along() - first;
     if (pieces.planes) {
-      left = packs - first;
-      base = group * pieces.row_length + first * pieces.pack;
-      stride = int64_t{lanes} * pieces.pack;
-      channel = group % pieces.channels;
-      slot = group / pieces.channels * pieces.parts + part;
-      channel_step = 0;
-      first_of_channel = thread == 0;
+      const int64_t of_image = pieces.channels * pieces.row_length;
+      place = first % packs, place_step = lanes % packs, places = packs;
+      offset = first / packs * of_image + group * pieces.row_length + place * pieces.pack;
+      stride = lanes / packs * of_image + place_step * pieces.pack;
+      to_next_plane = of_image - pieces.row_length;
     } else {
-      const int64_t column = group * pieces.columns + thread % pieces.columns;
-      left = column < packs ? pieces.rows - first : 0;
-      base = first * pieces.row_length + column * pieces.pack;
+      const int64_t column = group * pieces.columns + column_of_block;
+      place = place_step = to_next_plane = 0, places = 1;
+      offset = first * pieces.row_length + column * pieces.pack;
       stride = int64_t{lanes} * pieces.row_length;
-      channel = column < packs ? column * pieces.pack : 0;
-      slot = part;
-      channel_step = 1;
-      first_of_channel = thread < pieces.columns && column < packs;
+      left = column < packs ? left : 0;
     }
     const int64_t steps = (left + lanes - 1) / lanes;
     count = steps < 0 ? 0 : steps < pieces.steps ? static_cast<int>(steps) : pieces.steps;
   }
-  __device__ __forceinline__ int64_t at(int step) const { return step < count ? base + step * stride : 0; }
-};
-
-// Zeros of a tensor that is not there
-template <int kPack, class T>
-__device__ __forceinline__ Run<T, kPack> load_pack(const T* p, const Walk& walk, int step) {
-  const bool there = p != nullptr && step < walk.count;
-  return load_global(reinterpret_cast<const Run<T, kPack>*>(p + (there ? walk.at(step) : 0)), there);
-}
-
-// A number of each channel of a pack, or 0 where there are none
-template <int kPack, class Real>
-__device__ __forceinline__ Run<Real, kPack> load_numbers(const Real* numbers, const Walk& walk) {
-  Run<Real, kPack> run;
-#pragma unroll
-  for (int e = 0; e < kPack; ++e) {
-    const bool there = numbers != nullptr;
-    run.x[e] = load_global(numbers + (there ? walk.channel + e * walk.channel_step : 0), there);
-  }
-  return run;
-}
-
-// ---- sums over channels ----
-
-// Of some elements: how many, their mean, and the sum of squared deviations from it
-struct Moments {
-  static constexpr int kWords = 3;
-  double words[kWords];
-  __device__ __forceinline__ void take_in(const Moments& other) {  // Chan, Golub and LeVeque, 1979
-    const double count = words[0] + other.words[0];
-    if (other.words[0] > 0) {
-      const double apart = other.words[1] - words[1], part = other.words[0] / count;
-      words[1] += apart * part;
-      words[2] += other.words[2] + apart * apart * words[0] * part;
-      words[0] = count;
+  __device__ __forceinline__ void go_on() {
+    offset += stride;
+    place += place_step;
+    if (place >= places) {
+      place -= places;
+      offset += to_next_plane;
     }
   }
-  __device__ __forceinline__ void divide(double) {}
 };
 
-// Of dy and of dy * (y - bias); divided by |weight| + eps the second is that of dy * xhat.
-struct GradientSums {
-  static constexpr int kWords = 2;
-  double words[kWords];
-  __device__ __forceinline__ void take_in(const GradientSums& other) {
-    words[0] += other.words[0];
-    words[1] += other.words[1];
-  }
-  __device__ __forceinline__ void divide(double gain) { words[1] /= gain; }
-};
-
-// The sums of the block's threads for each channel, left with the first thread of the channel and written to
-// partial [slots, kWords, C].
-template <int kPack, class Sums>
-__device__ __forceinline__ void reduce(Sums (&sums)[kPack], const Pieces& pieces, const Walk& walk, double* partial) {
-  SharedCarver carver;
-  double* const shared = carver.take<double>(kPack * Sums::kWords * kAbnThreads);
-  const int thread = threadIdx.x;
-  const auto place = [&](int e, int word, int of) { return shared + (e * Sums::kWords + word) * kAbnThreads + of; };
+// kCount steps of a walk, whose packs are asked for before any of them is used: z may be x.
+template <int kCount>
+struct Steps {
+  int64_t offset[kCount];
+  bool valid[kCount];
+  __device__ __forceinline__ Steps(Walk& walk, int step) {
 #pragma unroll
-  for (int e = 0; e < kPack; ++e) {
-#pragma unroll
-    for (int word = 0; word < Sums::kWords; ++word) {
-      store_shared(place(e, word, thread), sums[e].words[word]);
+    for (int k = 0; k < kCount; ++k) {
+      valid[k] = step + k < walk.count;
+      offset[k] = valid[k] ? walk.offset : 0;
+      walk.go_on();
     }
   }
-  __syncthreads();
-  for (int half = kAbnThreads / 2; half >= pieces.columns; half /= 2) {
-    const bool takes = thread < half;
-    const int other_thread = takes ? thread + half : thread;
+  // Zeros of a tensor that is not there
+  template <int kPack, class T>
+  __device__ __forceinline__ void load(Run<T, kPack> (&runs)[kCount], const T* p) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const bool there = p != nullptr && valid[k];
+      runs[k] = load_global(reinterpret_cast<const Run<T, kPack>*>(p + (there ? offset[k] : 0)), there);
+    }
+  }
+  template <int kPack, class T>
+  __device__ __forceinline__ void store(T* p, int k, const Run<T, kPack>& run) const {
+    const bool there = p != nullptr && valid[k];
+    store_global(reinterpret_cast<Run<T, kPack>*>(p + (there ? offset[k] : 0)), run, there);
+  }
+};
+
+// ---- the numbers of a block's channels ----
+
+// Arrays of one number for each of the block's channels, in shared memory
+template <class Real, int kArrays>
+struct ChannelArrays {
+  Real* data;
+  int channels, first, step;  // of the channels of this thread's pack
+  __device__ __forceinline__ ChannelArrays(SharedCarver& carver, const Pieces& pieces)
+      : data(carver.take<Real>(kArrays * kMostBlockChannels)),
+        channels(pieces.block_channels()),
+        first(pieces.planes ? 0 : thread_number() % pieces.columns * pieces.pack),
+        step(pieces.planes ? 0 : 1) {}
+  // From the thread of the channel
+  __device__ __forceinline__ void set(int array, Real number) const {
+    const bool writes = thread_number() < channels;
+    store_shared(data + array * kMostBlockChannels + (writes ? thread_number() : 0), number, writes);
+  }
+  template <int kPack>
+  __device__ __forceinline__ Run<Real, kPack> get(int array) const {
+    Run<Real, kPack> run;
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
-      Sums other;
-#pragma unroll
-      for (int word = 0; word < Sums::kWords; ++word) {
-        other.words[word] = load_shared(place(e, word, other_thread));
-      }
-      if (takes) {
-        sums[e].take_in(other);
-      }
-#pragma unroll
-      for (int word = 0; word < Sums::kWords; ++word) {
-        store_shared(place(e, word, thread), sums[e].words[word], takes);
-      }
+      run.x[e] = load_shared(data + array * kMostBlockChannels + first + e * step);
     }
-    __syncthreads();
+    return run;
   }
+};
+
+// ---- the kernels ----
+
+constexpr int kSumsAtOnce = 4, kProductsAtOnce = 1, kElementsAtOnce = 2;  // packs of a tensor
+constexpr int kChain = 64;  // numbers that are added up one after the other, before their sum is
+
+// Deviations are taken from the mean of some first elements of the block, so that their squares do not drown what is
+// small beside it. One of these can be far off, but then it makes the variance as large.
+template <class T, int kPack>
+__device__ __forceinline__ void first_means(const Pieces& pieces, const Walk& walk, const T* x,
+                                            Accumulate<T> (&near)[kPack]) {
+  constexpr int some = 8;
+  const int64_t group = blockIdx.x % pieces.groups;
+  const int64_t packs = pieces.row_packs(), first = walk.first_of_block;
+  const int64_t column = pieces.planes ? 0 : group * pieces.columns + thread_number() % pieces.columns;
+  const int64_t place = pieces.planes ? first % packs : 0;
+  const int64_t left = pieces.planes ? packs - place : column < packs ? pieces.along() - first : 0;
+  const int64_t offset = pieces.planes
+                             ? (first / packs * pieces.channels + group) * pieces.row_length + place * kPack
+                             : first * pieces.row_length + column * kPack;
+  const int64_t stride = pieces.planes ? kPack : pieces.row_length;
+  Run<T, kPack> runs[some];
 #pragma unroll
-  for (int e = 1; e < kPack; ++e) {
-    if (pieces.planes) {
-      sums[0].take_in(sums[e]);
+  for (int k = 0; k < some; ++k) {
+    const bool valid = k < left;
+    runs[k] = load_global(reinterpret_cast<const Run<T, kPack>*>(x + (valid ? offset + k * stride : 0)), valid);
+  }
+  const Accumulate<T> share = Accumulate<T>{1} / (left < 1 ? 1 : left < some ? static_cast<int>(left) : some);
+  Accumulate<T> mean = 0;  // of a plane's: of all its elements
+#pragma unroll
+  for (int e = 0; e < kPack; ++e) {
+    Accumulate<T> sum = 0;
+#pragma unroll
+    for (int k = 0; k < some; ++k) {
+      sum += up(runs[k].x[e]);
     }
+    near[e] = sum * share;
+    mean += near[e] / kPack;
   }
 #pragma unroll
   for (int e = 0; e < kPack; ++e) {
-    const bool writes = walk.first_of_channel && (e == 0 || !pieces.planes);
-    double* const to = partial + walk.slot * Sums::kWords * pieces.channels + walk.channel + e * walk.channel_step;
-#pragma unroll
-    for (int word = 0; word < Sums::kWords; ++word) {
-      store_global(to + word * pieces.channels, sums[e].words[word], writes);
-    }
+    near[e] = pieces.planes ? mean : near[e];
   }
 }
 
-// sums [kWords, C] of partial [slots, kWords, C]; a warp for a channel
-template <class Sums, class Real>
-__global__ void __launch_bounds__(kAbnThreads) abn_total_kernel(const double* partial, int64_t slots, int64_t channels,
-                                                                const Real* weight, double eps, double* sums) {
-  const int64_t number = blockIdx.x * int64_t{kAbnThreads / 32} + threadIdx.x / 32;
-  const int64_t channel = number < channels ? number : 0;
-  const int lane = threadIdx.x % 32;
-  Sums total = {};
-  for (int64_t first = 0; first < slots; first += 32) {
-    const bool valid = first + lane < slots;
-    Sums other;
-#pragma unroll
-    for (int word = 0; word < Sums::kWords; ++word) {
-      const int64_t place = valid ? ((first + lane) * Sums::kWords + word) * channels + channel : 0;
-      other.words[word] = load_global(partial + place, valid);
-    }
-    if (valid) {
-      total.take_in(other);
-    }
-  }
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) {
-    Sums other;
-#pragma unroll
-    for (int word = 0; word < Sums::kWords; ++word) {
-      other.words[word] = __shfl_xor_sync(~0u, total.words[word], bit);
-    }
-    total.take_in(other);
-  }
-  const Real of_weight = load_global(weight + (weight != nullptr ? channel : 0), weight != nullptr);
-  total.divide(weight != nullptr ? fabs(static_cast<double>(of_weight)) + eps : 1);
-#pragma unroll
-  for (int word = 0; word < Sums::kWords; ++word) {
-    store_global(sums + word * channels + channel, total.words[word], lane == 0 && number < channels);
-  }
-}
-
-// Deviations are taken from a thread's first elements, so that their squares do not drown what is small beside them.
 template <class T, int kPack>
 __global__ void __launch_bounds__(kAbnThreads, 2)
-    abn_statistics_kernel(const Pieces pieces, const T* x, double* partial) {
+    abn_moments_kernel(const Pieces pieces, const T* x, Accumulate<T>* partial) {
   using Real = Accumulate<T>;
-  const Walk walk(pieces);
-  Real near[kPack], sum[kPack], squares[kPack];
-  const auto first = load_pack<kPack>(x, walk, 0);
+  SharedCarver carver;
+  Walk walk(pieces);
+  Real near[kPack];
+  first_means<T, kPack>(pieces, walk, x, near);
+  const ThreadSums<Real, 2 * kPack> sums(carver, pieces.columns);  // of deviations, and of their squares
+  for (int begin = 0; begin < pieces.steps; begin += kChain) {
+    const int end = begin + kChain < pieces.steps ? begin + kChain : pieces.steps;
+    Real chain[2 * kPack] = {};
+    for (int step = begin; step < end; step += kSumsAtOnce) {
+      const Steps<kSumsAtOnce> steps(walk, step);
+      Run<T, kPack> runs[kSumsAtOnce];
+      steps.load(runs, x);
 #pragma unroll
-  for (int e = 0; e < kPack; ++e) {
-    near[e] = up(first.x[e]);
-    sum[e] = squares[e] = 0;
-  }
-#pragma unroll 4
-  for (int step = 1; step < pieces.steps; ++step) {
-    const auto run = load_pack<kPack>(x, walk, step);
+      for (int k = 0; k < kSumsAtOnce; ++k) {
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) {
-      const Real deviation = step < walk.count ? up(run.x[e]) - near[e] : 0;
-      sum[e] += deviation;
-      squares[e] += deviation * deviation;
+        for (int e = 0; e < kPack; ++e) {
+          const Real deviation = steps.valid[k] ? up(runs[k].x[e]) - near[e] : 0;
+          chain[e] += deviation;
+          chain[kPack + e] += deviation * deviation;
+        }
+      }
     }
+    sums.add(chain);
   }
-  Moments moments[kPack];
+  sums.finish();
+  write_partial<3, kPack>(pieces, sums, 1, partial);
+  const int64_t channel = first_channel(pieces, thread_number() % pieces.columns);
 #pragma unroll
   for (int e = 0; e < kPack; ++e) {
-    const double count = walk.count, mean = walk.count > 0 ? sum[e] / count : 0;
-    const double rest = squares[e] - mean * sum[e];
-    moments[e] = {{count, near[e] + mean, rest < 0 ? 0 : rest}};
+    const bool writes = thread_number() < pieces.columns && channel < pieces.channels && (e == 0 || !pieces.planes);
+    const int64_t place = blockIdx.x / pieces.groups * 3 * pieces.channels + channel + e;
+    store_global(partial + (writes ? place : 0), near[e], writes);
   }
-  reduce(moments, pieces, walk, partial);
 }
 
+// y = (x - shift) * scale + offset
 template <class T, int kPack, class Activate>
 __global__ void __launch_bounds__(kAbnThreads, 2)
-    abn_backward_sums_kernel(const Pieces pieces, const T* z, const T* grad_z, const T* residual,
-                             const Accumulate<T>* bias_numbers, const Activate activate, double* partial) {
-  using Real = Accumulate<T>;
-  const Walk walk(pieces);
-  const auto bias = load_numbers<kPack>(bias_numbers, walk);
-  Real sum[kPack] = {}, product_sum[kPack] = {};
-#pragma unroll 2
-  for (int step = 0; step < pieces.steps; ++step) {
-    const auto out = load_pack<kPack>(z, walk, step), grad = load_pack<kPack>(grad_z, walk, step);
-    const auto rest = load_pack<kPack>(residual, walk, step);
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) {
-      const Real grad_y = up(grad.x[e]) * activate.derivative(up(out.x[e]));
-      const Real product = grad_y * (activate.inverse(up(out.x[e])) - up(rest.x[e]) - bias.x[e]);
-      sum[e] += step < walk.count ? grad_y : 0;
-      product_sum[e] += step < walk.count ? product : 0;
-    }
-  }
-  GradientSums sums[kPack];
-#pragma unroll
-  for (int e = 0; e < kPack; ++e) {
-    sums[e] = {{sum[e], product_sum[e]}};
-  }
-  reduce(sums, pieces, walk, partial);
-}
-
-// ---- what the elements are multiplied with and moved by: arrays of C numbers ----
-
-struct ChannelStatistics {
-  double count, mean, inverse_deviation, gain, bias;
-};
-template <class Real>
-__device__ __forceinline__ ChannelStatistics of_channel(const double* statistics, const Real* weight, const Real* bias,
-                                                        double eps, int64_t channel, int64_t channels, bool valid) {
-  const double count = load_global(statistics + channel, valid);
-  const double mean = load_global(statistics + channels + channel, valid);
-  const double squares = load_global(statistics + 2 * channels + channel, valid);
-  const bool has_weight = valid && weight != nullptr, has_bias = valid && bias != nullptr;
-  const Real of_weight = load_global(weight + (has_weight ? channel : 0), has_weight);
-  const Real of_bias = load_global(bias + (has_bias ? channel : 0), has_bias);
-  return {count, mean, 1 / sqrt((count > 0 ? squares / count : 0) + eps),
-          weight != nullptr ? fabs(static_cast<double>(of_weight)) + eps : 1, of_bias};
-}
-
-// y = (x - shift) * scale + offset. Taking off the mean first, rounded to shift, loses nothing where x is near it; what
-// the rounding left out is in offset. numbers: [3, C]
-template <class Real>
-__global__ void __launch_bounds__(kAbnThreads, 2)
-    abn_affine_numbers_kernel(const double* statistics, const Real* weight, const Real* bias, double eps,
-                              int64_t channels, Real* numbers) {
-  const int64_t number = blockIdx.x * int64_t{kAbnThreads} + threadIdx.x;
-  const bool valid = number < channels;
-  const int64_t channel = valid ? number : 0;
-  const auto of = of_channel(statistics, weight, bias, eps, channel, channels, valid);
-  const Real shift = static_cast<Real>(of.mean);
-  const double scale = of.gain * of.inverse_deviation, offset = of.bias - (of.mean - shift) * scale;
-  store_global(numbers + channel, shift, valid);
-  store_global(numbers + channels + channel, static_cast<Real>(scale), valid);
-  store_global(numbers + 2 * channels + channel, static_cast<Real>(offset), valid);
-}
-
-// dx = (dy - sum(dy) / n - xhat * sum(dy * xhat) / n) * gain * inverse deviation, xhat = (y - bias) / gain, as
-// dy * of_grad + (y - bias) * of_deviation + constant. numbers: [4, C], these after bias
-template <class Real>
-__global__ void __launch_bounds__(kAbnThreads, 2)
-    abn_gradient_numbers_kernel(const double* statistics, const double* sums, const Real* weight, const Real* bias,
-                                double eps, int64_t channels, Real* numbers) {
-  const int64_t number = blockIdx.x * int64_t{kAbnThreads} + threadIdx.x;
-  const bool valid = number < channels, has_sums = valid && sums != nullptr;
-  const int64_t channel = valid ? number : 0;
-  const auto of = of_channel(statistics, weight, bias, eps, channel, channels, valid);
-  const double sum = load_global(sums + (has_sums ? channel : 0), has_sums);
-  const double product_sum = load_global(sums + (has_sums ? channels + channel : 0), has_sums);
-  const double scale = of.gain * of.inverse_deviation, share = of.count > 0 ? 1 / of.count : 0;
-  store_global(numbers + channel, static_cast<Real>(of.bias), valid);
-  store_global(numbers + channels + channel, static_cast<Real>(scale), valid);
-  store_global(numbers + 2 * channels + channel, static_cast<Real>(-of.inverse_deviation * product_sum * share), valid);
-  store_global(numbers + 3 * channels + channel, static_cast<Real>(-scale * sum * share), valid);
-}
-
-template <class Real>
-__global__ void __launch_bounds__(kAbnThreads, 2)
-    abn_update_running_kernel(const double* statistics, double momentum, int64_t channels, Real* running_mean,
-                              Real* running_var) {
-  const int64_t number = blockIdx.x * int64_t{kAbnThreads} + threadIdx.x;
-  const bool valid = number < channels;
-  const int64_t channel = valid ? number : 0;
-  const double count = load_global(statistics + channel, valid);
-  const double mean = load_global(statistics + channels + channel, valid);
-  const double squares = load_global(statistics + 2 * channels + channel, valid);
-  const bool writes = valid && count > 0;
-  const double before_mean = load_global(running_mean + channel, valid);
-  const double before_var = load_global(running_var + channel, valid);
-  const double var = squares / (count > 1 ? count - 1 : 1);
-  store_global(running_mean + channel, static_cast<Real>(before_mean + momentum * (mean - before_mean)), writes);
-  store_global(running_var + channel, static_cast<Real>(before_var + momentum * (var - before_var)), writes);
-}
-
-// ---- elements ----
-
-constexpr int kAtOnce = 2;  // packs of a tensor that a thread asks for before it writes any: z may be x
-
-template <class T, int kPack, class Activate>
-__global__ void __launch_bounds__(kAbnThreads, 2)
-    abn_forward_kernel(const Pieces pieces, const T* x, const T* residual, const Accumulate<T>* numbers,
+    abn_forward_kernel(const Pieces pieces, const T* x, const T* residual, const ChannelSources<Accumulate<T>> sources,
                        const Activate activate, T* z) {
   using Real = Accumulate<T>;
-  const Walk walk(pieces);
-  const auto shift = load_numbers<kPack>(numbers, walk);
-  const auto scale = load_numbers<kPack>(numbers + pieces.channels, walk);
-  const auto offset = load_numbers<kPack>(numbers + 2 * pieces.channels, walk);
-  for (int first = 0; first < pieces.steps; first += kAtOnce) {
-    Run<T, kPack> runs[kAtOnce], rest[kAtOnce];
+  SharedCarver carver;
+  const ChannelArrays<Real, 3> arrays(carver, pieces);
+  const Channel<Real> channel = channel_of(sources, pieces);
+  arrays.set(0, channel.mean);
+  arrays.set(1, channel.scale());
+  arrays.set(2, channel.offset());
+  __syncthreads();
+  const auto shift = arrays.template get<kPack>(0), scale = arrays.template get<kPack>(1);
+  const auto offset = arrays.template get<kPack>(2);
+  Walk walk(pieces);
+  for (int step = 0; step < pieces.steps; step += kElementsAtOnce) {
+    const Steps<kElementsAtOnce> steps(walk, step);
+    Run<T, kPack> runs[kElementsAtOnce], rest[kElementsAtOnce];
+    steps.load(runs, x);
+    steps.load(rest, residual);
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      runs[k] = load_pack<kPack>(x, walk, first + k);
-      rest[k] = load_pack<kPack>(residual, walk, first + k);
-    }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
+    for (int k = 0; k < kElementsAtOnce; ++k) {
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
         const Real y = (up(runs[k].x[e]) - shift.x[e]) * scale.x[e] + offset.x[e];
         runs[k].x[e] = down<T>(activate(y + up(rest[k].x[e])));
       }
-      store_global(reinterpret_cast<Run<T, kPack>*>(z + walk.at(first + k)), runs[k], first + k < walk.count);
+      steps.store(z, k, runs[k]);
     }
   }
 }
 
+// dy and the deviation of an element: see channel.h, and KeptData for first and second
+template <class Real>
+struct ElementGradient {
+  Real grad_y, deviation;
+  template <class Activate>
+  __device__ __forceinline__ ElementGradient(const Activate& activate, Real first, Real second, bool has_second,
+                                             Real grad_z, Real shift, Real scale, Real offset) {
+    if constexpr (std::is_same_v<Activate, Relu<Real>>) {
+      deviation = first - shift;
+      const Real y = deviation * scale + offset;  // as the forward pass computes it
+      grad_y = activate.gradient(has_second ? second : y, grad_z);
+    } else {
+      deviation = activate.inverse(first) - second - shift;
+      grad_y = activate.gradient(first, grad_z);
+    }
+  }
+};
+
+template <class Activate, class Real>
+constexpr bool kKeepsX = std::is_same_v<Activate, Relu<Real>>;
+
 template <class T, int kPack, class Activate>
 __global__ void __launch_bounds__(kAbnThreads, 2)
-    abn_backward_kernel(const Pieces pieces, const T* z, const T* grad_z, const T* residual,
-                        const Accumulate<T>* numbers, const Activate activate, T* grad_x, T* grad_residual) {
+    abn_backward_sums_kernel(const Pieces pieces, const KeptData<T> kept, const ChannelSources<Accumulate<T>> sources,
+                             const Activate activate, Accumulate<T>* partial) {
   using Real = Accumulate<T>;
-  const Walk walk(pieces);
-  const auto bias = load_numbers<kPack>(numbers, walk);
-  const auto of_grad = load_numbers<kPack>(numbers + pieces.channels, walk);
-  const auto of_deviation = load_numbers<kPack>(numbers + 2 * pieces.channels, walk);
-  const auto constant = load_numbers<kPack>(numbers + 3 * pieces.channels, walk);
-  for (int first = 0; first < pieces.steps; first += kAtOnce) {
-    Run<T, kPack> outs[kAtOnce], grads[kAtOnce], rest[kAtOnce];
+  SharedCarver carver;
+  const ChannelArrays<Real, 3> arrays(carver, pieces);
+  const Channel<Real> channel = channel_of(sources, pieces);
+  arrays.set(0, kKeepsX<Activate, Real> ? channel.mean : channel.bias);
+  arrays.set(1, channel.scale());
+  arrays.set(2, channel.offset());
+  __syncthreads();
+  const auto shift = arrays.template get<kPack>(0), scale = arrays.template get<kPack>(1);
+  const auto offset = arrays.template get<kPack>(2);
+  Walk walk(pieces);
+  const ThreadSums<Real, 2 * kPack> sums(carver, pieces.columns);
+  for (int begin = 0; begin < pieces.steps; begin += kChain) {
+    const int end = begin + kChain < pieces.steps ? begin + kChain : pieces.steps;
+    Real chain[2 * kPack] = {};
+    for (int step = begin; step < end; step += kProductsAtOnce) {
+      const Steps<kProductsAtOnce> steps(walk, step);
+      Run<T, kPack> firsts[kProductsAtOnce], seconds[kProductsAtOnce], grads[kProductsAtOnce];
+      steps.load(firsts, kept.first);
+      steps.load(grads, kept.grad_z);
+      steps.load(seconds, kept.second);
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      outs[k] = load_pack<kPack>(z, walk, first + k);
-      grads[k] = load_pack<kPack>(grad_z, walk, first + k);
-      rest[k] = load_pack<kPack>(residual, walk, first + k);
+      for (int k = 0; k < kProductsAtOnce; ++k) {
+#pragma unroll
+        for (int e = 0; e < kPack; ++e) {
+          const ElementGradient<Real> element(activate, up(firsts[k].x[e]), up(seconds[k].x[e]), kept.second != nullptr,
+                                              up(grads[k].x[e]), shift.x[e], scale.x[e], offset.x[e]);
+          chain[e] += element.grad_y;  // 0 where there is no element
+          chain[kPack + e] += element.grad_y * element.deviation;
+        }
+      }
     }
+    sums.add(chain);
+  }
+  sums.finish();
+  write_partial<2, kPack>(pieces, sums, 0, partial);
+}
+
+// dx = dy * scale + deviation * of_deviation + constant; and the gradients of the parameters
+template <class T, int kPack, class Activate>
+__global__ void __launch_bounds__(kAbnThreads, 2)
+    abn_backward_kernel(const Pieces pieces, const KeptData<T> kept, const ChannelSources<Accumulate<T>> sources,
+                        const Activate activate, const GradientSums<Accumulate<T>> sums, T* grad_x, T* grad_residual,
+                        Accumulate<T>* grad_weight, Accumulate<T>* grad_bias) {
+  using Real = Accumulate<T>;
+  constexpr bool keeps_x = kKeepsX<Activate, Real>;
+  SharedCarver carver;
+  const ChannelArrays<Real, 5> arrays(carver, pieces);
+  const int64_t group_channel = first_channel(pieces, 0);
+  const TotalSums<Real> total(carver, sums, group_channel, pieces.channels, pieces.block_channels());
+  const Channel<Real> channel = channel_of(sources, pieces);
+  const ChannelGradient<Real> gradient(channel, keeps_x, total.sum, total.deviation_sum);
+  arrays.set(0, keeps_x ? channel.mean : channel.bias);
+  arrays.set(1, channel.scale());
+  arrays.set(2, channel.offset());
+  arrays.set(3, gradient.of_deviation);
+  arrays.set(4, gradient.constant);
+  write_parameter_gradients(sources, gradient, total, group_channel + thread_number(), pieces.channels,
+                            blockIdx.x < pieces.groups && thread_number() < pieces.block_channels(), grad_weight, grad_bias);
+  __syncthreads();
+  const auto shift = arrays.template get<kPack>(0), scale = arrays.template get<kPack>(1);
+  const auto offset = arrays.template get<kPack>(2), of_deviation = arrays.template get<kPack>(3);
+  const auto constant = arrays.template get<kPack>(4);
+  Walk walk(pieces);
+  for (int step = 0; step < pieces.steps; step += kElementsAtOnce) {
+    const Steps<kElementsAtOnce> steps(walk, step);
+    Run<T, kPack> firsts[kElementsAtOnce], seconds[kElementsAtOnce], grads[kElementsAtOnce];
+    steps.load(firsts, kept.first);
+    steps.load(grads, kept.grad_z);
+    steps.load(seconds, kept.second);
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
+    for (int k = 0; k < kElementsAtOnce; ++k) {
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
-        const Real out = up(outs[k].x[e]), grad_y = up(grads[k].x[e]) * activate.derivative(out);
-        const Real deviation = activate.inverse(out) - up(rest[k].x[e]) - bias.x[e];
-        grads[k].x[e] = down<T>(grad_y * of_grad.x[e] + (deviation * of_deviation.x[e] + constant.x[e]));
-        rest[k].x[e] = down<T>(grad_y);
+        const ElementGradient<Real> element(activate, up(firsts[k].x[e]), up(seconds[k].x[e]), kept.second != nullptr,
+                                            up(grads[k].x[e]), shift.x[e], scale.x[e], offset.x[e]);
+        const Real grad = element.grad_y * scale.x[e] + (element.deviation * of_deviation.x[e] + constant.x[e]);
+        grads[k].x[e] = down<T>(grad);
+        seconds[k].x[e] = down<T>(element.grad_y);
       }
-      const bool valid = first + k < walk.count, has_residual = valid && grad_residual != nullptr;
-      store_global(reinterpret_cast<Run<T, kPack>*>(grad_x + walk.at(first + k)), grads[k], valid);
-      T* const to_residual = grad_residual + (has_residual ? walk.at(first + k) : 0);
-      store_global(reinterpret_cast<Run<T, kPack>*>(to_residual), rest[k], has_residual);
+      steps.store(grad_x, k, grads[k]);
+      steps.store(grad_residual, k, seconds[k]);
     }
   }
 }
 
 // ---- launching ----
 
-// From 1 to the next larger number of the type
 template <class T>
-constexpr double kEpsilon = sizeof(T) == 8            ? 0x1p-52
-                            : sizeof(T) == 4          ? 0x1p-23
-                            : std::is_same_v<T, Half> ? 0x1p-10
-                                                      : 0x1p-7;
+constexpr Rounding kRounding = sizeof(T) == 8            ? Rounding{0x1p-52, 0}
+                               : sizeof(T) == 4          ? Rounding{0x1p-23, 0}
+                               : std::is_same_v<T, Half> ? Rounding{0x1p-10, 0x1p-25}
+                                                         : Rounding{0x1p-7, 0x1p-134};
 
 // f(constant of the pack's size)
 template <class T, class F>
@@ -410,95 +359,69 @@ cudaError_t with_pack(const Pieces& pieces, const F& f) {
   return pieces.pack == 1 ? f(std::integral_constant<int, 1>()) : f(std::integral_constant<int, whole>());
 }
 
-template <class... P, class... A>
-cudaError_t launch_for_channels(void (*kernel)(P...), int64_t channels, int a_block, cudaStream_t stream,
-                                const A&... arguments) {
-  return launch(kernel, (channels + a_block - 1) / a_block, kAbnThreads, 0, stream, arguments...);
-}
-
-template <class T, class Real>
-cudaError_t AbnLaunchers<T, Real>::statistics(const Pieces& pieces, const T* x, double* partial, double* statistics,
-                                              cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
-  if (pieces.blocks() > 0) {
-    error = with_pack<T>(pieces, [&](auto pack) {
-      const int shared_bytes = pack * Moments::kWords * kAbnThreads * static_cast<int>(sizeof(double));
-      return launch(abn_statistics_kernel<T, pack>, pieces.blocks(), kAbnThreads, shared_bytes, stream, pieces, x,
-                    partial);
-    });
-  }
-  return error != cudaSuccess
-             ? error
-             : launch_for_channels(abn_total_kernel<Moments, Real>, pieces.channels, kAbnThreads / 32, stream, partial,
-                                   pieces.slots(), pieces.channels, static_cast<const Real*>(nullptr), 0.0, statistics);
+// f(the activation, constant of the pack's size)
+template <class T, class F>
+cudaError_t with_activation_and_pack(const ActivationOf& activation, const Pieces& pieces, const F& f) {
+  return with_activation<Accumulate<T>>(activation, kRounding<T>, [&](auto activate) {
+    return with_pack<T>(pieces, [&](auto pack) { return f(activate, pack); });
+  });
 }
 
 template <class Real>
-cudaError_t update_running_statistics(const double* statistics, double momentum, int64_t channels, Real* running_mean,
-                                      Real* running_var, cudaStream_t stream) {
-  return launch_for_channels(abn_update_running_kernel<Real>, channels, kAbnThreads, stream, statistics, momentum,
-                             channels, running_mean, running_var);
+constexpr int array_bytes(int arrays) {
+  return arrays * kMostBlockChannels * static_cast<int>(sizeof(Real));
 }
 
 template <class T, class Real>
-cudaError_t AbnLaunchers<T, Real>::forward(const Pieces& pieces, const T* x, const double* statistics,
-                                           const Affine& affine, const T* residual, Real* numbers, T* z,
-                                           cudaStream_t stream) {
+cudaError_t AbnLaunchers<T, Real>::moments(const Pieces& pieces, const T* x, Real* partial, cudaStream_t stream) {
   if (pieces.blocks() == 0) {
     return cudaSuccess;
   }
-  const cudaError_t error =
-      launch_for_channels(abn_affine_numbers_kernel<Real>, pieces.channels, kAbnThreads, stream, statistics,
-                          affine.weight, affine.bias, affine.eps, pieces.channels, numbers);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  return with_activation<Real>(affine.activation, kEpsilon<T>, [&](auto activate) {
-    return with_pack<T>(pieces, [&](auto pack) {
-      return launch(abn_forward_kernel<T, pack, decltype(activate)>, pieces.blocks(), kAbnThreads, 0, stream, pieces, x,
-                    residual, numbers, activate, z);
-    });
+  return with_pack<T>(pieces, [&](auto pack) {
+    return launch(abn_moments_kernel<T, pack>, pieces.blocks(), kAbnThreads, ThreadSums<Real, 2 * pack>::kBytes, stream,
+                  pieces, x, partial);
   });
 }
 
 template <class T, class Real>
-cudaError_t AbnLaunchers<T, Real>::backward_sums(const Pieces& pieces, const T* z, const T* grad_z,
-                                                 const Affine& affine, const T* residual, double* partial, double* sums,
-                                                 cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
-  if (pieces.blocks() > 0) {
-    error = with_activation<Real>(affine.activation, kEpsilon<T>, [&](auto activate) {
-      return with_pack<T>(pieces, [&](auto pack) {
-        const int shared_bytes = pack * GradientSums::kWords * kAbnThreads * static_cast<int>(sizeof(double));
-        return launch(abn_backward_sums_kernel<T, pack, decltype(activate)>, pieces.blocks(), kAbnThreads, shared_bytes,
-                      stream, pieces, z, grad_z, residual, affine.bias, activate, partial);
-      });
-    });
-  }
-  return error != cudaSuccess
-             ? error
-             : launch_for_channels(abn_total_kernel<GradientSums, Real>, pieces.channels, kAbnThreads / 32, stream,
-                                   partial, pieces.slots(), pieces.channels, affine.weight, affine.eps, sums);
-}
-
-template <class T, class Real>
-cudaError_t AbnLaunchers<T, Real>::backward(const Pieces& pieces, const T* z, const T* grad_z, const double* statistics,
-                                            const double* sums, const Affine& affine, const T* residual, Real* numbers,
-                                            T* grad_x, T* grad_residual, cudaStream_t stream) {
+cudaError_t AbnLaunchers<T, Real>::forward(const Pieces& pieces, const T* x, const ChannelSources<Real>& sources,
+                                           const ActivationOf& activation, const T* residual, T* z,
+                                           cudaStream_t stream) {
   if (pieces.blocks() == 0) {
     return cudaSuccess;
   }
-  const cudaError_t error =
-      launch_for_channels(abn_gradient_numbers_kernel<Real>, pieces.channels, kAbnThreads, stream, statistics, sums,
-                          affine.weight, affine.bias, affine.eps, pieces.channels, numbers);
-  if (error != cudaSuccess) {
-    return error;
+  return with_activation_and_pack<T>(activation, pieces, [&](auto activate, auto pack) {
+    return launch(abn_forward_kernel<T, pack, decltype(activate)>, pieces.blocks(), kAbnThreads, array_bytes<Real>(3),
+                  stream, pieces, x, residual, sources, activate, z);
+  });
+}
+
+template <class T, class Real>
+cudaError_t AbnLaunchers<T, Real>::backward_sums(const Pieces& pieces, const KeptData<T>& kept,
+                                                 const ChannelSources<Real>& sources, const ActivationOf& activation,
+                                                 Real* partial, cudaStream_t stream) {
+  if (pieces.blocks() == 0) {
+    return cudaSuccess;
   }
-  return with_activation<Real>(affine.activation, kEpsilon<T>, [&](auto activate) {
-    return with_pack<T>(pieces, [&](auto pack) {
-      return launch(abn_backward_kernel<T, pack, decltype(activate)>, pieces.blocks(), kAbnThreads, 0, stream, pieces,
-                    z, grad_z, residual, numbers, activate, grad_x, grad_residual);
-    });
+  return with_activation_and_pack<T>(activation, pieces, [&](auto activate, auto pack) {
+    return launch(abn_backward_sums_kernel<T, pack, decltype(activate)>, pieces.blocks(), kAbnThreads,
+                  array_bytes<Real>(3) + ThreadSums<Real, 2 * pack>::kBytes, stream, pieces, kept, sources, activate,
+                  partial);
+  });
+}
+
+template <class T, class Real>
+cudaError_t AbnLaunchers<T, Real>::backward(const Pieces& pieces, const KeptData<T>& kept,
+                                            const ChannelSources<Real>& sources, const ActivationOf& activation,
+                                            const GradientSums<Real>& sums, T* grad_x, T* grad_residual,
+                                            Real* grad_weight, Real* grad_bias, cudaStream_t stream) {
+  if (pieces.blocks() == 0) {
+    return cudaSuccess;
+  }
+  return with_activation_and_pack<T>(activation, pieces, [&](auto activate, auto pack) {
+    return launch(abn_backward_kernel<T, pack, decltype(activate)>, pieces.blocks(), kAbnThreads,
+                  array_bytes<Real>(5) + ThreadSums<Real, 2>::kBytes, stream, pieces, kept, sources, activate, sums,
+                  grad_x, grad_residual, grad_weight, grad_bias);
   });
 }
 
