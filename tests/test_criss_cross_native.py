@@ -571,6 +571,32 @@ def test_compiled_by_inductor_with_other_sizes_later(device, autocast):
             assert difference <= (3e-2 if autocast else 1e-5), f"{name}: {difference}"
 
 
+def test_two_passes_save_their_inputs_and_two_numbers_a_pixel(device):
+    """Under autocast: x, query, key and value in bfloat16 of each pass; no result, and nothing of gamma's sum."""
+    n, channels, h, w = 2, 64, 12, 9
+    module = CrissCrossAttention(channels).to(device)
+    weights = {p.data_ptr() for p in module.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        kept.append(x)  # so that no other storage has its address
+        return x
+
+    kept: list[torch.Tensor] = []
+    x = torch.randn(n, channels, h, w, device=device, dtype=torch.bfloat16, requires_grad=True)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        torch.autocast(device, dtype=torch.bfloat16),
+    ):
+        out = module(module(x))
+    cast_weights = 2 * sum(p.numel() for p in module.parameters())
+    found = sum(size for address, size in saved.items() if address not in weights)
+    of_maps = 2 * n * h * w * (2 * (channels + 2 * channels // 8 + channels) + 2 * 4)
+    assert out.dtype == torch.bfloat16
+    assert of_maps <= found <= of_maps + cast_weights + 2 * 2 * 4  # gamma of each pass
+
+
 def test_exported(device):
     module, x = module_and_input(CrissCrossAttention, device, 6, 7)
     sizes = {2: torch.export.Dim("height", min=2, max=64), 3: torch.export.Dim("width", min=2, max=64)}

@@ -22,7 +22,7 @@ from attention import (
 from emulation import EMULATOR, KERNELS, ROOT, compile_with_emulator, emulated_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cc_attention import native, reference
+from cc_attention import criss_cross_attention, native, reference
 from libs import ABN
 
 pytestmark = [
@@ -168,6 +168,18 @@ def test_kernels_of_every_device(device, dtype):
     with emulated_gpu(**DEVICES[device]):
         assert_attention_as_reference(random_inputs(1, 64, 72, 2, 97, scale=0.4), dtype)
         assert_explicit_form_as_reference(random_inputs(1, 24, 40, 135, 2, scale=0.5), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_same_bits_on_every_device_of_a_kind(dtype):
+    """How many images are worked on at a time, and how many blocks share a line's values, changes no result."""
+    inputs = {name: x.to(dtype) for name, x in random_inputs(3, 8, 264, 5, 9, residual=True).items()}
+    upstream = torch.randn(inputs["value"].shape).to(dtype)
+    results = []
+    for properties in ({}, {"cache_bytes": 1}, {"cache_bytes": 100_000}, {"multiprocessors": 1}):
+        with emulated_gpu(**properties):
+            results.append(list(run(criss_cross_attention, inputs, upstream).items()))
+    assert_same_bits(results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
