@@ -115,16 +115,20 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
     return _by_reference(reference.ca_map, weight, value, like=value)
 
 
-def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def criss_cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None
+) -> Tensor:
     """Criss-cross attention: each pixel attends to the H+W-1 pixels of its row and column.
 
     Equal to `ca_map(softmax(ca_weight(query, key), dim=1), value)`; energies are not scaled. In three dimensions each
-    position attends to the D+H+W-2 positions that differ from it in at most one coordinate. Native code does not store
-    the weights (docs/criss_cross.md).
+    position attends to the D+H+W-2 positions that differ from it in at most one coordinate. Native code stores neither
+    the weights nor, for the backward pass, the result (docs/criss_cross.md).
 
     Args:
         query, key: [N, C', H, W] or [N, C', D, H, W].
         value: [N, C, H, W] or [N, C, D, H, W]; C may differ from C'. All have the same floating-point dtype and device.
+        residual, gamma: of value's shape and dtype, and [1]; both or neither. The result is residual + gamma *
+            attention, as in the module of the paper (figure 3), in one pass. gamma may have another dtype.
 
     Returns:
         A tensor with the shape of value.
@@ -134,7 +138,18 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         NotImplementedError: second or forward-mode derivatives are requested of native code.
     """
     pixels = "D H W" if query.dim() == 5 else "H W"
-    _check(("query", query, f"N C' {pixels}"), ("key", key, f"N C' {pixels}"), ("value", value, f"N C {pixels}"))
+    arguments = [("query", query, f"N C' {pixels}"), ("key", key, f"N C' {pixels}"), ("value", value, f"N C {pixels}")]
+    if residual is None or gamma is None:
+        if residual is not None or gamma is not None:
+            raise ValueError("residual and gamma: expected both or neither")
+        _check(*arguments)
+        inputs: tuple[Tensor, ...] = (query, key, value)
+    else:
+        _check(*arguments, ("residual", residual, f"N C {pixels}"))
+        if gamma.numel() != 1 or gamma.device != query.device:
+            raise ValueError(f"gamma: expected one number on {query.device}, got {_describe(gamma)}")
+        precise = torch.float64 if query.dtype == torch.float64 else torch.float32
+        inputs = (query, key, value, residual, gamma.reshape(1).to(precise))
     if native.runs_on(query.device):
-        return call(torch.ops.ccnet.criss_cross_attention, query, key, value)[0]
-    return _by_reference(reference.criss_cross_attention, query, key, value, like=value)
+        return call(torch.ops.ccnet.criss_cross_attention, *inputs)[0]
+    return _by_reference(reference.criss_cross_attention, *inputs, like=value)

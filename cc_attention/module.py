@@ -45,8 +45,7 @@ class CrissCrossAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check(x, self._dimensions)
-        attended = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
-        return self.gamma.to(attended.dtype) * attended + x.to(attended.dtype)
+        return criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x), x, self.gamma)
 
 
 class CrissCrossAttention3d(CrissCrossAttention):

@@ -34,16 +34,19 @@ def _empty_like(x: Tensor) -> Tensor:
     return _empty(x, x.shape[1])
 
 
+def _empty_per_pixel(like: Tensor) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return like.new_empty([like.shape[0], *like.shape[2:]], dtype=dtype)
+
+
 @torch.library.register_fake("ccnet::criss_cross_attention")
-def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    largest, sum_ = (query.new_empty([query.shape[0], *query.shape[2:]], dtype=dtype) for _ in range(2))
-    return _empty_like(value), largest, sum_
+def _(query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None):
+    return _empty_like(value), _empty_per_pixel(query), _empty_per_pixel(query)
 
 
 @torch.library.register_fake("ccnet::criss_cross_attention_backward")
-def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, largest: Tensor, sum: Tensor):
-    return _empty_like(query), _empty_like(key), _empty_like(value)
+def _(grad_out, query: Tensor, key: Tensor, value: Tensor, largest, sum, gamma: Tensor | None = None):
+    return _empty_like(query), _empty_like(key), _empty_like(value), _empty_per_pixel(query)
 
 
 @torch.library.register_fake("ccnet::ca_weight")
@@ -69,11 +72,23 @@ def _(grad_out: Tensor, weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 # ---- gradients ----
 
 
-def _save_attention(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    out, largest, sum_ = output
-    ctx.save_for_backward(*inputs, out, largest, sum_)
+def _save_attention(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, _, gamma = (*inputs, None, None)[:5]
+    _, largest, sum_ = output
+    ctx.save_for_backward(query, key, value, largest, sum_, gamma)  # neither the result nor the residual
     ctx.mark_non_differentiable(largest, sum_)
     ctx.set_materialize_grads(False)  # no tensors of zeros as gradients of largest and sum, which have none
+
+
+def _attention_backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    inputs = len(ctx.needs_input_grad)
+    if grad_out is None:
+        return (None,) * inputs
+    gamma = ctx.saved_tensors[-1]
+    *gradients, delta = call(torch.ops.ccnet.criss_cross_attention_backward, grad_out, *ctx.saved_tensors)
+    if gamma is not None:
+        gradients += [grad_out, delta.sum().reshape(1)]
+    return (*gradients, None, None)[:inputs]
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -83,9 +98,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 def _backward(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
     operator = getattr(torch.ops.ccnet, f"{name}_backward")
 
-    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_out is None:
-            return tuple(None for _ in ctx.needs_input_grad)
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         return call(operator, grad_out, *ctx.saved_tensors)
 
     return backward
@@ -110,7 +123,7 @@ def _register_gradient(operator: str, function: str, save: Callable[..., None], 
 
     class Differentiable(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(ctx: Any, *inputs: Tensor) -> Any:
+        def forward(ctx: Any, *inputs: Tensor | None) -> Any:
             # Only below autograd of this level of torch.func's: that of outer levels has to see the operator.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
                 output = run(*inputs)
@@ -119,8 +132,8 @@ def _register_gradient(operator: str, function: str, save: Callable[..., None], 
 
     Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
 
-    def differentiate(*inputs: Tensor) -> Any:
-        if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    def differentiate(*inputs: Tensor | None) -> Any:
+        if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
             raise NotImplementedError(
                 f"{function} has no forward-mode derivatives in native code; cc_attention.reference.{function} has them"
             )
@@ -133,12 +146,12 @@ def _register_gradient(operator: str, function: str, save: Callable[..., None], 
     _library.impl(operator, differentiate, "Autograd")
 
 
-for _name, _save in (
-    ("criss_cross_attention", _save_attention),
-    ("ca_weight", _save_inputs),
-    ("ca_map", _save_inputs),
+for _name, _save, _gradient in (
+    ("criss_cross_attention", _save_attention, _attention_backward),
+    ("ca_weight", _save_inputs, _backward("ca_weight")),
+    ("ca_map", _save_inputs, _backward("ca_map")),
 ):
-    _register_gradient(_name, _name, _save, _backward(_name))
+    _register_gradient(_name, _name, _save, _gradient)
     _register_gradient(f"{_name}_backward", _name, lambda *_: None, _no_second_derivative(_name))
 
 
@@ -156,16 +169,55 @@ def _mapped(operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, 
     return of_samples, tree_map(lambda _: 0, results)
 
 
-for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
-    for _operator in (_name, f"{_name}_backward"):
-        torch.library.register_vmap(f"ccnet::{_operator}", partial(_mapped, getattr(torch.ops.ccnet, _operator)))
+def _scale(x: Tensor, by: Tensor, dim: int | None) -> Tensor:
+    """x, whose first dimension is mapped over, times one number, or with `dim` one for each of the mapped."""
+    factors = by.reshape(()) if dim is None else by.movedim(dim, 0).reshape(-1, *(1 for _ in x.shape[1:]))
+    return (x * factors).to(x.dtype)
+
+
+# One call for all samples knows one gamma only, so gamma is applied outside.
+def _mapped_attention(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+    query, key, value, residual, gamma = (*inputs, None, None)[:5]
+    operator = torch.ops.ccnet.criss_cross_attention
+    (out, largest, sum_), out_dims = _mapped(operator, info, in_dims[:3], query, key, value)
+    if residual is not None:
+        attended = _scale(out, gamma, in_dims[4])
+        out = attended + (residual if in_dims[3] is None else residual.movedim(in_dims[3], 0))
+    return (out, largest, sum_), out_dims
+
+
+def _mapped_attention_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+    *tensors, gamma = (*inputs, None)[:7]
+    operator = torch.ops.ccnet.criss_cross_attention_backward
+    (*gradients, delta), out_dims = _mapped(operator, info, in_dims[:6], *tensors)
+    if gamma is not None:
+        gradients = [_scale(x, gamma, in_dims[6]) for x in gradients]
+    return (*gradients, delta), out_dims
+
+
+torch.library.register_vmap("ccnet::criss_cross_attention", _mapped_attention)
+torch.library.register_vmap("ccnet::criss_cross_attention_backward", _mapped_attention_backward)
+for _name in ("ca_weight", "ca_map", "ca_weight_backward", "ca_map_backward"):
+    torch.library.register_vmap(f"ccnet::{_name}", partial(_mapped, getattr(torch.ops.ccnet, _name)))
 
 
 # ---- autocast ----
 
 
-for _name in ("criss_cross_attention", "ca_weight", "ca_map"):
-    for _key in ("AutocastCPU", "AutocastCUDA"):
+def _attention_under_autocast(
+    query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None
+) -> Any:
+    def attention(*inputs: Tensor) -> Any:  # gamma keeps its dtype
+        query, key, value, residual = (*inputs, None)[:4]
+        return torch.ops.ccnet.criss_cross_attention(query, key, value, residual, gamma)
+
+    inputs = (query, key, value) if residual is None else (query, key, value, residual)
+    return in_autocast_dtype(attention, *inputs)
+
+
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("criss_cross_attention", _attention_under_autocast, _key)
+    for _name in ("ca_weight", "ca_map"):
         _library.impl(_name, partial(in_autocast_dtype, getattr(torch.ops.ccnet, _name)), _key)
 
 

@@ -63,9 +63,14 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`ca_map` with the softmax of `ca_weight` over each path as weights.
+def criss_cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None
+) -> Tensor:
+    """`ca_map` with the softmax of `ca_weight` over each path as weights; with a residual, residual + gamma * that.
 
-    query, key: [N, C', H, W], value: [N, C, H, W]. Returns [N, C, H, W]. Or the same with D, as in `ca_weight`.
+    query, key: [N, C', H, W], value, residual: [N, C, H, W], gamma: [1]. Returns [N, C, H, W]. Or the same with D.
     """
-    return ca_map(ca_weight(query, key).softmax(dim=1), value)
+    attended = ca_map(ca_weight(query, key).softmax(dim=1), value)
+    if residual is None or gamma is None:
+        return attended
+    return (residual + gamma * attended).to(attended.dtype)

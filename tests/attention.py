@@ -12,12 +12,16 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 4e-2, to
 DTYPES = list(TOLERANCE)
 
 
-def random_inputs(n, c, cv, *pixels, scale=1.0):
-    return {
+def random_inputs(n, c, cv, *pixels, scale=1.0, residual=False):
+    inputs = {
         "query": scale * torch.randn(n, c, *pixels, dtype=torch.float64),
         "key": scale * torch.randn(n, c, *pixels, dtype=torch.float64),
         "value": torch.randn(n, cv, *pixels, dtype=torch.float64),
     }
+    if residual:
+        inputs["residual"] = torch.randn(n, cv, *pixels, dtype=torch.float64)
+        inputs["gamma"] = torch.tensor([0.7], dtype=torch.float64)
+    return inputs
 
 
 def run(function, inputs, upstream):
@@ -67,8 +71,10 @@ def everything(inputs, in_3d):
     query_and_key = {name: inputs[name] for name in ("query", "key")}
     n, _, h, w = inputs["query"].shape
     weight = torch.rand(n, h + w - 1, h, w, dtype=inputs["query"].dtype)
+    with_residual = {**inputs, "residual": inputs["value"].flip(-1), "gamma": torch.tensor([0.7])}
     for function, some in [
         (criss_cross_attention, inputs),
+        (criss_cross_attention, with_residual),
         (criss_cross_attention, in_3d),
         (ca_weight, query_and_key),
         (ca_map, {"weight": weight, "value": inputs["value"]}),

@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import hashlib
+import json
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -88,6 +90,15 @@ class Counters(ctypes.Structure):
         for name in (
             "launches",
             "blocks",
+            "mma",
+            "ldmatrix",
+            "copies",
+            "barriers",
+            "shuffles",
+            "loads",
+            "stores",
+            "load_addresses",
+            "store_addresses",
             "load_bytes",
             "load_sectors",
             "store_bytes",
@@ -96,13 +107,36 @@ class Counters(ctypes.Structure):
             "shared_conflicts",
             "ldmatrix_passes",
             "ldmatrix_conflicts",
-            "mma",
+            "memory_loads",
+            "memory_stores",
         )
     ]
 
+    def __add__(self, other: "Counters") -> "Counters":
+        names = [name for name, _ in self._fields_]
+        return Counters(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+class AlikeBlocks(NamedTuple):
+    """Blocks of a launch that have as many of all counted instructions."""
+
+    count: int
+    first: int  # number of one of them
+    counters: Counters  # of that one
+
+
+class CountedLaunch(NamedTuple):
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+    parameters: bytes  # as they lie in a GPU's constant bank
+    counters: Counters
+    alike: list[AlikeBlocks]
+
 
 @cache
-def _library() -> ctypes.CDLL:
+def emulated_library() -> ctypes.CDLL:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     includes = " ".join(f"-isystem {path}" for path in include_paths())
@@ -117,7 +151,7 @@ def _library() -> ctypes.CDLL:
         schema = str(getattr(torch.ops.ccnet, operator).default._schema)
         definitions.define(schema.removeprefix("ccnet::"))
     library = ctypes.CDLL(str(path))
-    library.emulator_launches.restype = ctypes.c_char_p
+    library.emulator_launches.restype = library.emulator_take_launches.restype = ctypes.c_char_p
     library.definitions = definitions  # keeps them alive
     return library
 
@@ -127,42 +161,53 @@ ALL_BLOCKS = 2**63 - 1
 
 @contextmanager
 def emulated_gpu(
-    order="forward", seed=1, shared_bytes=163 * 1024, has_bfloat16=True, counting=False, last_blocks=ALL_BLOCKS
+    order="forward",
+    seed=1,
+    shared_bytes=163 * 1024,
+    cache_bytes=40 * 2**20,
+    multiprocessors=108,
+    architecture=80,
+    counting=False,
+    last_blocks=ALL_BLOCKS,
 ):
     """A context in which operators on CPU tensors run on an emulated GPU with these properties.
 
-    Threads and blocks run in the given order. Yields a function that returns the counters and resets them.
+    Threads and blocks run in the given order. Yields a function that returns the launches counted since its last call.
+    From one such call to the next there is an L2 cache, which begins empty, and of which at the call all that has
+    changed is written.
     """
-    library = _library()
+    library = emulated_library()
 
-    def set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks):
-        library.emulator_set(
-            ORDERS.index(order),
-            ctypes.c_uint64(seed),
-            shared_bytes,
-            int(has_bfloat16),
-            int(counting),
-            ctypes.c_int64(last_blocks),
-        )
+    def take_launches() -> list[CountedLaunch]:
+        def read(launch: dict) -> CountedLaunch:
+            alike = [AlikeBlocks(count, first, Counters(*counters)) for count, first, counters in launch.pop("alike")]
+            parameters, counters = bytes(launch.pop("parameters")), Counters(*launch.pop("counters"))
+            return CountedLaunch(**launch, parameters=parameters, counters=counters, alike=alike)
 
-    def take_counters() -> Counters:
-        counters = Counters()
-        library.emulator_take_counters(ctypes.byref(counters))
-        return counters
+        return [read(launch) for launch in json.loads(library.emulator_take_launches())]
 
-    set_options(order, seed, shared_bytes, has_bfloat16, counting, last_blocks)
-    take_counters()
+    library.emulator_set(
+        ORDERS.index(order),
+        ctypes.c_uint64(seed),
+        shared_bytes,
+        cache_bytes,
+        multiprocessors,
+        architecture,
+        int(counting),
+        ctypes.c_int64(last_blocks),
+    )
+    take_launches()
     instead = torch.library.Library("ccnet", "IMPL")
     for operator in OPERATORS:
         instead.impl(operator, getattr(torch.ops.ccnet_emulated, operator), "CPU", allow_override=True)
     try:
-        yield take_counters
+        yield take_launches
     finally:
         instead._destroy()
-        set_options("forward", 1, 163 * 1024, True, False, ALL_BLOCKS)
+        library.emulator_reset()
 
 
-def launches() -> dict[str, tuple[int, int]]:
-    """Threads per block and bytes of shared memory of every kernel launched so far, by name."""
-    lines = _library().emulator_launches().decode().splitlines()
+def take_launched_kernels() -> dict[str, tuple[int, int]]:
+    """Threads per block and bytes of shared memory of every kernel launched since the last call, by name."""
+    lines = emulated_library().emulator_launches().decode().splitlines()
     return {name: (int(threads), int(shared)) for name, threads, shared in (line.split("|") for line in lines)}

@@ -76,7 +76,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention(ways, dtype, shape):
-    assert_attention_as_reference(random_inputs(*shape, scale=0.5), dtype, ways)
+    assert_attention_as_reference(random_inputs(*shape, scale=0.5, residual=True), dtype, ways)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,14 +109,15 @@ layouts = st.sampled_from(["contiguous", "channels_last", "sliced", "transposed"
     c=st.integers(0, 40),
     cv=st.integers(0, 70),
     pixels=st.lists(st.integers(1, 35), min_size=2, max_size=2) | st.lists(st.integers(1, 9), min_size=3, max_size=3),
-    layout=st.tuples(layouts, layouts, layouts),
+    layout=st.tuples(layouts, layouts, layouts, layouts),
+    residual=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape_layout_and_dtype(device, n, c, cv, pixels, layout, dtype):
+def test_any_shape_layout_and_dtype(device, n, c, cv, pixels, layout, residual, dtype):
     torch.manual_seed(0)  # an example that fails can be had again
     with running_on_device(device) as ways:
-        inputs = random_inputs(n, c, cv, *pixels, scale=0.5)
-        inputs = {key: laid_out(x, how) for (key, x), how in zip(inputs.items(), layout, strict=True)}
+        inputs = random_inputs(n, c, cv, *pixels, scale=0.5, residual=residual)
+        inputs |= {name: laid_out(inputs[name], how) for name, how in zip(inputs, layout, strict=False)}
         assert_attention_as_reference(inputs, dtype, ways)
 
 
@@ -514,9 +515,11 @@ def test_opcheck(device, dtype, layout, pixels):
 
     ops = torch.ops.ccnet
     query, key, value = (of(2, c, *pixels).requires_grad_() for c in (3, 3, 5))
+    gamma = torch.randn(1, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     torch.library.opcheck(ops.criss_cross_attention, (query, key, value))
+    torch.library.opcheck(ops.criss_cross_attention, (query, key, value, of(2, 5, *pixels), gamma.requires_grad_()))
     detached = (query.detach(), key.detach(), value.detach())
-    backward_inputs = (of(2, 5, *pixels), *detached, *ops.criss_cross_attention(*detached))
+    backward_inputs = (of(2, 5, *pixels), *detached, *ops.criss_cross_attention(*detached)[1:], gamma.detach())
     torch.library.opcheck(ops.criss_cross_attention_backward, backward_inputs)
     if len(pixels) == 2:
         path = sum(pixels) - 1

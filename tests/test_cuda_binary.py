@@ -2,43 +2,45 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from attention import DTYPES, everything, random_inputs
-from emulation import ROOT, emulated_gpu, launches
+from emulation import ROOT, emulated_gpu, take_launched_kernels
 
+from benchmarks import sass
+from benchmarks.sass import short
 from cc_attention import native
 
 LIBRARY = Path(native.__file__).with_name("_C_cuda.abi3.so")
 DOCUMENT = ROOT / "docs" / "cuda_kernels.md"
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
-# Of sm_80, by the CUDA programming guide's table of compute capabilities
-REGISTERS, SHARED_BYTES, RESERVED_BYTES, WARPS, BLOCKS = 65536, 164 * 1024, 1024, 64, 32
+# Of a multiprocessor, by the CUDA programming guide's table of compute capabilities
+REGISTERS, RESERVED_BYTES, BLOCKS = 65536, 1024, 16
+SHARED_KB_AND_WARPS = {
+    "sm_75": (64, 32),
+    "sm_80": (164, 64),
+    "sm_86": (100, 48),
+    "sm_89": (100, 48),
+    "sm_90": (228, 64),
+    "sm_100": (228, 64),
+    "sm_120": (100, 48),
+}
+ATTENTION = re.compile(r"(plain_)?(attention|value_gradient|query_key_gradient)_kernel")
 
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not LIBRARY.exists(), reason="needs cc_attention/_C_cuda: pip install -e ., with nvcc"),
+    pytest.mark.skipif(not sass.disassembler(), reason="needs cuobjdump: CUDA's, or triton's"),
 ]
 
 
 def cuobjdump(*arguments: str) -> str:
-    """CUDA's disassembler: a toolkit's, or the one that comes with triton."""
-    program = shutil.which("cuobjdump")
-    if program is None:
-        triton = pytest.importorskip("triton", reason="needs cuobjdump: CUDA's, or triton's")
-        program = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    result = subprocess.run([program, *arguments, str(LIBRARY)], check=True, text=True, stdout=subprocess.PIPE)
-    return subprocess.run(["c++filt"], input=result.stdout, check=True, text=True, stdout=subprocess.PIPE).stdout
-
-
-def short(name: str) -> str:
-    """attention_kernel<TensorCores, half, 128> for what compilers call it."""
-    name = name.split("(")[0].removeprefix("void ").replace("ccnet::", "").replace("__nv_", "").replace("__", "")
-    return re.sub(r"<\w+<(.*?)> ?>", r"<\1>", name).strip()
+    """What CUDA's disassembler prints about the library, with demangled names."""
+    text = sass.cuobjdump(LIBRARY, *arguments)
+    return subprocess.run(["c++filt"], input=text, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
 @pytest.fixture(scope="module")
@@ -77,30 +79,41 @@ def launch_batch_norm(dtype: torch.dtype) -> None:
             ops.abn_backward_of_batch(*kept, *constants)
 
 
+DEVICES = {"sm_75": {"shared_bytes": 64 * 1024, "architecture": 75}, "sm_80": {}}
+
+
 @pytest.fixture(scope="module")
-def launched() -> dict[str, tuple[int, int]]:
-    """(threads a block, bytes of shared memory) by kernel, as launchers ask for them."""
-    for dtype in DTYPES:
-        for device in ({}, {"shared_bytes": 64 * 1024, "has_bfloat16": False}):
-            with emulated_gpu(**device):
-                for length in (8, 65, 129):
+def launched_on() -> dict[str, dict[str, tuple[int, int]]]:
+    """(threads a block, bytes of shared memory) by kernel, as launchers ask for them, on sm_75 and on all later."""
+    take_launched_kernels()
+    launched = {}
+    for name, device in DEVICES.items():
+        with emulated_gpu(**device):
+            for dtype in DTYPES:
+                for length in (8, 65, 113, 129):
                     inputs = {name: x.to(dtype) for name, x in random_inputs(1, 8, 8, 1, length).items()}
                     list(everything(inputs, inputs))
-        with emulated_gpu():
-            launch_batch_norm(dtype)
-    return {short(name): size for name, size in launches().items()}
+                launch_batch_norm(dtype)
+        launched[name] = {short(name): size for name, size in take_launched_kernels().items()}
+    return launched
+
+
+@pytest.fixture(scope="module")
+def launched(launched_on) -> dict[str, tuple[int, int]]:
+    return launched_on["sm_75"] | launched_on["sm_80"]
 
 
 def round_up(x: int, to: int) -> int:
     return -(-x // to) * to
 
 
-def blocks_on_sm_80(threads: int, shared_bytes: int, registers: int) -> int:
-    """How many blocks a multiprocessor holds at once."""
+def blocks_at_once(architecture: str, threads: int, shared_bytes: int, registers: int) -> int:
+    """How many blocks a multiprocessor holds."""
+    shared_kb, most_warps = SHARED_KB_AND_WARPS[architecture]
     warps = threads // 32
-    by_registers = REGISTERS // (round_up(registers * 32, 256) * warps)
-    by_shared = SHARED_BYTES // (round_up(shared_bytes, 128) + RESERVED_BYTES)
-    return min(by_registers, by_shared, WARPS // warps, BLOCKS)
+    by_registers = REGISTERS // (round_up(registers * 32, 256) * round_up(warps, 4))
+    by_shared = shared_kb * 1024 // (round_up(shared_bytes, 128) + RESERVED_BYTES)
+    return min(by_registers, by_shared, most_warps // warps, BLOCKS)
 
 
 def test_every_architecture_is_built(resources, launched):
@@ -109,16 +122,21 @@ def test_every_architecture_is_built(resources, launched):
     assert all(set(of) >= set(ARCHITECTURES) for of in resources.values())
 
 
-def test_nothing_is_spilled(resources):
+def test_nothing_is_spilled(resources, launched_on):
     for name, of in resources.items():
         for architecture, (_, stack, local) in of.items():
+            if name not in launched_on["sm_75" if architecture == "sm_75" else "sm_80"]:
+                continue
             assert (stack, local) == (0, 0), f"{name} on {architecture}: stack {stack}, local memory {local}"
 
 
-def test_two_blocks_fit_on_a_multiprocessor_of_sm_80(resources, launched):
-    for name, (threads, shared_bytes) in launched.items():
-        registers = resources[name]["sm_80"][0]
-        assert blocks_on_sm_80(threads, shared_bytes, registers) >= 2, (name, threads, shared_bytes, registers)
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_two_blocks_fit_on_a_multiprocessor(architecture, resources, launched_on):
+    for name, (threads, shared_bytes) in launched_on["sm_80"].items():
+        if ATTENTION.match(name) or architecture == "sm_80":  # the explicit form's largest kernels take 64 KB
+            registers = resources[name][architecture][0]
+            blocks = blocks_at_once(architecture, threads, shared_bytes, registers)
+            assert blocks >= 2, (name, threads, shared_bytes, registers)
 
 
 def test_kernels_need_no_more_shared_memory_than_devices_have(launched):
@@ -127,7 +145,7 @@ def test_kernels_need_no_more_shared_memory_than_devices_have(launched):
 
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_120"])  # without and with cp.async, and the newest
-def test_instructions(architecture, resources):
+def test_instructions(architecture, resources, launched_on):
     """16-bit kernels on tensor cores: their products are HMMA, fragments come by LDSM, global memory in 16 bytes."""
     seen: dict[str, set[str]] = {}
     name = ""
@@ -139,18 +157,20 @@ def test_instructions(architecture, resources):
             seen[name].add(instruction[1])
     del seen["image_kernel"]
     assert set(seen) == set(resources)
-    for name, instructions in seen.items():
+    for name in launched_on["sm_75" if architecture == "sm_75" else "sm_80"]:
+        instructions = seen[name]
         assert not any(re.match(r"LDL|STL", instruction) for instruction in instructions), f"{name}: local memory"
-        wide = any(re.match(r"(LDG|LDGSTS)\..*128", x) for x in instructions)
-        by_element = re.match(r"abn_(total|merge|running)|abn_\w+<\w+, 1[,>]", name)
-        assert wide or by_element, f"{name}: no global loads of 16 bytes"
+        if not re.match(r"abn_(total|merge|running)|abn_\w+<\w+, 1[,>]|change_layout", name):  # by element
+            assert any(re.match(r"(LDG|LDGSTS)\..*128", x) for x in instructions), f"{name}: no loads of 16 bytes"
+        if ATTENTION.match(name) and not name.startswith("plain_"):
+            stores = {x.removesuffix(".SYS") for x in instructions if x.startswith("STG")}
+            assert "STG.E.128" in stores, f"{name}: no stores of 16 bytes"
+            assert stores <= {"STG.E.128", "STG.E.64", "STG.E"}, f"{name}: {stores}"  # these: numbers of the softmax
         # GPUs that are not for computing centres have few units for float64: only kernels for single channels use it.
-        if not re.search(r"double|abn_(merge|running)", name):
+        if name.startswith("abn_") and not re.search(r"double|abn_(merge|running)", name):
             in_double = {x for x in instructions if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|\w+\..*F64|MUFU.*64", x)}
             assert not in_double, f"{name}: {in_double}"
-        if "TensorCores" not in name and "WholeLine" not in name:
-            continue
-        if architecture == "sm_75" and "bfloat16" in name:  # never launched there
+        if re.match(r"plain_|abn_|change_layout", name) or "PlainCores" in name:
             continue
         assert any(instruction.startswith("HMMA") for instruction in instructions), f"{name}: no HMMA"
         assert any(instruction.startswith("LDSM") for instruction in instructions), f"{name}: no LDSM"
@@ -161,24 +181,25 @@ def test_instructions(architecture, resources):
 
 
 def table(resources, launched) -> str:
-    header = ["kernel", "threads", "shared bytes", *ARCHITECTURES, "blocks on an SM of sm_80"]
+    header = ["kernel", "threads", "shared bytes", *ARCHITECTURES[1:], "blocks, sm_80", "sm_86", "sm_90"]
     lines = [f"| {' | '.join(header)} |", f"|:--|{'--:|' * (len(header) - 1)}"]
     for name in sorted(launched):
-        if name.startswith("abn_"):
+        if not ATTENTION.match(name) or "half" in name or "double" in name:  # as bfloat16, and as float
             continue
         threads, shared_bytes = launched[name]
-        registers = [resources[name][architecture][0] for architecture in ARCHITECTURES]
-        blocks = blocks_on_sm_80(threads, shared_bytes, registers[1])
-        lines.append(f"| `{name}` | {' | '.join(map(str, (threads, shared_bytes, *registers, blocks)))} |")
+        registers = {architecture: resources[name][architecture][0] for architecture in ARCHITECTURES[1:]}
+        blocks = [blocks_at_once(x, threads, shared_bytes, registers[x]) for x in ("sm_80", "sm_86", "sm_90")]
+        numbers = (threads, shared_bytes, *registers.values(), *blocks)
+        lines.append(f"| `{name}` | {' | '.join(map(str, numbers))} |")
     return "\n".join(lines)
 
 
-def test_the_documented_numbers_are_those_of_this_build(resources, launched):
+def test_the_documented_numbers_are_those_of_this_build(resources, launched_on):
     text = DOCUMENT.read_text()
     documented = re.search(r"Registers a thread, by CUDA ([\d.]+)'s compiler", text)
     assert documented is not None
     producer = torch.ops.ccnet.cuda_build().split("; ")[0]
     if producer != f"CUDA {documented[1]}":
         pytest.skip(f"the table is of CUDA {documented[1]}; this build is of {producer}")
-    wanted = table(resources, launched)
+    wanted = table(resources, launched_on["sm_80"])
     assert wanted in text, f"{DOCUMENT.name} should have\n\n{wanted}"

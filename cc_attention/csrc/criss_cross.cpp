@@ -6,10 +6,14 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(ccnet, m) {
   // Over each pixel's path: the largest energy, and the sum of exp(energy - largest). [N, H, W], in float32, or float64
   // for float64.
-  m.def("criss_cross_attention(Tensor query, Tensor key, Tensor value) -> (Tensor out, Tensor largest, Tensor sum)");
+  // With a residual: out = residual + gamma * attention. gamma [1] has the dtype of largest and sum. delta [N, H, W] is,
+  // of each pixel, the product of grad_out and the attention: its sum is the gradient of gamma.
   m.def(
-      "criss_cross_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
-      "Tensor largest, Tensor sum) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      "criss_cross_attention(Tensor query, Tensor key, Tensor value, Tensor? residual=None, Tensor? gamma=None) -> "
+      "(Tensor out, Tensor largest, Tensor sum)");
+  m.def(
+      "criss_cross_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor largest, "
+      "Tensor sum, Tensor? gamma=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor delta)");
   m.def("ca_weight(Tensor query, Tensor key) -> Tensor");
   m.def("ca_weight_backward(Tensor grad_energy, Tensor query, Tensor key) -> (Tensor grad_query, Tensor grad_key)");
   m.def("ca_map(Tensor weight, Tensor value) -> Tensor");

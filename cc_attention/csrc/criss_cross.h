@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -63,6 +64,21 @@ inline void check_query_key_and_value(const Tensor& query, const Tensor& key, co
   check_query_and_key(query, key, true);
   check_dimensions("value", value, true);
   check("value", value, query, shape_with(query, value.size(1)));
+}
+
+// gamma and the numbers of empty_per_pixel have the same dtype.
+inline void check_gamma(const std::optional<Tensor>& gamma, const Tensor& numbers) {
+  if (gamma) {
+    check("gamma", *gamma, numbers, {1});
+  }
+}
+inline void check_residual(const std::optional<Tensor>& residual, const std::optional<Tensor>& gamma,
+                           const Tensor& value, const Tensor& numbers) {
+  STD_TORCH_CHECK(residual.has_value() == gamma.has_value(), "residual and gamma: expected both or neither");
+  if (residual) {
+    check("residual", *residual, value, shape_of(value));
+    check_gamma(gamma, numbers);
+  }
 }
 
 // ---- memory formats ----

@@ -6,19 +6,27 @@
 #include <cstring>
 
 #include "fibers.h"
+#include "l2.h"
 
 namespace emulator {
 
 struct Counters {
   uint64_t launches, blocks;
+  // Instructions of warps: what a GPU issues as often. Of loads (asynchronous copies too) and stores in global memory
+  // those count in which some lane has something to do.
+  uint64_t mma, ldmatrix, copies, barriers, shuffles, loads, stores;
+  // Sums over lanes of address * bytes, modulo 2^64
+  uint64_t load_addresses, store_addresses;
   // Bytes that a warp's lanes ask for, those that several ask for once; sectors of 32 bytes that hold them
   uint64_t load_bytes, load_sectors, store_bytes, store_sectors;
   // Passes through shared memory that there had to be, and those beyond because lanes met in a bank
   uint64_t shared_passes, shared_conflicts;
   uint64_t ldmatrix_passes, ldmatrix_conflicts;
-  uint64_t mma;  // m16n8k16
+  // Sectors that were not in the L2 cache and came from memory, and those that had changed and went there
+  uint64_t memory_loads, memory_stores;
 };
-inline Counters counters;
+inline Counters counters;  // of the launch
+inline L2 l2;
 
 // An access of the lanes of a warp. A lane that has nothing to do is not in `lanes`.
 struct Access {
@@ -73,6 +81,8 @@ EMULATOR_INTERNAL inline void count_global(const Access& access) {
   for (unsigned l = 0; l < 32; ++l) {
     if (access.lanes >> l & 1) {
       address[count++] = access.address[l];
+      (access.kind == Access::load ? counters.load_addresses : counters.store_addresses) +=
+          access.address[l] * access.bytes;
     }
   }
   std::sort(address, address + count);
@@ -83,8 +93,13 @@ EMULATOR_INTERNAL inline void count_global(const Access& access) {
   }
   std::sort(sector, sector + sectors);
   sectors = std::unique(sector, sector + sectors) - sector;
-  (access.kind == Access::load ? counters.load_bytes : counters.store_bytes) += uint64_t{count} * access.bytes;
-  (access.kind == Access::load ? counters.load_sectors : counters.store_sectors) += sectors;
+  const bool loads = access.kind == Access::load;
+  (loads ? counters.load_bytes : counters.store_bytes) += uint64_t{count} * access.bytes;
+  (loads ? counters.load_sectors : counters.store_sectors) += sectors;
+  (loads ? counters.loads : counters.stores) += count > 0;
+  for (unsigned i = 0; i < sectors; ++i) {
+    l2.access(sector[i], !loads, counters.memory_loads, counters.memory_stores);
+  }
 }
 
 }  // namespace emulator

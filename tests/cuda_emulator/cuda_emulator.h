@@ -50,10 +50,9 @@ EMULATOR_INTERNAL T __shfl_xor_sync(unsigned mask, T x, int bits, EMULATOR_HERE)
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
   emulator::Shuffle<T> lane{x, x, emulator::state.current->lane ^ bits};
   emulator::warp_operation(mask, emulator::shuffle<T>, &lane, file, line);
+  emulator::count_once(emulator::counters.shuffles, sizeof(T) / 4);
   return lane.out;
 }
-
-inline float __expf(float x) { return std::exp(x); }
 
 #define __launch_bounds__(...)
 #undef __shared__
@@ -75,6 +74,7 @@ struct SharedCarver {
   size_t used = 0;
 };
 
+inline float exp2_approximate(float x) { return std::exp2(x); }
 inline int unknown(int x) { return x; }
 
 template <class T>
@@ -124,6 +124,7 @@ void store_shared(T* p, const T& x, bool valid = true, EMULATOR_HERE) {
 inline void copy_async(void* shared, const void* global, bool valid, EMULATOR_HERE) {
   emulator::count_access(emulator::Access::load, global, 16, valid, file, line);
   emulator::count_access(emulator::Access::shared_access, shared, 16, true, file, line);
+  emulator::count_once(emulator::counters.copies);
   emulator::copy_async(shared, valid ? global : nullptr);
 }
 inline void copies_wait() { emulator::copies_wait(); }
@@ -155,6 +156,7 @@ EMULATOR_INTERNAL void ldmatrix(void* const* arguments, unsigned) {
     }
   }
   if (options.counting) {
+    ++counters.ldmatrix;
     for (int matrix = 0; matrix < 4; ++matrix) {
       uintptr_t address[8];
       for (int row = 0; row < 8; ++row) {
@@ -242,11 +244,11 @@ void mma_m16n8k16(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a
 // ---- launching ----
 
 struct Device {
-  int shared_bytes;
-  bool has_bfloat16;
+  int shared_bytes, cache_bytes, multiprocessors, architecture;
 };
 inline cudaError_t device_of_this_thread(Device& device) {
-  device = {emulator::options.shared_bytes, emulator::options.has_bfloat16};
+  const auto& options = emulator::options;
+  device = {options.shared_bytes, options.cache_bytes, options.multiprocessors, options.architecture};
   return cudaSuccess;
 }
 inline std::string text_of(cudaError_t) { return emulator::last_error; }

@@ -10,6 +10,7 @@
 #include <cxxabi.h>
 #include <dlfcn.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -35,7 +36,9 @@ struct Options {
   Order order = Order::forward;
   uint64_t seed = 1;
   int shared_bytes = 163 * 1024;  // that a block can opt in to; 64 KB on sm_75, 163 on sm_80, 99 on sm_86, 227 on sm_90
-  bool has_bfloat16 = true;
+  int cache_bytes = 40 * 1024 * 1024;  // L2
+  int multiprocessors = 108;
+  int architecture = 80;  // 75 for sm_75
   bool counting = false;
   int64_t last_blocks = INT64_MAX;  // run only that many of a grid, for maps that are too large to compute
 };
@@ -47,6 +50,22 @@ struct Launch {
   int threads, shared_bytes;
 };
 inline std::map<std::string, Launch> launches;
+
+// Blocks of a launch that have as many of all instructions; `first` is the number of one of them, with its counters.
+struct AlikeBlocks {
+  uint64_t count, first;
+  Counters counters;
+};
+// A launch that was counted
+struct CountedLaunch {
+  std::string kernel;
+  uint64_t blocks;
+  int threads, shared_bytes;
+  std::vector<unsigned char> parameters;  // as a GPU's constant bank has them
+  Counters counters;
+  std::map<std::array<uint64_t, 7>, AlikeBlocks> alike;  // by instructions
+};
+inline std::vector<CountedLaunch> counted_launches;
 
 struct Error : std::runtime_error {
   using runtime_error::runtime_error;
@@ -152,6 +171,10 @@ EMULATOR_INTERNAL inline void count_access(Access::Kind kind, const void* p, uns
   access.lanes |= unsigned{valid} << fiber.lane;
   access.address[fiber.lane] = reinterpret_cast<uintptr_t>(p);
 }
+// Count a warp's instruction, by its first lane.
+EMULATOR_INTERNAL inline void count_once(uint64_t& counter, uint64_t times = 1) {
+  counter += options.counting && state.current->lane == 0 ? times : 0;
+}
 EMULATOR_INTERNAL inline void count_accesses_so_far() {
   for (unsigned w = 0; w * 32 < state.total; ++w) {
     Warp& warp = state.warps[w];
@@ -210,6 +233,7 @@ EMULATOR_INTERNAL inline void release_block() {
   }
   if (options.counting) {
     count_accesses_so_far();
+    counters.barriers += (state.total + 31) / 32;
   }
   for (unsigned w = 0; w < 32; ++w) {
     state.warps[w].runnable = state.warps[w].live;
@@ -440,8 +464,22 @@ EMULATOR_INTERNAL inline void prepare_block() {
 #endif
   ++state.blocks;
 }
+EMULATOR_INTERNAL inline void count_block(unsigned block, const Counters& before) {
+  Counters own;
+  static_assert(sizeof own % sizeof(uint64_t) == 0, "numbers only");
+  for (size_t i = 0; i < sizeof own / sizeof(uint64_t); ++i) {
+    reinterpret_cast<uint64_t*>(&own)[i] =
+        reinterpret_cast<const uint64_t*>(&counters)[i] - reinterpret_cast<const uint64_t*>(&before)[i];
+  }
+  ++counted_launches.back()
+        .alike
+        .try_emplace({own.mma, own.ldmatrix, own.copies, own.barriers, own.shuffles, own.loads, own.stores},
+                     AlikeBlocks{0, block, own})
+        .first->second.count;
+}
 EMULATOR_INTERNAL inline void run_block(unsigned block) {
   blockIdx = make_uint3(block, 0, 0);
+  const Counters before = counters;
   prepare_block();
   hand_over();
   const std::string where = " [block " + std::to_string(block) + "]";
@@ -451,6 +489,7 @@ EMULATOR_INTERNAL inline void run_block(unsigned block) {
   if (options.counting) {
     count_accesses_so_far();
     ++counters.blocks;
+    count_block(block, before);
   }
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(state.arena, kArena);
@@ -497,6 +536,13 @@ inline std::string name_of(const void* function) {
   std::free(name);
   return copy.substr(0, copy.find('('));
 }
+// Each at the next multiple of its alignment
+template <class T>
+void add_parameter(std::vector<unsigned char>& parameters, const T& value) {
+  parameters.resize((parameters.size() + alignof(T) - 1) / alignof(T) * alignof(T));
+  const auto bytes = reinterpret_cast<const unsigned char*>(&value);
+  parameters.insert(parameters.end(), bytes, bytes + sizeof value);
+}
 template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, const A&... arguments) {
   static_assert((sizeof(P) + ... + 0) <= 4096, "kernel parameters above 4 KB");
@@ -510,6 +556,14 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
     fail("shared memory of " + std::to_string(shared_bytes) + " bytes is above the device's limit");
   }
   const std::tuple<P...> values(arguments...);
+  const std::string name = name_of(reinterpret_cast<const void*>(kernel));
+  if (options.counting) {
+    counters = {};
+    counters.launches = 1;
+    l2.resize(options.cache_bytes);
+    counted_launches.push_back({name, static_cast<uint64_t>(blocks), threads, shared_bytes, {}, {}, {}});
+    std::apply([](const auto&... value) { (add_parameter(counted_launches.back().parameters, value), ...); }, values);
+  }
   auto call = [&] { std::apply(kernel, values); };
   state.body = [](void* c) { (*static_cast<decltype(call)*>(c))(); };
   state.body_argument = &call;
@@ -535,8 +589,10 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
       run_block(block);
     }
   }
-  counters.launches += options.counting;
-  launches[name_of(reinterpret_cast<const void*>(kernel))] = {threads, shared_bytes};
+  if (options.counting) {
+    counted_launches.back().counters = counters;
+  }
+  launches[name] = {threads, shared_bytes};
 #if defined(__SANITIZE_THREAD__)
   __tsan_acquire(&state.error);
 #endif

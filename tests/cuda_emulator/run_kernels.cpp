@@ -56,24 +56,33 @@ void run(int images, int height, int width, int c, int cv) {
   using Launchers = LineAttentionLaunchers<T, Real>;
   const int path_length = height + width - 1;
   const int64_t pixels = int64_t{images} * height * width;
-  Axes axes{
-      {{1, width, true, height == 1, path_length, 0}, {width, height, false, true, path_length, width}}, 2, pixels};
-  axes.count = height == 1 ? 1 : 2;
+  Axes axes{{{1, width, true, height == 1, path_length, 0}, {width, height, false, true, path_length, width}},
+            height == 1 ? 1 : 2,
+            images,
+            height * width};
   std::mt19937 random(7);
   const Buffer<T> query(pixels, c, &random), key(pixels, c, &random), value(pixels, cv, &random);
   const Buffer<T> grad_out(pixels, cv, &random), grad_energy(pixels, path_length, &random);
   const Buffer<T> out(pixels, cv), grad_query(pixels, c), grad_key(pixels, c), grad_value(pixels, cv);
   const Buffer<T> energy(pixels, path_length), weight_grad(pixels, path_length), mapped(pixels, cv);
-  const Buffer<Real> largest(pixels, 1), sum(pixels, 1), delta(pixels, 1);
+  const Buffer<Real> largest(pixels, 1), sum(pixels, 1), other_largest(pixels, 1), other_sum(pixels, 1);
+  const Buffer<Real> delta(pixels, 1), gamma(1, 1, &random);
   const PathSum<Real> path{largest.data.get(), sum.data.get()};
   const PathSum<const Real> read_path{path.largest, path.sum};
-  check(Launchers::attention(axes, query, key, value, out, path, nullptr));
-  check(Launchers::attention_backward(axes, query, key, value, out, grad_out, read_path, delta.data.get(), grad_query,
+  for (const T* residual : {static_cast<const T*>(nullptr), static_cast<const T*>(grad_out.data.get())}) {
+    check(Launchers::attention(axes, query, key, value, residual, gamma.data.get(), out, path,
+                               {other_largest.data.get(), other_sum.data.get()}, nullptr));
+  }
+  GradScratchSize size;
+  check(Launchers::scratch_size(axes, c, cv, size));
+  const Buffer<Real> products(size.products, 1), parts(size.slots * size.images * height * width, 1);
+  check(Launchers::attention_backward(axes, query, key, value, grad_out, read_path, gamma.data.get(),
+                                      {size, products.data.get(), parts.data.get()}, delta.data.get(), grad_query,
                                       grad_key, grad_value, nullptr));
   for (const auto* x : {&out, &grad_query, &grad_key, &grad_value}) {
     x->check("attention");
   }
-  largest.check("largest"), sum.check("sum");
+  largest.check("largest"), sum.check("sum"), delta.check("delta");
   check(Launchers::energy(axes, query, key, energy, nullptr));
   check(Launchers::energy_backward(axes, query, key, grad_energy, grad_query, grad_key, nullptr));
   check(Launchers::map(axes, energy, value, mapped, nullptr));
@@ -138,13 +147,15 @@ template <class T>
 void run_all() {
   emulator::options.order = emulator::Order::random;
   run<T>(1, 1, 33, 8, 72);                     // small tiles; a slice and a part of one
-  run<T>(2, 3, 7, 5, 73);                      // rows that are no multiple of 16 bytes
-  run<T>(1, 1, 97, 64, 72);                    // a large tile, on the first axis
+  run<T>(2, 3, 7, 8, 264);                     // values that several blocks share
+  run<T>(1, 1, 97, 64, 72);                    // 7 warps, on the first axis
   run<T>(1, 65, 1, 8, 8);                      // and on the second
   run<T>(1, 1, 133, 72, 8);                    // two tiles, two slices of query and key
-  run<T>(1, 1, 150, 16, 8);                    // a whole line of 16-bit elements
+  run<T>(1, 1, 260, 8, 8);                     // keys that do not all fit
+  emulator::options.cache_bytes = 1;           // image after image
+  run<T>(2, 3, 5, 8, 8);
   emulator::options.shared_bytes = 64 * 1024;  // as on sm_75
-  emulator::options.has_bfloat16 = false;
+  emulator::options.architecture = 75;
   run<T>(1, 1, 97, 8, 40);
   for (const auto activation : {Activation::identity, Activation::leaky_relu, Activation::elu, Activation::relu}) {
     run_abn<T>(false, 75, 40, 40, activation);     // channels_last

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <tuple>
 #include <type_traits>
 
@@ -87,6 +88,12 @@ class Input {
     auto* data = static_cast<T*>(const_cast<void*>(x_.const_data_ptr()));
     return in_place_ ? Images<T>{data, nullptr, x_.size(1)} : Images<T>{static_cast<T*>(copy_), data, x_.size(1)};
   }
+  // After all axes have read it
+  template <class T>
+  Images<T> images_again() const {
+    const Images<T> x = images<T>();
+    return {x.data, nullptr, x.channels};
+  }
 
  private:
   Tensor x_;
@@ -104,11 +111,10 @@ template <class T>
 Images<T> path_by_lines(const Tensor& x) {
   return by_lines<T>(x, true);
 }
-// What only the first axis reads
 template <class T>
-Images<T> by_rows(const Tensor& x) {
+Images<T> on_last_axis(const Tensor& x) {
   Images<T> images = by_lines<T>(x);
-  images.first_axis_only = true;
+  images.last_axis_only = true;
   return images;
 }
 // The numbers of empty_per_pixel
@@ -121,66 +127,108 @@ Accumulate<T>* write_numbers(const Tensor& x) {
   return static_cast<Accumulate<T>*>(x.mutable_data_ptr());
 }
 
+// dP of all axes but the last, a row for each pixel
+template <class Real>
+class Products {
+ public:
+  explicit Products(const Tensor& x) {
+    int64_t images_pixels = x.size(0), axes = 0;
+    for (int64_t d = 2; d < x.dim(); ++d) {
+      images_pixels *= x.size(d);
+    }
+    for (int64_t d = x.dim() - 1; d > 2; --d, ++axes) {  // a single pixel's axes follow each other, as those of a path
+      begin_[axes + 1] = begin_[axes] + images_pixels * row(x.size(d));
+    }
+    const int64_t bytes = begin_[axes] * static_cast<int64_t>(sizeof(Real));
+    data_ = reinterpret_cast<Real*>(thread_block(Kept::products, bytes));
+    STD_TORCH_CHECK(data_ != nullptr || bytes == 0, "criss-cross attention: no memory for the backward pass");
+    show_if_read(data_, bytes);
+  }
+  Along<Real> along(const Line& line, int64_t u) const {
+    return {data_ + begin_[line.first_axis ? 0 : 1] + u * row(line.length), line.step * row(line.length), 0};
+  }
+
+ private:
+  static int64_t row(int64_t length) { return (length + 15) / 16 * 16; }  // whole vectors
+  int64_t begin_[3] = {0, 0, 0};
+  Real* data_;
+};
+
 // ---- the operators ----
 
-std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_) {
+template <class T>
+Accumulate<T> number_of(const std::optional<Tensor>& gamma) {
+  return gamma ? *read_numbers<T>(*gamma) : 1;
+}
+
+std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_,
+                                                         std::optional<Tensor> residual_, std::optional<Tensor> gamma) {
   check_query_key_and_value(query_, key_, value_);
   Tensor result = empty_as(value_, shape_of(value_)), largest = empty_per_pixel(query_), sum = empty_per_pixel(query_);
+  check_residual(residual_, gamma, value_, largest);
   const Output out(result, Kept::value);
   const Input query(query_, Kept::query), key(key_, Kept::key), value(value_, Kept::value, out.spare());
+  const Tensor residual = residual_ ? dense(*residual_) : result;
   for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const PathSum<Accumulate<T>> path{write_numbers<T>(largest), write_numbers<T>(sum)};
-    const std::array images{query.images<T>(), key.images<T>(), value.images<T>(), out.images<T>()};
+    const Images<T> none{nullptr, nullptr, 0};
+    const std::array images{query.images<T>(), key.images<T>(), value.images<T>(), out.images<T>(),
+                            residual_ ? on_last_axis<T>(residual) : none};
+    const Accumulate<T> factor = number_of<T>(gamma);
     each_line<T>(query_, query_.size(1), value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t u, char* scratch) {
-                   kernels.attention(line, x[0], x[1], x[2], x[3], path.from(u), scratch);
+                   kernels.attention(line, x[0], x[1], x[2], x[4], factor, x[3], path.from(u), scratch);
                  });
     out.finish<T>();
   });
   return {result, largest, sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_out_, const Tensor& query_,
-                                                                  const Tensor& key_, const Tensor& value_,
-                                                                  const Tensor& out_, const Tensor& largest_,
-                                                                  const Tensor& sum_) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> criss_cross_attention_backward(
+    const Tensor& grad_out_, const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& largest_,
+    const Tensor& sum_, std::optional<Tensor> gamma) {
   check_query_key_and_value(query_, key_, value_);
   check("grad_out", grad_out_, query_, shape_of(value_));
-  check("out", out_, query_, shape_of(value_));
   Tensor delta = empty_per_pixel(query_);
   check("largest", largest_, delta, shape_of(delta));
   check("sum", sum_, delta, shape_of(delta));
+  check_gamma(gamma, delta);
   Tensor query_result = empty_as(query_, shape_of(query_)), key_result = empty_as(key_, shape_of(key_));
   Tensor value_result = empty_as(value_, shape_of(value_));
   const Output grad_query(query_result, Kept::query), grad_key(key_result, Kept::key);
   const Output grad_value(value_result, Kept::value);
   const Input query(query_, Kept::query, grad_query.spare()), key(key_, Kept::key, grad_key.spare());
   const Input value(value_, Kept::value, grad_value.spare());
-  const Tensor out = dense(out_), grad_out = dense(grad_out_);
+  const Tensor grad_out = dense(grad_out_);
   const Tensor largest = torch::stable::contiguous(largest_), sum = torch::stable::contiguous(sum_);
   for_type("query", query_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const PathSum<const Accumulate<T>> path{read_numbers<T>(largest), read_numbers<T>(sum)};
-    Accumulate<T>* d = write_numbers<T>(delta);
-    const std::array images{query.images<T>(),
-                            key.images<T>(),
-                            value.images<T>(),
-                            by_rows<T>(out),
-                            by_lines<T>(grad_out),
-                            grad_query.images<T>(),
-                            grad_key.images<T>(),
-                            grad_value.images<T>()};
+    Accumulate<T>* const d = write_numbers<T>(delta);
+    const Products<Accumulate<T>> products(query_);
+    const Accumulate<T> factor = number_of<T>(gamma);
+    const std::array images{query.images<T>(),      key.images<T>(),      value.images<T>(),     by_lines<T>(grad_out),
+                            grad_query.images<T>(), grad_key.images<T>(), grad_value.images<T>()};
     each_line<T>(query_, query_.size(1), value_.size(1), images,
                  [=](const auto& kernels, const Line& line, const auto& x, int64_t u, char* scratch) {
-                   kernels.attention_backward(line, x[0], x[1], x[2], x[3], x[4], path.from(u), d + u, x[5], x[6], x[7],
-                                              scratch);
+                   kernels.value_gradients(line, x[0], x[1], x[2], x[3], path.from(u), factor, products.along(line, u),
+                                           d + u, x[4], x[5], x[6], scratch);
                  });
+    const std::array again{query.images_again<T>(), key.images_again<T>(), grad_query.images<T>(),
+                           grad_key.images<T>()};
+    each_line<T>(
+        query_, query_.size(1), 0, again,
+        [=](const auto& kernels, const Line& line, const auto& x, int64_t u, char* scratch) {
+          kernels.query_key_gradients(line, x[0], x[1], path.from(u), factor, products.along(line, u), d + u, x[2],
+                                      x[3], scratch);
+        },
+        Which::all_but_the_last);
     grad_query.finish<T>();
     grad_key.finish<T>();
     grad_value.finish<T>();
   });
-  return {query_result, key_result, value_result};
+  return {query_result, key_result, value_result, delta};
 }
 
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {

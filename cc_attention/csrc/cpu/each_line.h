@@ -30,7 +30,7 @@ struct Images {
   const T* planes;  // of an input in NCHW, otherwise null
   int64_t channels;
   bool path = false;
-  bool first_axis_only = false;  // later axes do not read it
+  bool last_axis_only = false;  // earlier ones do not read it
 };
 
 namespace each_line_details {
@@ -100,7 +100,8 @@ class Lines {
 
   // Whether this axis transposes them
   bool from_planes() const {
-    return images_.planes != nullptr && (axis_.first_axis || (in_block() && !images_.first_axis_only));
+    return images_.planes != nullptr &&
+           (in_block() ? axis_.last_axis || !images_.last_axis_only : axis_.first_axis);
   }
 
   // That a block of so many lines has
@@ -151,11 +152,13 @@ class Lines {
 
 }  // namespace each_line_details
 
-// run(kernels, line, tensors along it in the order of `images`, number of its first pixel, scratch) for every line of every
-// axis of x
+enum class Which { all_axes, all_but_the_last };
+
+// run(kernels, line, tensors along it in the order of `images`, number of its first pixel, scratch) for every line of these
+// axes of x
 template <class T, size_t kCount, class F>
 void each_line(const torch::stable::Tensor& x, int64_t query_channels, int64_t value_channels,
-               const std::array<Images<T>, kCount>& images, const F& run) {
+               const std::array<Images<T>, kCount>& images, const F& run, Which which = Which::all_axes) {
   using namespace each_line_details;
   int64_t pixels = 1;
   for (int64_t d = 2; d < x.dim(); ++d) {
@@ -167,6 +170,9 @@ void each_line(const torch::stable::Tensor& x, int64_t query_channels, int64_t v
   const LineKernels<T>& kernels = line_kernels<T>();
   std::atomic<bool> out_of_memory{false};
   for (const Axis& axis : axes_of(x, query_channels, value_channels)) {
+    if (axis.last_axis && which == Which::all_but_the_last) {
+      break;
+    }
     const bool alone = std::none_of(images.begin(), images.end(), [&](const Images<T>& some) {
       return Lines<T>(some, axis, pixels, nullptr).from_planes();
     });

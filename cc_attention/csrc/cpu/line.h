@@ -50,13 +50,19 @@ struct LineKernels {
   // Bytes of scratch memory that is enough for each of the other kernels
   int64_t (*scratch_bytes)(const Line&);
 
-  // Merges the keys and values of this line into out and path.
-  void (*attention)(const Line&, Along<const T> query, Along<const T> key, Along<const T> value, Along<T> out,
-                    PathSum<Real> path, char* scratch);
-  // The gradients of `attention`. The first axis reads out and writes delta; later axes only read delta.
-  void (*attention_backward)(const Line&, Along<const T> query, Along<const T> key, Along<const T> value,
-                             Along<const T> out, Along<const T> grad_out, PathSum<const Real> path, Real* delta,
-                             Along<T> grad_query, Along<T> grad_key, Along<T> grad_value, char* scratch);
+  // Merges the keys and values of this line into out and path. On the last axis out becomes
+  // residual + gamma * attention, if there is a residual.
+  void (*attention)(const Line&, Along<const T> query, Along<const T> key, Along<const T> value,
+                    Along<const T> residual, Real gamma, Along<T> out, PathSum<Real> path, char* scratch);
+  // The gradient of value, and delta, for each query the sum of weight * dP over its path, dP being grad_out . value.
+  // The last axis, which completes delta, goes on to the gradients of query and key. Others leave dP in `products`, a row
+  // of numbers for each pixel, to query_key_gradients, which takes in their part afterwards.
+  void (*value_gradients)(const Line&, Along<const T> query, Along<const T> key, Along<const T> value,
+                          Along<const T> grad_out, PathSum<const Real> path, Real gamma, Along<Real> products,
+                          Real* delta, Along<T> grad_query, Along<T> grad_key, Along<T> grad_value, char* scratch);
+  void (*query_key_gradients)(const Line&, Along<const T> query, Along<const T> key, PathSum<const Real> path,
+                              Real gamma, Along<Real> products, const Real* delta, Along<T> grad_query,
+                              Along<T> grad_key, char* scratch);
 
   void (*energy)(const Line&, Along<const T> query, Along<const T> key, Along<T> energy, char* scratch);
   void (*energy_backward)(const Line&, Along<const T> query, Along<const T> key, Along<const T> grad_energy,

@@ -87,11 +87,11 @@ class LineAttention {
       grads_by_column_ = scratch.take<Word>(queries * kChunk);
       weight_words_ = scratch.take<Word>(queries * row_);
     }
-    delta_sums_ = scratch.take<Real>(queries * kLanes<Real>);
-    lone_sums_ = scratch.take<Real>(queries * kLanes<Real>);
+    dot_sums_ = scratch.take<Real>(queries * kLanes<Real>);
     scale_ = scratch.take<Real>(queries);
     keep_ = scratch.take<Real>(queries);
     ones_ = scratch.take<Real>(row_);
+    gammas_ = scratch.take<Real>(row_);
     used_ = scratch.used();
     for (int64_t i = 0; block != nullptr && i < row_; ++i) {
       ones_[i] = 1;
@@ -100,30 +100,56 @@ class LineAttention {
 
   static int64_t scratch_bytes(const Line& line) { return LineAttention(line, nullptr).used_; }
 
-  static void attention(const Line& line, Along<const T> query, Along<const T> key, Along<const T> value, Along<T> out,
-                        PathSum<Real> path, char* scratch) {
+  static void attention(const Line& line, Along<const T> query, Along<const T> key, Along<const T> value,
+                        Along<const T> residual, Real gamma, Along<T> out, PathSum<Real> path, char* scratch) {
     LineAttention work(line, scratch);
     work.pack_keys(key);
+    if (!line.last_axis) {
+      residual.data = nullptr;
+    }
     work.each_block([&](int64_t first) {
       work.energies(query.from(first), key);
-      work.softmax(path.from(first * line.step));
-      work.weigh_values(value,
-                        {out.from(first).data, out.stride, work.scale_, work.keep_, !line.first_axis});
+      work.softmax(path.from(first * line.step), residual.data == nullptr ? 1 : gamma);
+      work.weigh_values(value, residual,
+                        {out.from(first).data, out.stride, work.scale_, work.keep_, !line.first_axis,
+                         residual.data == nullptr ? nullptr : residual.from(first).data, residual.stride});
     });
   }
 
-  static void attention_backward(const Line& line, Along<const T> query, Along<const T> key, Along<const T> value,
-                                 Along<const T> out, Along<const T> grad_out, PathSum<const Real> path, Real* delta,
-                                 Along<T> grad_query, Along<T> grad_key, Along<T> grad_value, char* scratch) {
+  static void value_gradients(const Line& line, Along<const T> query, Along<const T> key, Along<const T> value,
+                              Along<const T> grad_out, PathSum<const Real> path, Real gamma, Along<Real> products,
+                              Real* delta, Along<T> grad_query, Along<T> grad_key, Along<T> grad_value,
+                              char* scratch) {
+    LineAttention work(line, scratch);
+    work.set_gamma(gamma);
+    work.pack_keys(key);
+    if (line.last_axis) {
+      work.pack_keys_by_column(key);
+    }
+    work.each_block([&](int64_t first) {
+      work.energies(query.from(first), key);
+      work.softmax_again(path.from(first * line.step));
+      const Along<Real> to = line.last_axis ? Along<Real>{work.grad_weight_, work.row_, 0} : products.from(first);
+      work.value_gradients(value, grad_out.from(first), to, grad_value);
+      work.add_delta(to, delta + first * line.step);
+      if (line.last_axis) {
+        work.energy_gradients(to, delta + first * line.step, gamma);
+        work.query_key_gradients(query, grad_query, grad_key, false);
+      }
+    });
+  }
+
+  static void query_key_gradients(const Line& line, Along<const T> query, Along<const T> key, PathSum<const Real> path,
+                                  Real gamma, Along<Real> products, const Real* delta, Along<T> grad_query,
+                                  Along<T> grad_key, char* scratch) {
     LineAttention work(line, scratch);
     work.pack_keys(key);
     work.pack_keys_by_column(key);
     work.each_block([&](int64_t first) {
       work.energies(query.from(first), key);
       work.softmax_again(path.from(first * line.step));
-      work.value_gradients(value, grad_out.from(first), line.first_axis ? out.from(first) : Along<const T>{}, grad_value);
-      work.energy_gradients(delta + first * line.step);
-      work.query_key_gradients(query, grad_query, grad_key);
+      work.energy_gradients(products.from(first), delta + first * line.step, gamma);
+      work.query_key_gradients(query, grad_query, grad_key, true);
     });
   }
 
@@ -142,7 +168,7 @@ class LineAttention {
     work.pack_keys_by_column(key);
     work.each_block([&](int64_t) {
       work.read_path(grad_energy, work.grad_weight_);
-      work.query_key_gradients(query, grad_query, grad_key);
+      work.query_key_gradients(query, grad_query, grad_key, !line.first_axis);
     });
   }
 
@@ -150,16 +176,17 @@ class LineAttention {
     LineAttention work(line, scratch);
     work.each_block([&](int64_t first) {
       work.read_path(weight, work.weight_);
-      work.weigh_values(value, work.to_sum(out.from(first), !line.first_axis));
+      work.weigh_values(value, {}, work.to_sum(out.from(first), !line.first_axis));
     });
   }
 
   static void map_backward(const Line& line, Along<const T> weight, Along<const T> value, Along<const T> grad_out,
                            Along<T> grad_weight, Along<T> grad_value, char* scratch) {
     LineAttention work(line, scratch);
+    work.set_gamma(1);
     work.each_block([&](int64_t first) {
       work.read_path(weight, work.weight_);
-      work.value_gradients(value, grad_out.from(first), {}, grad_value);
+      work.value_gradients(value, grad_out.from(first), {work.grad_weight_, work.row_, 0}, grad_value);
       work.write_path(work.grad_weight_, grad_weight);
     });
   }
@@ -190,7 +217,11 @@ class LineAttention {
             static_cast<int64_t>(smaller(count, channels) * sizeof(T))};
   }
 
-  void clear(Real* sums) const { std::memset(sums, 0, queries_in_block_ * kLanes<Real> * sizeof(Real)); }
+  void set_gamma(Real gamma) {
+    for (int64_t i = 0; i < row_; ++i) {
+      gammas_[i] = gamma;
+    }
+  }
 
   Result<T> to_sum(Along<T> x, bool add) const { return {x.data, x.stride, ones_, ones_, add}; }
 
@@ -240,16 +271,16 @@ class LineAttention {
                       Right<Word>{keys_transposed_, row_}, Result<Real>{weight_, row_, ones_, ones_, false},
                       ahead(query, channels, channels, channels), ahead(key, channels, channels, channels));
     if (lone_column_) {
-      clear(lone_sums_);
-      dot_products(queries_, query_row_, key.from(length_ - 1).data, 0, m, channels, lone_sums_);
-      finish_dot_products(lone_sums_, m, weight_ + length_ - 1, row_);
+      std::memset(dot_sums_, 0, m * kLanes<Real> * sizeof(Real));
+      dot_products(queries_, query_row_, key.from(length_ - 1).data, 0, m, channels, dot_sums_);
+      finish_dot_products(dot_sums_, m, weight_ + length_ - 1, row_);
     }
     set_outside(weight_, -__builtin_inf());
   }
 
   // weight_ = exp(energy - the largest). The path's largest energy and the sum of exp(energy - it) take in this line's,
-  // and scale_ and keep_ become what this line's weights and the earlier axes' result count in the merged one.
-  __attribute__((noinline)) void softmax(PathSum<Real> path) {
+  // and scale_ and keep_ become what this line's weights and the earlier axes' result count in the merged one, times factor.
+  __attribute__((noinline)) void softmax(PathSum<Real> path, Real factor) {
     constexpr int lanes = kLanes<Real>;
     const Vector<Real> nothing = splat<Real>(-__builtin_inf());
     for (int64_t i = 0; i < queries_in_block_; i += lanes) {
@@ -284,12 +315,12 @@ class LineAttention {
       for (int64_t k = count; k < lanes; ++k) {
         group[k] = splat<Real>(1);
       }
-      merge(path, i, count, largest, sum_of_each<Real>(group));
+      merge(path, i, count, largest, sum_of_each<Real>(group), factor);
     }
   }
 
   // What softmax does to `count` queries from query i on, given this line's largest energies and sums
-  void merge(PathSum<Real> path, int64_t i, int64_t count, Vector<Real> largest, Vector<Real> sum) {
+  void merge(PathSum<Real> path, int64_t i, int64_t count, Vector<Real> largest, Vector<Real> sum, Real factor) {
     constexpr int lanes = kLanes<Real>;
     const Vector<Real> nothing = splat<Real>(-__builtin_inf());
     Real largests[lanes], sums[lanes];
@@ -307,8 +338,8 @@ class LineAttention {
     if (!line_.last_axis) {
       inverse = total == 0 ? Vector<Real>{} : inverse;  // all -inf so far: 0, and NaN only if it stays so to the end
     }
-    store(scale_ + i, here * inverse);
-    store(keep_ + i, before * inverse);
+    store(scale_ + i, here * inverse * factor);
+    store(keep_ + i, before * inverse * factor);
     store(largests, merged);
     store(sums, total);
     for (int64_t k = 0; k < count; ++k) {
@@ -328,29 +359,28 @@ class LineAttention {
     }
   }
 
-  // out takes in weight_ V.
-  void weigh_values(Along<const T> value, Result<T> out) {
+  // out takes in weight_ V. The residual is out's.
+  void weigh_values(Along<const T> value, Along<const T> residual, Result<T> out) {
     const Left<Word> weights = over_keys(weight_);
     const int64_t channels = line_.value_channels;
     for (int64_t c = 0; c < channels; c += kChunk) {
       const int64_t n = smaller(kChunk, channels - c);
       pack_columns<Product>(value.data + c, value.stride, length_, n, values_, kChunk);
       multiply<Product>(queries_in_block_, n, words<Product>(length_), weights, Right<Word>{values_, kChunk},
-                        Result<T>{out.data + c, out.row, out.scale, out.keep, out.add},
-                        ahead(value, channels, c + kChunk, kChunk));
+                        out.from_column(c), ahead(value, channels, c + kChunk, kChunk),
+                        residual.data == nullptr ? Ahead{} : ahead(residual, channels, c + kChunk, kChunk));
     }
   }
 
-  // grad_weight_ = dO V^T; grad_value takes in P^T dO; delta_sums_ = the sums of dO * O, if out is given.
-  void value_gradients(Along<const T> value, Along<const T> grad_out, Along<const T> out, Along<T> grad_value) {
+  // products = dO V^T; grad_value takes in gamma * P^T dO.
+  void value_gradients(Along<const T> value, Along<const T> grad_out, Along<Real> products, Along<T> grad_value) {
     const int64_t channels = line_.value_channels, m = queries_in_block_;
     const int64_t grad_row = kChunk / Product::kPerWord;
     const Left<Word> weights = over_queries(weight_);
-    if (channels == 0) {
-      std::memset(grad_weight_, 0, m * row_ * sizeof(Real));
+    for (int64_t i = 0; i < m && channels == 0; ++i) {
+      std::memset(products.from(i).data, 0, row_ * sizeof(Real));
     }
-    clear(delta_sums_);
-    clear(lone_sums_);
+    std::memset(dot_sums_, 0, m * kLanes<Real> * sizeof(Real));
     for (int64_t c = 0; c < channels; c += kChunk) {
       const int64_t n = smaller(kChunk, channels - c);
       pack_rows<Product>(grad_out.data + c, grad_out.stride, m, n, grads_, grad_row);
@@ -360,47 +390,57 @@ class LineAttention {
       pack_transposed<Product>(value.data + c, value.stride, length_ - lone_column_, n, values_transposed_, row_);
       using Packed = std::conditional_t<Product::kPerWord == 1, Real, T>;
       const Packed* grads = reinterpret_cast<const Packed*>(grads_);
-      if (out.data != nullptr) {
-        dot_products(grads, kChunk, out.data + c, out.stride, m, n, delta_sums_);
-      }
       if (lone_column_) {
-        dot_products(grads, kChunk, value.from(length_ - 1).data + c, 0, m, n, lone_sums_);
+        dot_products(grads, kChunk, value.from(length_ - 1).data + c, 0, m, n, dot_sums_);
       }
       const int64_t next = c + kChunk;
       multiply<Product>(m, lone_column_ ? length_ - 1 : row_, words<Product>(n), Left<Word>{grads_, grad_row, 1},
-                        Right<Word>{values_transposed_, row_}, Result<Real>{grad_weight_, row_, ones_, ones_, c > 0},
-                        ahead(value, channels, next, kChunk),
-                        out.data == nullptr ? Ahead{} : ahead(out, channels, next, kChunk));
+                        Right<Word>{values_transposed_, row_},
+                        Result<Real>{products.data, products.stride, ones_, ones_, c > 0},
+                        ahead(value, channels, next, kChunk));
       multiply<Product>(length_, n, words<Product>(m), weights, Right<Word>{grads_by_column_, kChunk},
-                        to_sum({grad_value.data + c, grad_value.stride, 0}, !line_.first_axis || first_query_ > 0),
+                        Result<T>{grad_value.data + c, grad_value.stride, gammas_, ones_,
+                                  !line_.first_axis || first_query_ > 0},
                         ahead(grad_out, channels, next, kChunk));
     }
     if (lone_column_ && channels > 0) {
-      finish_dot_products(lone_sums_, m, grad_weight_ + length_ - 1, row_);
+      finish_dot_products(dot_sums_, m, products.data + length_ - 1, products.stride);
+    }
+    for (int64_t i = 0; i < m && lone_column_; ++i) {  // what no product has made, and has weights of 0
+      std::memset(products.from(i).data + length_, 0, (row_ - length_) * sizeof(Real));
     }
   }
 
-  // grad_weight_ becomes the gradient of the energies.
-  void energy_gradients(Real* delta) {
-    if (line_.first_axis) {
-      finish_dot_products(delta_sums_, queries_in_block_, delta, line_.step);
+  // delta of each query = the sum of weight * products over its path so far
+  void add_delta(Along<Real> products, Real* delta) {
+    std::memset(dot_sums_, 0, queries_in_block_ * kLanes<Real> * sizeof(Real));
+    dot_products(weight_, row_, products.data, products.stride, queries_in_block_, row_, dot_sums_);
+    finish_dot_products(dot_sums_, queries_in_block_, scale_, 1);
+    for (int64_t i = 0; i < queries_in_block_; ++i) {
+      delta[i * line_.step] = scale_[i] + (line_.first_axis ? 0 : delta[i * line_.step]);
     }
+  }
+
+  // grad_weight_ = the gradient of the energies
+  void energy_gradients(Along<Real> products, const Real* delta, Real gamma) {
     for (int64_t i = 0; i < queries_in_block_; ++i) {
       const Real d = delta[i * line_.step];
-      for (int64_t j = i * row_; j < (i + 1) * row_; j += kLanes<Real>) {
-        store(grad_weight_ + j, load(weight_ + j) * (load(grad_weight_ + j) - d));
+      const Real *weight = weight_ + i * row_, *product = products.from(i).data;
+      for (int64_t j = 0; j < row_; j += kLanes<Real>) {
+        store(grad_weight_ + i * row_ + j, load(weight + j) * gamma * (load(product + j) - d));
       }
     }
   }
 
-  void query_key_gradients(Along<const T> query, Along<T> grad_query, Along<T> grad_key) {
+  // grad_query and grad_key become what grad_weight_ makes of them, or with `add` take it in.
+  void query_key_gradients(Along<const T> query, Along<T> grad_query, Along<T> grad_key, bool add) {
     const int64_t channels = line_.query_channels, m = queries_in_block_;
     multiply<Product>(m, channels, words<Product>(length_), over_keys(grad_weight_), Right<Word>{keys_, query_row_},
-                      to_sum(grad_query.from(first_query_), !line_.first_axis));
+                      to_sum(grad_query.from(first_query_), add));
     pack_columns<Product>(query.from(first_query_).data, query.stride, m, channels, queries_by_column_, query_row_);
     multiply<Product>(length_, channels, words<Product>(m), over_queries(grad_weight_),
                       Right<Word>{queries_by_column_, query_row_},
-                      to_sum(grad_key, !line_.first_axis || first_query_ > 0));
+                      to_sum(grad_key, add || first_query_ > 0));
   }
 
   // The explicit form: this line's part of each pixel's path to and from x [queries, keys]. On all axes but the first
@@ -447,17 +487,17 @@ class LineAttention {
   Word *values_, *values_transposed_;          // [keys, kChunk], [kChunk, row_]
   Word *grads_, *grads_by_column_;             // [queries, kChunk]
   Word* weight_words_;                         // what over_keys or over_queries packed last
-  Real *delta_sums_, *lone_sums_;               // [queries, lanes]
+  Real* dot_sums_;                            // [queries, lanes]
   Real *scale_, *keep_;                        // [queries]
-  Real* ones_;                                 // [row_]
+  Real *ones_, *gammas_;                       // [row_]
 };
 
 template <class Product, class T>
 const LineKernels<T>& kernels_of() {
   using Work = LineAttention<Product, T>;
-  static constexpr LineKernels<T> kernels = {Work::scratch_bytes, Work::attention, Work::attention_backward,
-                                             Work::energy,        Work::energy_backward,
-                                             Work::map,           Work::map_backward,
+  static constexpr LineKernels<T> kernels = {Work::scratch_bytes,       Work::attention, Work::value_gradients,
+                                             Work::query_key_gradients, Work::energy,    Work::energy_backward,
+                                             Work::map,                 Work::map_backward,
                                              transpose_matrix<T>};
   return kernels;
 }

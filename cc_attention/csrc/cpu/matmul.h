@@ -58,7 +58,7 @@ struct Right {
   int64_t row;
 };
 
-// C(m, n) becomes scale[m] * (A B)(m, n), plus keep[m] * C(m, n) if `add`.
+// C(m, n) becomes scale[m] * (A B)(m, n), plus keep[m] * C(m, n) if `add`, plus the residual(m, n) if there is one.
 template <class T>
 struct Result {
   T* data;
@@ -66,6 +66,11 @@ struct Result {
   const Accumulate<T>* scale;
   const Accumulate<T>* keep;
   bool add;
+  const T* residual = nullptr;
+  int64_t residual_row = 0;
+  __attribute__((always_inline)) Result from_column(int64_t n) const {
+    return {data + n, row, scale, keep, add, residual == nullptr ? nullptr : residual + n, residual_row};
+  }
 };
 
 // Memory wanted soon: `bytes` of each of the rows
@@ -125,6 +130,9 @@ static __attribute__((noinline)) void store_narrow(const Accumulate<T>* sums, in
       if (c.add) {
         x += load_part(at, count) * c.keep[m];
       }
+      if (c.residual != nullptr) {
+        x += load_part(c.residual + m * c.residual_row + n, count);
+      }
       store_part(at, x, count);
     }
   }
@@ -180,22 +188,27 @@ static __attribute__((noinline)) void tile(const Panel<Product, T>& panel, int64
     return;
   }
   const auto *scale = panel.c.scale + first, *keep = panel.c.keep + first;
-  if (panel.c.add) {
+  const auto finish = [&](auto add, auto has_residual) __attribute__((always_inline)) {
+    const T* residual = panel.c.residual + first * panel.c.residual_row;
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m, c += c_row) {
+    for (int m = 0; m < kRows; ++m, c += c_row, residual += panel.c.residual_row) {
 #pragma GCC unroll 4
       for (int n = 0; n < kVectors; ++n) {
-        store(c + n * lanes, sums[m][n] * scale[m] + load(c + n * lanes) * keep[m]);
+        auto x = sums[m][n] * scale[m];
+        if constexpr (add.value) {
+          x += load(c + n * lanes) * keep[m];
+        }
+        if constexpr (has_residual.value) {
+          x += load(residual + n * lanes);
+        }
+        store(c + n * lanes, x);
       }
     }
+  };
+  if (panel.c.residual != nullptr) {
+    panel.c.add ? finish(std::true_type(), std::true_type()) : finish(std::false_type(), std::true_type());
   } else {
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m, c += c_row) {
-#pragma GCC unroll 4
-      for (int n = 0; n < kVectors; ++n) {
-        store(c + n * lanes, sums[m][n] * scale[m]);
-      }
-    }
+    panel.c.add ? finish(std::true_type(), std::false_type()) : finish(std::false_type(), std::false_type());
   }
 }
 
@@ -232,7 +245,7 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, Left<typename
     const Panel<Product, T> panel{depth,
                                   a,
                                   {b.data + n, b.row},
-                                  {c.data + n, c.row, c.scale, c.keep, c.add},
+                                  c.from_column(n),
                                   panel_columns,
                                   number == 0   ? first
                                   : number == 1 ? second

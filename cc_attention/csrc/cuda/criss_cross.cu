@@ -6,37 +6,83 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 
 #include "cc_attention/csrc/criss_cross.h"
+#include "cc_attention/csrc/cuda/change_layout.h"
 #include "cc_attention/csrc/cuda/line.h"
 #include "libs/csrc/cuda/operators.h"
 
 namespace ccnet {
 namespace {
 
-// The kernels' tensors are channels_last: others are copied, and results are copied back.
 MemoryFormat channels_last_format(const Tensor& x) {
   return x.dim() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
 }
-Tensor in_channels_last(const Tensor& x) {
-  return is_channels_last(x) ? x : torch::stable::contiguous(x, channels_last_format(x));
+// Uninitialised, of that shape and otherwise as `like`
+Tensor empty_as(const Tensor& like, const Shape& shape, MemoryFormat format) {
+  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
 }
-Tensor in_format_of(const Tensor& like, const Tensor& x) {
-  if (format_of(like) != MemoryFormat::Contiguous) {
-    return x;
+Tensor empty_channels_last(const Tensor& like, int64_t channels) {
+  return empty_as(like, shape_with(like, channels), channels_last_format(like));
+}
+int64_t pixels_of(const Tensor& x) {  // of an image
+  int64_t pixels = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) {
+    pixels *= x.size(d);
   }
-  Tensor copy = torch::stable::empty(shape_of(x), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                                     MemoryFormat::Contiguous);
-  torch::stable::copy_(copy, x);
-  return copy;
+  return pixels;
 }
 
-// Uninitialised, of that shape and otherwise as `like`
-Tensor empty_channels_last(const Tensor& like, const Shape& shape) {
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last_format(like));
+// ---- layouts: the kernels' tensors are channels_last, and those that they move in packs of 16 bytes are whole ones ----
+
+Layout layout_of(const Tensor& x) {
+  return is_channels_last(x) ? channels_last_layout(x.size(1)) : planes_layout(x.size(1), pixels_of(x));
+}
+void copy(const Tensor& from, const Tensor& to, cudaStream_t stream) {
+  const cudaError_t error =
+      change_layout(static_cast<int>(from.element_size()), from.size(0), pixels_of(from), from.const_data_ptr(),
+                    layout_of(from), to.mutable_data_ptr(), layout_of(to), stream);
+  STD_TORCH_CHECK(error == cudaSuccess, "criss-cross attention: ", text_of(error));
+}
+int64_t whole_packs(const Tensor& x) { return round_up(static_cast<int>(x.size(1)), 16 / static_cast<int>(x.element_size())); }
+
+Tensor in_channels_last(const Tensor& x, cudaStream_t stream) {
+  if (is_channels_last(x)) {
+    return x;
+  }
+  Tensor result = empty_channels_last(x, x.size(1));
+  copy(x.is_contiguous() ? x : torch::stable::contiguous(x), result, stream);
+  return result;
+}
+// With as many channels more as make whole packs. They are 0, which changes no other result.
+Tensor in_packs(const Tensor& x, cudaStream_t stream) {
+  const int64_t channels = whole_packs(x);
+  const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  if (channels == x.size(1) && (aligned || !is_channels_last(x))) {
+    return in_channels_last(x, stream);
+  }
+  Tensor result = empty_channels_last(x, channels);
+  copy(is_channels_last(x) || x.is_contiguous() ? x : torch::stable::contiguous(x), result, stream);
+  return result;
+}
+// Uninitialised, for what has the shape of x
+Tensor empty_packs(const Tensor& x) { return empty_channels_last(x, whole_packs(x)); }
+
+// A result that was made in channels_last, perhaps in packs, in the shape and format of `like`
+Tensor in_format_of(const Tensor& like, const Shape& shape, const Tensor& result, cudaStream_t stream) {
+  const MemoryFormat format = format_of(like);
+  if (format != MemoryFormat::Contiguous && shape[1] == result.size(1)) {
+    return result;
+  }
+  Tensor to = empty_as(like, shape, format);
+  copy(result, to, stream);
+  return to;
+}
+Tensor in_format_of(const Tensor& like, const Tensor& result, cudaStream_t stream) {
+  return in_format_of(like, shape_of(like), result, stream);
 }
 
 template <class T>
@@ -47,26 +93,25 @@ template <class T>
 Pixels<T> write(const Tensor& x) {
   return {static_cast<T*>(x.mutable_data_ptr()), static_cast<int>(x.size(1))};
 }
-// The numbers of empty_per_pixel
+// Numbers of the type that sums are made in
 template <class T>
 Accumulate<T>* numbers(const Tensor& x) {
   return static_cast<Accumulate<T>*>(x.mutable_data_ptr());
 }
 template <class T>
-PathSum<const Accumulate<T>> read_path(const Tensor& largest, const Tensor& sum) {
-  using Real = Accumulate<T>;
-  return {static_cast<const Real*>(largest.const_data_ptr()), static_cast<const Real*>(sum.const_data_ptr())};
+const Accumulate<T>* read_numbers(const std::optional<Tensor>& x) {
+  return x ? static_cast<const Accumulate<T>*>(x->const_data_ptr()) : nullptr;
 }
 
 // The axes of x: its rows, columns, and lines along depth
 Axes axes_of(const Tensor& x) {
   Axes axes{};
-  axes.pixels = x.size(0);
+  axes.images = x.size(0);
+  axes.pixels = pixels_of(x);
   int64_t path = 0;
   for (int64_t d = x.dim() - 1, step = 1; d >= 2; step *= x.size(d--)) {
     const int64_t length = x.size(d);
     STD_TORCH_CHECK(length <= std::numeric_limits<int>::max() / 4, "expected sides of less than 2^29 pixels");
-    axes.pixels *= length;
     const bool first = axes.count == 0;
     if (first || length > 1) {  // a line of one pixel has, but for the first axis, nobody to attend to
       axes.lines[axes.count++] = {step, static_cast<int>(length), first, false, 0, static_cast<int>(path)};
@@ -86,84 +131,104 @@ using Launchers = LineAttentionLaunchers<T, Accumulate<T>>;
 // ---- the operators ----
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_,
-                                                         const Tensor& value_) {
+                                                         const Tensor& value_, std::optional<Tensor> residual_,
+                                                         std::optional<Tensor> gamma) {
   check_query_key_and_value(query_, key_, value_);
+  Tensor largest = empty_per_pixel(query_), sum = empty_per_pixel(query_);
+  check_residual(residual_, gamma, value_, largest);
   const OnDeviceOf device(query_);
-  const Tensor query = in_channels_last(query_), key = in_channels_last(key_), value = in_channels_last(value_);
-  Tensor out = empty_channels_last(value, shape_of(value));
-  Tensor largest = empty_per_pixel(query), sum = empty_per_pixel(query);
+  const cudaStream_t stream = device.stream();
+  const Tensor query = in_packs(query_, stream), key = in_packs(key_, stream), value = in_packs(value_, stream);
+  const std::optional<Tensor> residual = residual_ ? std::optional(in_packs(*residual_, stream)) : std::nullopt;
+  const Tensor out = empty_packs(value_);
+  // Not both of the whole path: an axis reads one while it writes the other.
+  const Tensor other_largest = empty_per_pixel(query_), other_sum = empty_per_pixel(query_);
   run_for_type("criss_cross_attention", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Launchers<T>::attention(axes_of(query), read<T>(query), read<T>(key), read<T>(value), write<T>(out),
-                                   {numbers<T>(largest), numbers<T>(sum)}, device.stream());
+    return Launchers<T>::attention(axes_of(query), read<T>(query), read<T>(key), read<T>(value),
+                                   residual ? read<T>(*residual).data : nullptr, read_numbers<T>(gamma), write<T>(out),
+                                   {numbers<T>(largest), numbers<T>(sum)},
+                                   {numbers<T>(other_largest), numbers<T>(other_sum)}, stream);
   });
-  return {in_format_of(value_, out), largest, sum};
+  return {in_format_of(value_, out, stream), largest, sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad_out_, const Tensor& query_,
-                                                                  const Tensor& key_, const Tensor& value_,
-                                                                  const Tensor& out_, const Tensor& largest_,
-                                                                  const Tensor& sum_) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> criss_cross_attention_backward(
+    const Tensor& grad_out_, const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& largest_,
+    const Tensor& sum_, std::optional<Tensor> gamma) {
   check_query_key_and_value(query_, key_, value_);
   check("grad_out", grad_out_, query_, shape_of(value_));
-  check("out", out_, query_, shape_of(value_));
-  const OnDeviceOf device(query_);
   Tensor delta = empty_per_pixel(query_);
   check("largest", largest_, delta, shape_of(delta));
   check("sum", sum_, delta, shape_of(delta));
-  const Tensor query = in_channels_last(query_), key = in_channels_last(key_), value = in_channels_last(value_);
-  const Tensor out = in_channels_last(out_), grad_out = in_channels_last(grad_out_);
+  check_gamma(gamma, delta);
+  const OnDeviceOf device(query_);
+  const cudaStream_t stream = device.stream();
+  const Tensor query = in_packs(query_, stream), key = in_packs(key_, stream), value = in_packs(value_, stream);
+  const Tensor grad_out = in_packs(grad_out_, stream);
   const Tensor largest = torch::stable::contiguous(largest_), sum = torch::stable::contiguous(sum_);
-  Tensor grad_query = empty_channels_last(query, shape_of(query)), grad_key = empty_channels_last(key, shape_of(key));
-  Tensor grad_value = empty_channels_last(value, shape_of(value));
+  const Tensor grad_query = empty_packs(query_), grad_key = empty_packs(key_), grad_value = empty_packs(value_);
+  const Axes axes = axes_of(query);
   run_for_type("criss_cross_attention_backward", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Launchers<T>::attention_backward(axes_of(query), read<T>(query), read<T>(key), read<T>(value), read<T>(out),
-                                            read<T>(grad_out), read_path<T>(largest, sum), numbers<T>(delta),
-                                            write<T>(grad_query), write<T>(grad_key), write<T>(grad_value),
-                                            device.stream());
+    GradScratchSize size;
+    const cudaError_t error =
+        Launchers<T>::scratch_size(axes, read<T>(query).channels, read<T>(value).channels, size);
+    if (error != cudaSuccess) {
+      return error;
+    }
+    const Tensor products = torch::stable::new_empty(delta, {size.products});
+    const Tensor parts = torch::stable::new_empty(delta, {size.slots * size.images * axes.pixels});
+    return Launchers<T>::attention_backward(axes, read<T>(query), read<T>(key), read<T>(value), read<T>(grad_out),
+                                            {read_numbers<T>(largest), read_numbers<T>(sum)}, read_numbers<T>(gamma),
+                                            {size, numbers<T>(products), numbers<T>(parts)}, numbers<T>(delta),
+                                            write<T>(grad_query), write<T>(grad_key), write<T>(grad_value), stream);
   });
-  return {in_format_of(query_, grad_query), in_format_of(key_, grad_key), in_format_of(value_, grad_value)};
+  return {in_format_of(query_, grad_query, stream), in_format_of(key_, grad_key, stream),
+          in_format_of(value_, grad_value, stream), delta};
 }
 
 Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
   const OnDeviceOf device(query_);
-  const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
-  Tensor energy = empty_channels_last(query, path_shape(query));
+  const cudaStream_t stream = device.stream();
+  const Tensor query = in_packs(query_, stream), key = in_packs(key_, stream);
+  Tensor energy = empty_channels_last(query, path_shape(query)[1]);
   run_for_type("ca_weight", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Launchers<T>::energy(axes_of(query), read<T>(query), read<T>(key), write<T>(energy), device.stream());
+    return Launchers<T>::energy(axes_of(query), read<T>(query), read<T>(key), write<T>(energy), stream);
   });
-  return in_format_of(query_, energy);
+  return in_format_of(query_, path_shape(query_), energy, stream);
 }
 
 std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_) {
   check_query_and_key(query_, key_, false);
   check("grad_energy", grad_energy_, query_, path_shape(query_));
   const OnDeviceOf device(query_);
-  const Tensor query = in_channels_last(query_), key = in_channels_last(key_);
-  const Tensor grad_energy = in_channels_last(grad_energy_);
-  Tensor grad_query = empty_channels_last(query, shape_of(query)), grad_key = empty_channels_last(key, shape_of(key));
+  const cudaStream_t stream = device.stream();
+  const Tensor query = in_packs(query_, stream), key = in_packs(key_, stream);
+  const Tensor grad_energy = in_channels_last(grad_energy_, stream);
+  const Tensor grad_query = empty_packs(query_), grad_key = empty_packs(key_);
   run_for_type("ca_weight_backward", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return Launchers<T>::energy_backward(axes_of(query), read<T>(query), read<T>(key), read<T>(grad_energy),
-                                         write<T>(grad_query), write<T>(grad_key), device.stream());
+                                         write<T>(grad_query), write<T>(grad_key), stream);
   });
-  return {in_format_of(query_, grad_query), in_format_of(key_, grad_key)};
+  return {in_format_of(query_, grad_query, stream), in_format_of(key_, grad_key, stream)};
 }
 
 Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
   const OnDeviceOf device(value_);
-  const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
-  Tensor out = empty_channels_last(value, shape_of(value));
+  const cudaStream_t stream = device.stream();
+  const Tensor weight = in_channels_last(weight_, stream), value = in_packs(value_, stream);
+  const Tensor out = empty_packs(value_);
   run_for_type("ca_map", value, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Launchers<T>::map(axes_of(value), read<T>(weight), read<T>(value), write<T>(out), device.stream());
+    return Launchers<T>::map(axes_of(value), read<T>(weight), read<T>(value), write<T>(out), stream);
   });
-  return in_format_of(value_, out);
+  return in_format_of(value_, out, stream);
 }
 
 std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_) {
@@ -171,16 +236,17 @@ std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor
   check("weight", weight_, value_, path_shape(value_));
   check("grad_out", grad_out_, value_, shape_of(value_));
   const OnDeviceOf device(value_);
-  const Tensor weight = in_channels_last(weight_), value = in_channels_last(value_);
-  const Tensor grad_out = in_channels_last(grad_out_);
-  Tensor grad_weight = empty_channels_last(value, path_shape(value));
-  Tensor grad_value = empty_channels_last(value, shape_of(value));
+  const cudaStream_t stream = device.stream();
+  const Tensor weight = in_channels_last(weight_, stream), value = in_packs(value_, stream);
+  const Tensor grad_out = in_packs(grad_out_, stream);
+  const Tensor grad_weight = empty_channels_last(value, path_shape(value)[1]);
+  const Tensor grad_value = empty_packs(value_);
   run_for_type("ca_map_backward", value, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return Launchers<T>::map_backward(axes_of(value), read<T>(weight), read<T>(value), read<T>(grad_out),
-                                      write<T>(grad_weight), write<T>(grad_value), device.stream());
+                                      write<T>(grad_weight), write<T>(grad_value), stream);
   });
-  return {in_format_of(weight_, grad_weight), in_format_of(value_, grad_value)};
+  return {in_format_of(weight_, grad_weight, stream), in_format_of(value_, grad_value, stream)};
 }
 
 }  // namespace

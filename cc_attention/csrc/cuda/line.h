@@ -18,12 +18,14 @@ struct Line {
   bool first_axis, last_axis;
   // Explicit form: a pixel's energies or weights are `path` numbers, this line's begin at `path_begin`.
   int path, path_begin;
+
+  __host__ __device__ bool on_path(int query, int key) const { return key < length && (first_axis || key != query); }
 };
 
 struct Axes {
   Line lines[3];
   int count;
-  int64_t pixels;  // of all images
+  int64_t images, pixels;  // pixels of an image
 };
 
 // [pixels, channels]
@@ -31,6 +33,7 @@ template <class T>
 struct Pixels {
   T* data;
   int channels;
+  Pixels from(int64_t pixel) const { return {data + pixel * channels, channels}; }
 };
 
 // Of each pixel's energies so far: the largest, and the sum of exp(energy - largest).
@@ -38,19 +41,36 @@ template <class Real>
 struct PathSum {
   Real* largest;
   Real* sum;
+  PathSum from(int64_t pixel) const { return {largest + pixel, sum + pixel}; }
 };
 
-// Each runs one kernel for each axis, in order, on the stream. Nothing is launched for no pixels.
+// What the backward pass works with, of as many images as it works on at a time: dP = grad_out . value for each pair of
+// pixels of a path, as the kernels like it, and parts of delta, the sum of weight * dP over a pixel's path.
+struct GradScratchSize {
+  int64_t images, products, slots;  // `slots` parts for each pixel
+};
+template <class Real>
+struct GradScratch {
+  GradScratchSize size;
+  Real *products, *parts;
+};
+
+// Each runs its kernels for each axis, in order, on the stream. Nothing is launched for no pixels. Channels are whole
+// packs of 16 bytes and data begins at a multiple of them, but for energies and weights of the explicit form.
 template <class T, class Real>
 struct LineAttentionLaunchers {
-  // out and path, both of them from nothing
+  // out = attention, or with a residual: residual + gamma * attention. The axes use two `path` in turns; `path` has the
+  // whole path's numbers in the end.
   static cudaError_t attention(const Axes&, Pixels<const T> query, Pixels<const T> key, Pixels<const T> value,
-                               Pixels<T> out, PathSum<Real> path, cudaStream_t);
-  // delta [pixels] is scratch.
+                               const T* residual, const Real* gamma, Pixels<T> out, PathSum<Real> path,
+                               PathSum<Real> other_path, cudaStream_t);
+  static cudaError_t scratch_size(const Axes&, int query_channels, int value_channels, GradScratchSize&);
+  // Gradients of query, key and value, and delta [pixels]. Without gamma it is 1.
   static cudaError_t attention_backward(const Axes&, Pixels<const T> query, Pixels<const T> key, Pixels<const T> value,
-                                        Pixels<const T> out, Pixels<const T> grad_out, PathSum<const Real> path,
-                                        Real* delta, Pixels<T> grad_query, Pixels<T> grad_key, Pixels<T> grad_value,
-                                        cudaStream_t);
+                                        Pixels<const T> grad_out, PathSum<const Real> path, const Real* gamma,
+                                        const GradScratch<Real>&, Real* delta, Pixels<T> grad_query,
+                                        Pixels<T> grad_key, Pixels<T> grad_value, cudaStream_t);
+
   static cudaError_t energy(const Axes&, Pixels<const T> query, Pixels<const T> key, Pixels<T> energy, cudaStream_t);
   static cudaError_t energy_backward(const Axes&, Pixels<const T> query, Pixels<const T> key,
                                      Pixels<const T> grad_energy, Pixels<T> grad_query, Pixels<T> grad_key,

@@ -1,6 +1,6 @@
-// Attention along lines, declared in line.h: the kernels.
+// Attention along lines: the explicit form, and attention itself without tensor cores.
 //
-// A block has a tile of a line's weights, [queries, keys], and everything is a product with it:
+// A block has a tile of a line's weights, [queries, keys], in shared memory, and everything is a product with it:
 //   energy = Q K^T, out = P V;  dV = P^T dO, dP = dO V^T, dE = P * (dP - delta), dQ = dE K, dK = dE^T Q
 // Queries are the rows, keys the columns. Channels pass by in slices. A tile merges into what the tiles before it have
 // left, of its own line or of an earlier axis's, so a line may have any length; one that fits into a tile has all its
@@ -9,36 +9,10 @@
 
 #include <type_traits>
 
-#include "cc_attention/csrc/cuda/line.h"
+#include "cc_attention/csrc/cuda/line_map.cuh"
 #include "libs/csrc/cuda/matmul.cuh"
 
 namespace ccnet {
-
-template <class T>
-__device__ __forceinline__ T larger(T a, T b) {
-  return b > a || b != b ? b : a;  // NaN stays
-}
-__device__ __forceinline__ int at_most(int limit, int x) { return x < limit ? x : limit; }
-
-// Of the line of that number
-__device__ __forceinline__ int64_t first_pixel(const Line& line, int64_t number) {
-  return number / line.step * line.step * line.length + number % line.step;
-}
-
-// A map, as one block sees it: the rows of one line
-template <class T>
-struct LineMap {
-  T* data;
-  int channels;
-  bool aligned;
-  explicit LineMap(const Pixels<T>& x) : data(x.data), channels(x.channels) {
-    constexpr int pack = 16 / sizeof(T);
-    aligned = channels % pack == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  }
-  __device__ __forceinline__ Rows<T> rows(const Line& line, int64_t first_pixel) const {
-    return {data + first_pixel * channels, line.step * channels, line.length, channels, aligned};
-  }
-};
 
 template <class Cores, class T, int kTile>
 struct LineAttention {
@@ -60,9 +34,9 @@ struct LineAttention {
   static constexpr int kRowNumbers = 3 + 2 * Weights::kColumnWarps;
   static constexpr int kMapBytes = WeightTile::kBytes + 2 * Slice::kBytes;
   static constexpr int kForwardBytes = kMapBytes + kRowNumbers * kTile * static_cast<int>(sizeof(Real));
-  static constexpr int kBackwardBytes = kMapBytes + 2 * GradSlice::kBytes;
   static constexpr int kMapBackwardBytes = WeightTile::kBytes + 2 * GradSlice::kBytes;
-  static constexpr int kMostBytes = kForwardBytes > kBackwardBytes ? kForwardBytes : kBackwardBytes;
+  static constexpr int kValueGradientBytes =
+      kMapBackwardBytes + Weights::kColumnWarps * kTile * static_cast<int>(sizeof(Real));
 
   // Of queries and keys of a tile that begins at first_query and first_key
   struct Corner {
@@ -71,8 +45,7 @@ struct LineAttention {
     __device__ __forceinline__ bool has_query(int row) const { return first_query + row < line.length; }
     // Whether the key is on the query's path: each pixel is on its own only once, in the first axis.
     __device__ __forceinline__ bool has(int row, int column) const {
-      const int query = first_query + row, key = first_key + column;
-      return query < line.length && key < line.length && (line.first_axis || query != key);
+      return has_query(row) && line.on_path(first_query + row, first_key + column);
     }
     // Explicit form: where the key is among the query's weights
     __device__ __forceinline__ int place(int row, int column) const {
@@ -133,6 +106,13 @@ struct LineAttention {
     }
   }
 
+  // Where dP of a tile is, of the line of that number
+  static __host__ __device__ __forceinline__ int64_t products_at(const Line& line, int64_t number, int first_key,
+                                                                 int first_query) {
+    const int tiles = (line.length + kTile - 1) / kTile;
+    return ((number * tiles + first_key / kTile) * tiles + first_query / kTile) * kTile * kTile;
+  }
+
   // What softmax needs of a tile's rows between threads. largest and sum are those of each query's path so far.
   struct RowNumbers {
     Real *largest, *sum, *keep;     // [kTile]
@@ -144,7 +124,7 @@ struct LineAttention {
           largest_here(carver.take<Real>(Weights::kColumnWarps * kTile)),
           sum_here(carver.take<Real>(Weights::kColumnWarps * kTile)) {}
 
-    __device__ __forceinline__ void begin(const PathSum<Real>& path, const Corner& corner, int64_t pixel) const {
+    __device__ __forceinline__ void begin(const PathSum<const Real>& path, const Corner& corner, int64_t pixel) const {
       const int row = threadIdx.x;
       const bool earlier = row < kTile && corner.has_query(row) && !corner.line.first_axis;
       const int64_t u = earlier ? pixel + (corner.first_query + row) * corner.line.step : 0;
@@ -174,11 +154,11 @@ struct LineAttention {
       for (int j = 0; j < Weights::kColumns; ++j) {
         const bool on_path = corner.has(energy.row(i), energy.column(j));
         energy.x[i][j] = on_path ? energy.x[i][j] : -static_cast<Real>(INFINITY);
-        largest = larger(largest, energy.x[i][j]);
+        largest = greater(largest, energy.x[i][j]);  // NaN does not stay here, but it does in the sum
       }
 #pragma unroll
       for (int bit = 1; bit < Weights::kRowLanes; bit *= 2) {
-        largest = larger(largest, __shfl_xor_sync(~0u, largest, bit));
+        largest = greater(largest, __shfl_xor_sync(~0u, largest, bit));
       }
       store_shared(numbers.largest_here + part + energy.row(i), largest, first_lane);
     }
@@ -190,7 +170,7 @@ struct LineAttention {
       Real largest = earlier;
 #pragma unroll
       for (int w = 0; w < Weights::kColumnWarps; ++w) {
-        largest = larger(largest, load_shared(numbers.largest_here + w * kTile + row));
+        largest = greater(largest, load_shared(numbers.largest_here + w * kTile + row));
       }
       merged[i] = largest;
       // Where every energy is -inf, so that -inf - -inf does not make NaN of a sum that is 0
@@ -230,11 +210,11 @@ struct LineAttention {
     }
   }
 
-  // out = P V, or with add: keep * out + P V. The first slice of values has been asked for in `first`.
-  template <class Keep>
+  // target becomes scale * P V, merged with what is there. The first slice of values has been asked for in `first`.
+  template <class Scale, class Keep>
   static __device__ __forceinline__ void weigh_values(const WeightTile& weight, const Slice& first, const Slice& second,
-                                                      const Rows<const T>& value, const Rows<T>& out,
-                                                      const Corner& corner, bool add, const Keep& keep) {
+                                                      const Rows<const T>& value, const Target<T>& target,
+                                                      const Corner& corner, const Scale& scale, const Keep& keep) {
     Slice slice = first, next = second;
     for (int c = 0; c < value.channels; c += kSlice) {
       copies_wait();
@@ -245,18 +225,21 @@ struct LineAttention {
       Sums sums;
       clear(sums);
       multiply<false, false>(sums, weight, slice, round_up(corner.keys(), 16));
-      write_rows(sums, out, corner.first_query, c, add, keep);
+      write_rows(sums, target, corner.first_query, c, scale, keep);
       T* const read = slice.data;
       slice.data = next.data;
       next.data = read;
     }
   }
 
-  // grad_weight = dO V^T; grad_value = P^T dO, or with add, takes it in.
+  static __device__ __forceinline__ Real one(int) { return 1; }
+
+  // grad_weight = dO V^T; grad_value = gamma * P^T dO, or with add, takes it in.
   static __device__ __forceinline__ void value_gradients(Weights& grad_weight, const WeightTile& weight,
                                                          const GradSlice& grads, const GradSlice& values,
                                                          const Rows<const T>& grad_out, const Rows<const T>& value,
-                                                         const Rows<T>& grad_value, const Corner& corner, bool add) {
+                                                         const Target<T>& grad_value, const Corner& corner,
+                                                         Real gamma) {
     clear(grad_weight);
     for (int c = 0; c < value.channels; c += kGradSlice) {
       __syncthreads();
@@ -268,29 +251,43 @@ struct LineAttention {
       GradSums sums;
       clear(sums);
       multiply<true, false>(sums, weight, grads, round_up(corner.queries(), 16));
-      write_rows(sums, grad_value, corner.first_key, c, add, [](int) { return Real(1); });
+      write_rows(sums, grad_value, corner.first_key, c, [&](int) { return gamma; }, one);
     }
     __syncthreads();
   }
 
-  // weight becomes the gradient of the energies.
-  static __device__ __forceinline__ void energy_gradients(const Weights& grad_weight, const WeightTile& weight,
-                                                          const Real* delta, const Corner& corner, int64_t pixel) {
+  // Each query's sum of weight * dP over the tile's keys, to the column warps' sums in `partial` [kColumnWarps, kTile]
+  static __device__ __forceinline__ void sum_keys(const Weights& products, const WeightTile& weight, Real* partial) {
 #pragma unroll
     for (int i = 0; i < Weights::kRows; ++i) {
-      const int row = grad_weight.row(i);
-      const bool valid = corner.has_query(row);
-      const int64_t u = valid ? pixel + (corner.first_query + row) * corner.line.step : 0;
-      const Real d = load_global(delta + u, valid);
+      const int row = products.row(i);
+      Real sum = 0;
 #pragma unroll
       for (int j = 0; j < Weights::kColumns; j += Weights::kGroup) {
-        auto run = weight.template load<Weights::kGroup>(row, grad_weight.column(j));
+        const auto run = weight.template load<Weights::kGroup>(row, products.column(j));
 #pragma unroll
         for (int e = 0; e < Weights::kGroup; ++e) {
-          const bool on_path = corner.has(row, grad_weight.column(j + e));
-          run.x[e] = down<T>(on_path ? up(run.x[e]) * (grad_weight.x[i][j + e] - d) : 0);
+          sum += up(run.x[e]) * products.x[i][j + e];
         }
-        weight.template store<Weights::kGroup>(row, grad_weight.column(j), run);
+      }
+#pragma unroll
+      for (int bit = 1; bit < Weights::kRowLanes; bit *= 2) {
+        sum += __shfl_xor_sync(~0u, sum, bit);
+      }
+      Real* const to = partial + threadIdx.x / 32 % Weights::kColumnWarps * kTile + row;
+      store_shared(to, sum, threadIdx.x % Weights::kRowLanes == 0);
+    }
+  }
+
+  // f(row, column, Run of numbers that are moved at once) for the numbers of a tile that a thread has
+  template <class F>
+  static __device__ __forceinline__ void each_run(Weights& x, const F& f) {
+    constexpr int kCount = 16 / sizeof(Real) < Weights::kGroup ? 16 / sizeof(Real) : Weights::kGroup;
+#pragma unroll
+    for (int i = 0; i < Weights::kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < Weights::kColumns; j += kCount) {
+        f(x.row(i), x.column(j), *reinterpret_cast<Run<Real, kCount>*>(&x.x[i][j]));
       }
     }
   }
@@ -298,10 +295,9 @@ struct LineAttention {
   // grad_query and grad_key from the gradient of the energies. The slices are there if there is only one.
   static __device__ __forceinline__ void query_key_gradients(const WeightTile& grad_energy, const Slice& queries,
                                                              const Slice& keys, const Rows<const T>& query,
-                                                             const Rows<const T>& key, const Rows<T>& grad_query,
-                                                             const Rows<T>& grad_key, const Corner& corner, bool there,
-                                                             bool add_query, bool add_key) {
-    const auto one = [](int) { return Real(1); };
+                                                             const Rows<const T>& key, const Target<T>& grad_query,
+                                                             const Target<T>& grad_key, const Corner& corner,
+                                                             bool there) {
     for (int c = 0; c < query.channels; c += kSlice) {
       __syncthreads();
       if (!there || query.channels > kSlice) {
@@ -313,10 +309,10 @@ struct LineAttention {
       Sums sums;
       clear(sums);
       multiply<false, false>(sums, grad_energy, keys, round_up(corner.keys(), 16));
-      write_rows(sums, grad_query, corner.first_query, c, add_query, one);
+      write_rows(sums, grad_query, corner.first_query, c, one, one);
       clear(sums);
       multiply<true, false>(sums, grad_energy, queries, round_up(corner.queries(), 16));
-      write_rows(sums, grad_key, corner.first_key, c, add_key, one);
+      write_rows(sums, grad_key, corner.first_key, c, one, one);
     }
   }
 
@@ -336,9 +332,12 @@ struct LineAttention {
 
 template <class Work>
 __global__ void __launch_bounds__(Work::kThreads, 2)
-    attention_kernel(const Line line, const typename Work::In query, const typename Work::In key,
-                     const typename Work::In value, const typename Work::Out out,
-                     const PathSum<typename Work::Real> path) {
+    plain_attention_kernel(const Line line, const typename Work::In query, const typename Work::In key,
+                           const typename Work::In value, const typename Work::Element* residual,
+                           const typename Work::Real* gamma, const typename Work::Out out,
+                           const PathSum<const typename Work::Real> path_before,
+                           const PathSum<typename Work::Real> path) {
+  using Real = typename Work::Real;
   constexpr int kTile = Work::kSide;
   SharedCarver carver;
   const typename Work::WeightTile weight(carver);
@@ -348,88 +347,120 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
   const int64_t pixel = first_pixel(line, blockIdx.x / tiles);
   const int first_query = blockIdx.x % tiles * kTile;
   const auto q = query.rows(line, pixel), k = key.rows(line, pixel), v = value.rows(line, pixel);
-  numbers.begin(path, {line, first_query, 0}, pixel);
+  numbers.begin(path_before, {line, first_query, 0}, pixel);
   for (int first_key = 0; first_key < line.length; first_key += kTile) {
     const typename Work::Corner corner{line, unknown(first_query), unknown(first_key)};
+    const bool last = line.last_axis && first_key + kTile >= line.length, scaled = last && residual != nullptr;
     typename Work::Weights energy;
     Work::energies(energy, first, second, q, k, corner);
     __syncthreads();
     if (v.channels > 0) {
       first.template fetch<Work::kThreads>(v, first_key, 0);
     }
-    Work::softmax(energy, numbers, corner, line.last_axis && first_key + kTile >= line.length);
+    Work::softmax(energy, numbers, corner, last);
     Work::store(energy, weight);
-    Work::weigh_values(weight, first, second, v, out.rows(line, pixel), corner, !line.first_axis || first_key > 0,
-                       [&](int row) { return load_shared(numbers.keep + row); });
+    const Real factor = scaled ? load_global(gamma, true) : 1;
+    Work::weigh_values(
+        weight, first, second, v,
+        {out.rows(line, pixel), !line.first_axis || first_key > 0, scaled ? residual + pixel * v.channels : nullptr},
+        corner, [&](int) { return factor; }, [&](int row) { return factor * load_shared(numbers.keep + row); });
   }
   __syncthreads();
   numbers.end(path, {line, first_query, 0}, pixel);
 }
 
 template <class Work>
+__device__ __forceinline__ void weights_of(typename Work::Weights& weight, const typename Work::Slice& queries,
+                                           const typename Work::Slice& keys, const Rows<const typename Work::Element>& q,
+                                           const Rows<const typename Work::Element>& k,
+                                           const PathSum<const typename Work::Real>& path,
+                                           const typename Work::Corner& corner, int64_t pixel) {
+  Work::energies(weight, queries, keys, q, k, corner);
+  Work::weights_again(weight, path, corner, pixel);
+}
+
+// grad_value, dP and delta, a block for a line
+template <class Work>
 __global__ void __launch_bounds__(Work::kThreads, 2)
-    attention_backward_kernel(const Line line, const typename Work::In query, const typename Work::In key,
-                              const typename Work::In value, const typename Work::In grad_out,
-                              const PathSum<const typename Work::Real> path, const typename Work::Real* delta,
-                              const typename Work::Out grad_query, const typename Work::Out grad_key,
-                              const typename Work::Out grad_value) {
+    plain_value_gradient_kernel(const Line line, const typename Work::In query, const typename Work::In key,
+                                const typename Work::In value, const typename Work::In grad_out,
+                                const PathSum<const typename Work::Real> path, const typename Work::Real* gamma,
+                                const AxisScratch<typename Work::Real> scratch, const typename Work::Out grad_value) {
+  using Real = typename Work::Real;
   constexpr int kTile = Work::kSide;
-  using Weights = typename Work::Weights;
   SharedCarver carver;
   const typename Work::WeightTile weight(carver);
-  const typename Work::Slice queries(carver), keys(carver);
-  const typename Work::GradSlice grads(carver), values(carver);
+  const typename Work::Slice first(carver), second(carver);
+  Real* const partial = carver.take<Real>(Work::Weights::kColumnWarps * kTile);
   const int64_t pixel = first_pixel(line, blockIdx.x);
+  const Real factor = gamma == nullptr ? 1 : load_global(gamma, true);
   for (int first_key = 0; first_key < line.length; first_key += kTile) {
     for (int first_query = 0; first_query < line.length; first_query += kTile) {
       const auto corner = [&] { return typename Work::Corner{line, unknown(first_query), unknown(first_key)}; };
-      Weights x;  // energies, then weights, then their gradients
-      Work::energies(x, queries, keys, query.rows(line, pixel), key.rows(line, pixel), corner());
-      Work::weights_again(x, path, corner(), pixel);
+      typename Work::Weights x;  // weights, then dP
+      weights_of<Work>(x, first, second, query.rows(line, pixel), key.rows(line, pixel), path, corner(), pixel);
       Work::store(x, weight);
-      Work::value_gradients(x, weight, grads, values, grad_out.rows(line, pixel), value.rows(line, pixel),
-                            grad_value.rows(line, pixel), corner(), !line.first_axis || first_query > 0);
-      Work::energy_gradients(x, weight, delta, corner(), pixel);
-      Work::query_key_gradients(weight, queries, keys, query.rows(line, pixel), key.rows(line, pixel),
-                                grad_query.rows(line, pixel), grad_key.rows(line, pixel), corner(), true,
-                                !line.first_axis || first_key > 0, !line.first_axis || first_query > 0);
+      Work::value_gradients(x, weight, first, second, grad_out.rows(line, pixel), value.rows(line, pixel),
+                            {grad_value.rows(line, pixel), !line.first_axis || first_query > 0}, corner(), factor);
+      Real* const products = scratch.products + Work::products_at(line, blockIdx.x, first_key, first_query);
+      Work::each_run(x, [&](int row, int column, auto& run) {
+        store_global(reinterpret_cast<std::remove_reference_t<decltype(run)>*>(products + row * kTile + column), run,
+                     true);
+      });
+      Work::sum_keys(x, weight, partial);
       __syncthreads();
+      const int row = threadIdx.x % kTile;
+      const bool valid = threadIdx.x < kTile && first_query + row < line.length;
+      Real* const to = scratch.parts + pixel + (valid ? (first_query + row) * line.step : 0);
+      Real sum = load_global(to, valid && first_key > 0);
+#pragma unroll
+      for (int warp = 0; warp < Work::Weights::kColumnWarps; ++warp) {
+        sum += load_shared(partial + warp * kTile + row);
+      }
+      store_global(to, sum, valid);
     }
   }
 }
 
-// delta[u] = sum of a[u] * b[u] over channels; a warp for a pixel
-template <class T>
-__global__ void __launch_bounds__(256)
-    dot_product_kernel(const LineMap<const T> a, const LineMap<const T> b, int64_t pixels, Accumulate<T>* delta) {
-  constexpr int kPack = 16 / sizeof(T);
-  const int64_t pixel = blockIdx.x * int64_t{8} + threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const bool aligned = a.aligned && b.aligned;
-  const T *x = a.data + (pixel < pixels ? pixel * a.channels : 0), *y = b.data + (x - a.data);
-  Accumulate<T> sum = 0;
-  if (aligned) {
-    for (int c = lane * kPack; c < round_up(a.channels, 32 * kPack); c += 32 * kPack) {
-      const bool valid = pixel < pixels && c < a.channels;
-      const auto p = load_global(reinterpret_cast<const Run<T, kPack>*>(x + (valid ? c : 0)), valid);
-      const auto q = load_global(reinterpret_cast<const Run<T, kPack>*>(y + (valid ? c : 0)), valid);
+// grad_query and grad_key from dP and delta, a block for a line
+template <class Work>
+__global__ void __launch_bounds__(Work::kThreads, 2)
+    plain_query_key_gradient_kernel(const Line line, const typename Work::In query, const typename Work::In key,
+                                    const PathSum<const typename Work::Real> path, const typename Work::Real* gamma,
+                                    const AxisScratch<typename Work::Real> scratch, typename Work::Real* delta,
+                                    const typename Work::Out grad_query, const typename Work::Out grad_key) {
+  using Real = typename Work::Real;
+  constexpr int kTile = Work::kSide;
+  SharedCarver carver;
+  const typename Work::WeightTile grad_energy(carver);
+  const typename Work::Slice queries(carver), keys(carver);
+  const int64_t pixel = first_pixel(line, blockIdx.x);
+  const Real factor = gamma == nullptr ? 1 : load_global(gamma, true);
+  for (int first_key = 0; first_key < line.length; first_key += kTile) {
+    for (int first_query = 0; first_query < line.length; first_query += kTile) {
+      const auto corner = [&] { return typename Work::Corner{line, unknown(first_query), unknown(first_key)}; };
+      typename Work::Weights x;  // weights, then gradients of energies
+      weights_of<Work>(x, queries, keys, query.rows(line, pixel), key.rows(line, pixel), path, corner(), pixel);
+      const Real* const products = scratch.products + Work::products_at(line, blockIdx.x, first_key, first_query);
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        sum += valid ? up(p.x[e]) * up(q.x[e]) : 0;
+      for (int i = 0; i < Work::Weights::kRows; ++i) {
+        const bool valid = first_query + x.row(i) < line.length;
+        const int64_t u = pixel + (valid ? (first_query + x.row(i)) * line.step : 0);
+        const Real sum = scratch.sum_of_parts(u, valid);
+        store_global(delta + u, sum, valid && line.first_axis && first_key == 0 && x.column(0) == 0);
+#pragma unroll
+        for (int j = 0; j < Work::Weights::kColumns; ++j) {
+          const Real product = load_global(products + x.row(i) * kTile + x.column(j), true);
+          x.x[i][j] *= factor * (product - sum);
+        }
       }
-    }
-  } else {
-    for (int c = lane; c < round_up(a.channels, 32); c += 32) {
-      const bool valid = pixel < pixels && c < a.channels;
-      const T p = load_global(x + (valid ? c : 0), valid), q = load_global(y + (valid ? c : 0), valid);
-      sum += valid ? up(p) * up(q) : 0;
+      Work::store(x, grad_energy);
+      Work::query_key_gradients(grad_energy, queries, keys, query.rows(line, pixel), key.rows(line, pixel),
+                                {grad_query.rows(line, pixel), !line.first_axis || first_key > 0},
+                                {grad_key.rows(line, pixel), !line.first_axis || first_query > 0}, corner(), true);
+      __syncthreads();
     }
   }
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) {
-    sum += __shfl_xor_sync(~0u, sum, bit);
-  }
-  store_global(delta + (pixel < pixels ? pixel : 0), sum, lane == 0 && pixel < pixels);
 }
 
 template <class Work>
@@ -475,8 +506,8 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
         store_shared(grad_energy.at(row, column), load_global(grads.data + place, valid));
       });
       Work::query_key_gradients(grad_energy, queries, keys, query.rows(line, pixel), key.rows(line, pixel),
-                                grad_query.rows(line, pixel), grad_key.rows(line, pixel), corner, false,
-                                !line.first_axis || first_key > 0, !line.first_axis || first_query > 0);
+                                {grad_query.rows(line, pixel), !line.first_axis || first_key > 0},
+                                {grad_key.rows(line, pixel), !line.first_axis || first_query > 0}, corner, false);
       __syncthreads();
     }
   }
@@ -503,8 +534,8 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
     Work::each_weight(weights, corner, [&](int row, int column, int64_t place, bool valid) {
       store_shared(weight.at(row, column), load_global(weights.data + place, valid));
     });
-    Work::weigh_values(weight, first, second, v, out.rows(line, pixel), corner, !line.first_axis || first_key > 0,
-                       [](int) { return typename Work::Real(1); });
+    Work::weigh_values(weight, first, second, v, {out.rows(line, pixel), !line.first_axis || first_key > 0}, corner,
+                       Work::one, Work::one);
   }
 }
 
@@ -528,7 +559,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
       });
       typename Work::Weights grad_weight;
       Work::value_gradients(grad_weight, weight, grads, values, grad_out.rows(line, pixel), value.rows(line, pixel),
-                            grad_value.rows(line, pixel), corner, !line.first_axis || first_query > 0);
+                            {grad_value.rows(line, pixel), !line.first_axis || first_query > 0}, corner, 1);
       Work::store(grad_weight, weight);
       __syncthreads();
       Work::each_weight(grad_weights, corner, [&](int row, int column, int64_t place, bool valid) {

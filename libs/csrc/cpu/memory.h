@@ -70,7 +70,7 @@ class KeptBlock {
 };
 
 // What a thread keeps blocks for
-enum class Kept { scratch, lines, value, query, key, path, count };
+enum class Kept { scratch, lines, value, query, key, path, products, count };
 
 inline char* thread_block(Kept what, int64_t bytes) {
   static thread_local KeptBlock blocks[static_cast<int>(Kept::count)];

@@ -20,7 +20,7 @@ struct Accumulator<TensorCores, T, kM, kN, kThreads, kColumnWarps_> {
   static constexpr int kWarpRows = kM / (kThreads / 32 / kColumnWarps), kWarpColumns = kN / kColumnWarps;
   static constexpr int kRows = kWarpRows / 8, kColumns = kWarpColumns / 4;
   static constexpr int kGroup = 2, kRowLanes = 4, kRun = 8;
-  static_assert(kWarpRows % 16 == 0 && kWarpColumns % 32 == 0, "whole fragments, and runs of 4 of them");
+  static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0, "whole fragments, and pairs of them");
 
   float x[kRows][kColumns];
 
@@ -35,6 +35,7 @@ struct Accumulator<TensorCores, T, kM, kN, kThreads, kColumnWarps_> {
   // exchange theirs so that each has 8 of one fragment.
   template <class F>
   __device__ __forceinline__ void each_run(const F& f) const {
+    static_assert(kWarpColumns % 32 == 0, "runs of 4 fragments");
     const int lane = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -137,10 +138,11 @@ __device__ __forceinline__ void load_right(uint32_t (&x)[4], const B& b, int k, 
 
 // acc += A B over `depth` columns of A, a multiple of 16. A lies in shared memory as [m, k], or [k, m] if transposed,
 // B as [k, n] or [n, k]. Both are there (after a barrier) and stay until every thread has come back.
-template <bool kTransposedA, bool kTransposedB, class T, int kM, int kN, int kThreads, class A, class B>
-__device__ __forceinline__ void multiply(Accumulator<TensorCores, T, kM, kN, kThreads>& acc, const A& a, const B& b,
-                                         int depth) {
-  using Acc = Accumulator<TensorCores, T, kM, kN, kThreads>;
+template <bool kTransposedA, bool kTransposedB, class T, int kM, int kN, int kThreads, int kColumnWarps, class A,
+          class B>
+__device__ __forceinline__ void multiply(Accumulator<TensorCores, T, kM, kN, kThreads, kColumnWarps>& acc, const A& a,
+                                         const B& b, int depth) {
+  using Acc = Accumulator<TensorCores, T, kM, kN, kThreads, kColumnWarps>;
   static_assert((kTransposedA ? A::kColumns : A::kRows) == kM && (kTransposedB ? B::kRows : B::kColumns) == kN,
                 "sizes");
   constexpr int kFragments = Acc::kRows / 2, kPairs = Acc::kColumns / 4;
@@ -216,40 +218,43 @@ __device__ __forceinline__ void multiply(Accumulator<PlainCores, T, kM, kN, kThr
   }
 }
 
-// x [kM, kN] from row first_row and channel first_channel on becomes acc, or with add: keep(row of the tile) * x + acc.
-template <class Cores, class T, int kM, int kN, int kThreads, int kColumnWarps, class Keep>
+// ---- writing products ----
+
+// Rows that products are written to: they become scale * product, with `add` plus keep * what is there, and plus the
+// residual if there is one.
+template <class T>
+struct Target {
+  Rows<T> rows;
+  bool add;
+  const T* residual = nullptr;  // laid out as rows.data
+};
+
+// Writes acc to rows from first_row and channels from first_channel on; scale(row of acc), keep(row of acc)
+template <class Cores, class T, int kM, int kN, int kThreads, int kColumnWarps, class Scale, class Keep>
 __device__ __forceinline__ void write_rows(const Accumulator<Cores, T, kM, kN, kThreads, kColumnWarps>& acc,
-                                           const Rows<T>& x, int first_row, int first_channel, bool add,
-                                           const Keep& keep) {
+                                           const Target<T>& target, int first_row, int first_channel,
+                                           const Scale& scale, const Keep& keep) {
   using Acc = Accumulator<Cores, T, kM, kN, kThreads, kColumnWarps>;
-  constexpr int kRun = Acc::kRun;
+  constexpr int kRun = Acc::kRun, kPack = 16 / sizeof(T) < kRun ? 16 / sizeof(T) : kRun;
   acc.each_run([&](int row, int column, const Run<Accumulate<T>, kRun>& sums) {
-    const int channel = first_channel + column;
-    const bool inside = first_row + row < x.count;
-    T* to = x.data + (inside ? (first_row + row) * x.stride + channel : 0);
-    const Accumulate<T> factor = add ? keep(row) : 0;
-    if (x.aligned) {
-      constexpr int kPack = 16 / sizeof(T) < kRun ? 16 / sizeof(T) : kRun;
+    const Accumulate<T> scaled = scale(row), kept = keep(row);
+    const bool inside = first_row + row < target.rows.count;
+    const int64_t first = (first_row + row) * target.rows.stride;
 #pragma unroll
-      for (int i = 0; i < kRun; i += kPack) {
-        const bool valid = inside && channel + i < x.channels;
-        Run<T, kPack>* pack = reinterpret_cast<Run<T, kPack>*>(valid ? to + i : x.data);
-        const auto before = load_global(pack, valid && add);
-        Run<T, kPack> after;
+    for (int i = 0; i < kRun; i += kPack) {
+      const int channel = first_channel + column + i;
+      const bool valid = inside && channel < target.rows.channels, has_residual = target.residual != nullptr;
+      auto* const to = reinterpret_cast<Run<T, kPack>*>(target.rows.data + first + channel);
+      const auto* const residual = reinterpret_cast<const Run<T, kPack>*>(target.residual + first + channel);
+      const auto before = load_global(to, valid && target.add), own = load_global(residual, valid && has_residual);
+      Run<T, kPack> after;
 #pragma unroll
-        for (int j = 0; j < kPack; ++j) {
-          after.x[j] = down<T>(add ? factor * up(before.x[j]) + sums.x[i + j] : sums.x[i + j]);
-        }
-        store_global(pack, after, valid);
+      for (int j = 0; j < kPack; ++j) {
+        Accumulate<T> x = scaled * sums.x[i + j];
+        x = target.add ? x + kept * up(before.x[j]) : x;
+        after.x[j] = down<T>(has_residual ? x + up(own.x[j]) : x);
       }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        const bool valid = inside && channel + j < x.channels;
-        T* number = valid ? to + j : x.data;
-        const T before = load_global(number, valid && add);
-        store_global(number, down<T>(add ? factor * up(before) + sums.x[j] : sums.x[j]), valid);
-      }
+      store_global(to, after, valid);
     }
   });
 }

@@ -57,6 +57,13 @@ struct SharedCarver {
   int used = 0;
 };
 
+// 2 to the x, with an error of 2 units in the last place; denormal results are 0.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // x, of which the compiler knows no more: what depends on it is computed where it is used, and not ahead of a loop in
 // registers that the loop needs.
 __device__ __forceinline__ int unknown(int x) {
@@ -76,13 +83,21 @@ __device__ __forceinline__ T load_global(const T* p, bool valid) {
   memcpy(&x, &word, sizeof x);
   return x;
 }
+template <class Word>
+__device__ __forceinline__ void store_word(Word* p, const Word& word) {
+  *p = word;
+}
+__device__ __forceinline__ void store_word(uint4* p, const uint4& word) {  // which it would take apart all the same
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+               : "memory");
+}
 template <class T>
 __device__ __forceinline__ void store_global(T* p, const T& x, bool valid) {
   using Word = typename WordOf<sizeof(T)>::type;
   Word word;
   memcpy(&word, &x, sizeof x);
   if (valid) {
-    *reinterpret_cast<Word*>(p) = word;
+    store_word(reinterpret_cast<Word*>(p), word);
   }
 }
 template <class T>
@@ -95,7 +110,12 @@ __device__ __forceinline__ T load_shared(const T* p) {
 }
 template <class T>
 __device__ __forceinline__ void store_shared(T* p, const T& x, bool valid = true) {
-  store_global(p, x, valid);
+  using Word = typename WordOf<sizeof(T)>::type;
+  Word word;
+  memcpy(&word, &x, sizeof x);
+  if (valid) {
+    *reinterpret_cast<Word*>(p) = word;
+  }
 }
 
 // 16 bytes from global to shared memory, there after copies_wait(), or zeros. On sm_75 an ordinary copy.
@@ -108,6 +128,12 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
   *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
 #endif
 }
+// Copies that one loop may have under way; on sm_75 each takes registers.
+#if __CUDA_ARCH__ >= 800
+constexpr int kCopiesAtOnce = 8;
+#else
+constexpr int kCopiesAtOnce = 1;
+#endif
 // This thread's copies so far are complete. Other threads see them after a barrier.
 __device__ __forceinline__ void copies_wait() {
 #if __CUDA_ARCH__ >= 800
@@ -179,18 +205,22 @@ cudaError_t architecture_of_code(int& architecture);  // image.cu
 
 struct Device {
   int shared_bytes;  // that a block can have
-  bool has_bfloat16;
+  int cache_bytes;   // of L2
+  int multiprocessors;
+  int architecture;  // of the code that runs there
 };
 inline cudaError_t device_of_this_thread(Device& device) {
-  int index = 0, architecture = 0;
+  int index = 0;
   cudaError_t error = cudaGetDevice(&index);
+  const auto ask = [&](int& number, cudaDeviceAttr attribute) {
+    error = error != cudaSuccess ? error : cudaDeviceGetAttribute(&number, attribute, index);
+  };
+  ask(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(device.cache_bytes, cudaDevAttrL2CacheSize);
+  ask(device.multiprocessors, cudaDevAttrMultiProcessorCount);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    error = architecture_of_code(device.architecture);
   }
-  if (error == cudaSuccess) {
-    error = architecture_of_code(architecture);
-  }
-  device.has_bfloat16 = architecture >= 80;
   return forget(error);
 }
 

@@ -5,14 +5,14 @@
 
 namespace ccnet {
 
-// Rows of the pixels of a line, channels side by side
+// Rows of the pixels of a line, channels side by side. What is fetched or written by packs of 16 bytes begins at a
+// multiple of them in every row and has a whole number of them.
 template <class T>
 struct Rows {
   T* data;
   int64_t stride;  // elements from row to row
   int count;
   int channels;
-  bool aligned;  // every row begins at a multiple of 16 bytes and has a whole number of them
 };
 
 // A row-major matrix whose rows' packs of 16 bytes are permuted, so that neither 8 rows at the same column (ldmatrix)
@@ -79,22 +79,16 @@ struct Tile {
   // copies_wait() and a barrier.
   template <int kThreads>
   __device__ __forceinline__ void fetch(const Rows<const T>& x, int first_row, int first_channel) const {
-    static_assert(kRows * kPacks % kThreads == 0, "every thread copies as many packs");
-    if (x.aligned) {
-#pragma unroll 1
-      for (int i = unknown(threadIdx.x); i < kRows * kPacks; i += kThreads) {
-        const int row = i / kPacks, pack = i % kPacks, channel = first_channel + pack * kPack;
-        const bool valid = first_row + row < x.count && channel < x.channels;
-        const T* from = x.data + (valid ? (first_row + row) * x.stride + channel : 0);
-        copy_async(at(row, pack * kPack), from, valid);
-      }
-    } else {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
-        const int row = i / kColumns, channel = first_channel + i % kColumns;
-        const bool valid = first_row + row < x.count && channel < x.channels;
-        const T* from = x.data + (valid ? (first_row + row) * x.stride + channel : 0);
-        store_shared(at(row, i % kColumns), load_global(from, valid));
+    constexpr int kAtOnce = kThreads / kPacks;  // rows
+    static_assert(kThreads % kPacks == 0 && kRows * kPacks % 32 == 0, "a thread stays in its column; whole warps");
+    const int thread = unknown(threadIdx.x);
+    const int first = thread / kPacks, pack = thread % kPacks, channel = first_channel + pack * kPack;
+    const T* from = x.data + (first_row + first) * x.stride + channel;
+#pragma unroll kCopiesAtOnce
+    for (int i = 0; i < kRows; i += kAtOnce, from += kAtOnce * x.stride) {
+      const int row = first + i;
+      if (kRows % kAtOnce == 0 || row < kRows) {
+        copy_async(at(row, pack * kPack), from, first_row + row < x.count && channel < x.channels);
       }
     }
   }

@@ -1,0 +1,706 @@
+// Attention along lines with 16-bit elements on tensor cores, as FlashAttention-2 splits it: a warp has 16 rows of the
+// weights, which stay in its registers and are an operand of the next product as they are.
+//
+// Forward, rows are queries, and the softmax of a row is a matter of the four lanes that share it. Backward, rows are
+// keys: dV = P^T dO and dK = dE^T Q are sums over columns. What a block needs of others it takes from shared memory.
+#pragma once
+
+#include "cc_attention/csrc/cuda/line_map.cuh"
+#include "libs/csrc/cuda/matmul.cuh"
+
+namespace ccnet {
+
+// A warp's 16 rows of a matrix with kColumns columns, rounded to T: fragments of A for mma_m16n8k16
+template <class T, int kColumns>
+struct WarpRows {
+  static constexpr int kCount = kColumns / 16;
+  uint32_t x[kCount][4];
+
+  // Columns from 16 * k on; x is part of an Accumulator's, whose pairs of columns are a fragment's
+  template <int kAccColumns>
+  __device__ __forceinline__ void set(int k, const float (&values)[2][kAccColumns], int j) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      x[k][part] = pair_of<T>(values[part % 2][j + part / 2 * 2], values[part % 2][j + part / 2 * 2 + 1]);
+    }
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        x[k][part] = 0;
+      }
+    }
+  }
+  // acc += these rows times b, from column n of it on
+  template <class Acc, class B>
+  __device__ __forceinline__ void multiply(Acc& acc, const B& b, int n) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+      for (int j = 0; j < Acc::kColumns; j += 4) {
+        uint32_t right[4];
+        load_right<false>(right, b, 16 * k, n + 4 * j);
+        mma_m16n8k16<T>(acc.x[0][j], acc.x[0][j + 1], acc.x[1][j], acc.x[1][j + 1], x[k], right[0], right[1]);
+        mma_m16n8k16<T>(acc.x[0][j + 2], acc.x[0][j + 3], acc.x[1][j + 2], acc.x[1][j + 3], x[k], right[2], right[3]);
+      }
+    }
+  }
+};
+
+constexpr int kStrip = 32;  // channels of a product that a warp makes at a time
+
+// Through which the lanes of a warp exchange a strip: fragments give a lane pairs of columns, memory wants 16 bytes.
+struct Staging {
+  static constexpr int kNumbers = 16 * kStrip;  // of a warp
+  float* rows;
+
+  __device__ __forceinline__ explicit Staging(float* of_block) : rows(of_block + threadIdx.x / 32 * kNumbers) {}
+
+  // The lane's rows, of 8 channels from 8 * (lane % 4) on
+  template <class Acc>
+  __device__ __forceinline__ void exchange(const Acc& acc, Run<float, 8> (&packs)[2]) const {
+    // Fours of a row are permuted, so that neither pairs of columns nor whole rows of lanes meet in a bank.
+    const int thread = unknown(threadIdx.x);
+    const int group = thread % 32 / 4, lane = thread % 4, odd = group % 2, permutation = group % 4 * 2;
+    float* const pairs = rows + group * kStrip + ((lane / 2) ^ odd) * 4 + lane % 2 * 2;
+    const float* const fours = rows + group * kStrip + ((2 * lane) ^ permutation) * 4;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < Acc::kColumns; j += 2) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Run<float, 2> pair{{acc.x[i][j], acc.x[i][j + 1]}};
+        store_shared(reinterpret_cast<Run<float, 2>*>(pairs + (j ^ permutation) * 4 + 8 * i * kStrip), pair);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* from = fours + (half ^ odd) * 4 + 8 * i * kStrip;
+        const auto four = load_shared(reinterpret_cast<const Run<float, 4>*>(from));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          packs[i].x[4 * half + e] = four.x[e];
+        }
+      }
+    }
+  }
+};
+
+// Where a warp writes strips: 16 rows of a target, of which a lane has two, 8 channels of each
+template <class T>
+struct StripTarget {
+  __device__ __forceinline__ StripTarget(const Target<T>& target, int first_row)
+      : target_(target), first_row_(first_row) {}
+  // multiply(sums) makes the strip from that channel on. What is there is loaded before and stored afterwards.
+  template <class Sums, class F>
+  __device__ __forceinline__ void make(int channel, const Staging& staging, const float (&scale)[2],
+                                       const float (&keep)[2], const F& multiply) const {
+    if (target_.residual != nullptr) {
+      run<true, true, Sums>(channel, staging, scale, keep, multiply);
+    } else if (target_.add) {
+      run<true, false, Sums>(channel, staging, scale, keep, multiply);
+    } else {
+      run<false, false, Sums>(channel, staging, scale, keep, multiply);
+    }
+  }
+
+ private:
+  template <bool kMerges, bool kResidual, class Sums, class F>
+  __device__ __forceinline__ void run(int channel, const Staging& staging, const float (&scale)[2],
+                                      const float (&keep)[2], const F& multiply) const {
+    using Pack = Run<uint32_t, 4>;  // pairs
+    const int thread = unknown(threadIdx.x), row = first_row_ + thread % 32 / 4, first = channel + thread % 4 * 8;
+    Pack before[2], own[2], after;
+    Pack* to[2];
+    bool valid[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t offset = (row + 8 * i) * target_.rows.stride + first;
+      to[i] = reinterpret_cast<Pack*>(target_.rows.data + offset);
+      valid[i] = first < target_.rows.channels && row + 8 * i < target_.rows.count;
+      if (kMerges) {
+        before[i] = load_global(to[i], valid[i] && target_.add);
+      }
+      if (kResidual) {
+        own[i] = load_global(reinterpret_cast<const Pack*>(target_.residual + offset), valid[i]);
+      }
+    }
+    Sums sums;
+    clear(sums);
+    multiply(sums);
+    Run<float, 8> packs[2];
+    staging.exchange(sums, packs);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        float low = scale[i] * packs[i].x[2 * pair], high = scale[i] * packs[i].x[2 * pair + 1];
+        if (kMerges) {
+          const float2 earlier = numbers_of<T>(before[i].x[pair]);
+          low += keep[i] * earlier.x;
+          high += keep[i] * earlier.y;
+        }
+        if (kResidual) {
+          const float2 residual = numbers_of<T>(own[i].x[pair]);
+          low += residual.x;
+          high += residual.y;
+        }
+        after.x[pair] = pair_of<T>(low, high);
+      }
+      store_global(to[i], after, valid[i]);
+    }
+  }
+
+  const Target<T> target_;
+  const int first_row_;
+};
+
+// acc = A B^T, the rows of A and B being pixels of the line, in whose channels they are summed. The tiles hold the last
+// channels afterwards.
+template <int kThreads, class Acc, class A, class B, class T>
+__device__ __forceinline__ void channel_products(Acc& acc, const A& left, const B& right, const Rows<const T>& a,
+                                                 int first_a, const Rows<const T>& b, int first_b) {
+  clear(acc);
+  for (int c = 0; c < a.channels; c += A::kColumns) {
+    __syncthreads();
+    left.template fetch<kThreads>(a, first_a, c);
+    right.template fetch<kThreads>(b, first_b, c);
+    copies_wait();
+    __syncthreads();
+    multiply<false, true>(acc, left, right, round_up(at_most(A::kColumns, a.channels - c), 16));
+  }
+}
+
+// ---- forward: a block has kQueries queries, kKeys keys at a time, and every parts-th slice of the values ----
+
+template <class T_, int kQueries_, int kKeys_>
+struct TensorCoreForward {
+  using T = T_;
+  static constexpr int kQueries = kQueries_, kKeys = kKeys_, kThreads = 2 * kQueries;
+  static constexpr int kChunk = kKeys > 128 ? 128 : kKeys, kChunks = kKeys / kChunk;  // keys whose energies are there
+  static constexpr int kSlice = 64 / kChunks;                                         // channels of values
+  using Energies = Accumulator<TensorCores, T, kQueries, kChunk, kThreads, 1>;
+  using Sums = Accumulator<TensorCores, T, kQueries, kStrip, kThreads, 1>;
+  using Slice = Tile<T, kKeys, kSlice>;
+  using QueryTile = Tile<T, kQueries, 64>;
+  using KeyTile = Tile<T, kChunk, 64>;
+  static constexpr int kBytes = 2 * Slice::kBytes + kThreads / 32 * Staging::kNumbers * 4;
+  static_assert(QueryTile::kBytes <= Slice::kBytes && KeyTile::kBytes <= Slice::kBytes, "they share memory");
+
+  // The softmax of a lane's rows over their path so far
+  struct Softmax {
+    float largest[2], sum[2];
+  };
+  // What the products with the new weights, and what earlier ones have made, are to be multiplied by
+  struct Factors {
+    float scale[2], keep[2];
+  };
+
+  // -inf for keys that are not on the path: beyond the line and, on later axes, the pixel itself
+  static __device__ __forceinline__ void mask(Energies& energy, const Line& line, int first_query, int first_key) {
+    const int own = line.first_axis ? -1 : (first_query + Energies::warp_row() - first_key) / 16;
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) {
+      if (k == own || first_key + 16 * k + 16 > line.length) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int j = 4 * k; j < 4 * k + 4; ++j) {
+            const bool there = line.on_path(first_query + energy.row(i), first_key + energy.column(j));
+            energy.x[i][j] = there ? energy.x[i][j] : -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  // The weights of these keys, not yet scaled, and what that does to the softmax. Energies of several chunks of keys are
+  // made once to find the largest, and all but the last a second time.
+  static __device__ __forceinline__ Factors weigh(WarpRows<T, kKeys>& weights, Softmax& softmax, T* first, T* second,
+                                                  const Rows<const T>& query, const Rows<const T>& key,
+                                                  const Line& line, int first_query, int first_key, bool last) {
+    Factors factors;
+    float largest[2] = {softmax.largest[0], softmax.largest[1]}, base[2], sum[2] = {0, 0};
+#pragma unroll
+    for (int step = 0; step < 2 * kChunks - 1; ++step) {
+      const int chunk = step < kChunks ? step : 2 * kChunks - 2 - step, keys = first_key + chunk * kChunk;
+      Energies energy;
+      channel_products<kThreads>(energy, QueryTile(first), KeyTile(second), query, first_query, key, keys);
+      mask(energy, line, first_query, keys);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < Energies::kColumns && step < kChunks; ++j) {
+          largest[i] = greater(largest[i], energy.x[i][j]);  // NaN does not stay here, but it does in the sum
+        }
+        if (step == kChunks - 1) {
+          largest[i] = greater(largest[i], __shfl_xor_sync(~0u, largest[i], 1));
+          largest[i] = greater(largest[i], __shfl_xor_sync(~0u, largest[i], 2));
+          // Where every energy is -inf, so that -inf - -inf does not make NaN of a sum that is 0
+          base[i] = largest[i] == -INFINITY ? 0 : largest[i];
+        }
+#pragma unroll
+        for (int j = 0; j < Energies::kColumns && step >= kChunks - 1; ++j) {
+          energy.x[i][j] = exponential<T>(energy.x[i][j] - base[i]);
+          sum[i] += energy.x[i][j];
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kChunk / 16 && step >= kChunks - 1; ++k) {
+        weights.set(chunk * kChunk / 16 + k, energy.x, 4 * k);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
+      sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
+      const float before = softmax.sum[i] * exponential<T>(softmax.largest[i] - base[i]);
+      softmax.largest[i] = largest[i];
+      softmax.sum[i] = before + sum[i];
+      // All -inf so far: 0, and NaN only if it stays so to the end
+      factors.scale[i] = softmax.sum[i] == 0 && !last ? 0 : 1 / softmax.sum[i];
+      factors.keep[i] = before * factors.scale[i];
+    }
+    return factors;
+  }
+};
+
+template <class Work>
+__global__ void __launch_bounds__(Work::kThreads, Work::kThreads == 128 ? 3 : 2)
+    attention_kernel(const Line line, const int parts, const LineMap<const typename Work::T> query,
+                     const LineMap<const typename Work::T> key, const LineMap<const typename Work::T> value,
+                     const typename Work::T* residual, const float* gamma, const LineMap<typename Work::T> out,
+                     const PathSum<const float> path_before, const PathSum<float> path) {
+  using T = typename Work::T;
+  SharedCarver carver;
+  T *const first = carver.take<T>(Work::Slice::kRows * Work::Slice::kColumns),
+           *const second = carver.take<T>(Work::Slice::kRows * Work::Slice::kColumns);
+  const Staging staging(carver.take<float>(Work::kThreads / 32 * Staging::kNumbers));
+  const int tiles = (line.length + Work::kQueries - 1) / Work::kQueries;
+  const int part = blockIdx.x % parts, first_query = blockIdx.x / parts % tiles * Work::kQueries;
+  const int64_t pixel = first_pixel(line, blockIdx.x / parts / tiles);
+  const auto q = query.rows(line, pixel), k = key.rows(line, pixel), v = value.rows(line, pixel);
+  const int row = first_query + Work::Sums::warp_row();
+
+  for (int key_tile = 0; key_tile < line.length; key_tile += Work::kKeys) {
+    const int first_key = unknown(key_tile);
+    const bool last_keys = first_key + Work::kKeys >= line.length, last = line.last_axis && last_keys;
+    const bool merges = !line.first_axis || first_key > 0;
+    // f(i, whether the lane's row i is a query of the line, its pixel), each time computed anew
+    const auto each_row = [&](const auto& f) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int query_row = unknown(first_query) + Work::Sums::row(i);
+        const bool valid = query_row < line.length;
+        f(i, valid, pixel + (valid ? query_row * line.step : 0));
+      }
+    };
+    typename Work::Softmax softmax;
+    const PathSum<const float> earlier = first_key == 0 ? path_before : PathSum<const float>{path.largest, path.sum};
+    each_row([&](int i, bool valid, int64_t u) {
+      const float largest = load_global(earlier.largest + u, valid && merges);
+      softmax.largest[i] = merges ? largest : -INFINITY;
+      softmax.sum[i] = load_global(earlier.sum + u, valid && merges);
+    });
+    WarpRows<T, Work::kKeys> weights;
+    auto factors = Work::weigh(weights, softmax, first, second, q, k, line, first_query, first_key, last);
+    each_row([&](int i, bool valid, int64_t u) {
+      const bool writes = valid && part == 0 && threadIdx.x % 4 == 0;
+      store_global(path.largest + u, softmax.largest[i], writes);
+      store_global(path.sum + u, softmax.sum[i], writes);
+    });
+    const bool residual_here = last && residual != nullptr;
+    const StripTarget<T> target(
+        {out.rows(line, pixel), merges, residual_here ? residual + pixel * v.channels : nullptr}, row);
+    const float by = residual_here ? load_global(gamma, true) : 1;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      factors.scale[i] *= by;
+      factors.keep[i] *= by;
+    }
+
+    // Slices alternate between two places.
+    T *here = first, *there = second;
+    __syncthreads();
+    if (part * Work::kSlice < v.channels) {
+      typename Work::Slice(here).template fetch<Work::kThreads>(v, first_key, part * Work::kSlice);
+    }
+    for (int c = part * Work::kSlice; c < v.channels; c += parts * Work::kSlice) {
+      copies_wait();
+      __syncthreads();
+      if (c + parts * Work::kSlice < v.channels) {
+        typename Work::Slice(there).template fetch<Work::kThreads>(v, first_key, c + parts * Work::kSlice);
+      }
+#pragma unroll 1
+      for (int n = row < line.length ? 0 : Work::kSlice; n < Work::kSlice; n += kStrip) {
+        target.template make<typename Work::Sums>(c + n, staging, factors.scale, factors.keep,
+                                                  [&](auto& sums) { weights.multiply(sums, typename Work::Slice(here), n); });
+      }
+      T* const read = here;
+      here = there;
+      there = read;
+    }
+  }
+}
+
+// ---- backward ----
+
+// The weights of 16 keys by kQueries queries: energies become weights, by what the forward pass found of each query
+template <class T, int kQueries>
+struct QueryNumbers {
+  float *largest, *inverse, *delta;
+  __device__ __forceinline__ explicit QueryNumbers(float* memory)
+      : largest(memory), inverse(memory + kQueries), delta(memory + 2 * kQueries) {}
+  __device__ __forceinline__ QueryNumbers from(int row) const {
+    QueryNumbers rows = *this;
+    rows.largest += row, rows.inverse += row, rows.delta += row;
+    return rows;
+  }
+
+  // 0 for queries beyond the line
+  // f(row, whether it is a query of the line, its pixel), each row by a thread
+  template <int kThreads, class F>
+  static __device__ __forceinline__ void each(const Line& line, int64_t pixel, int first_query, const F& f) {
+    static_assert(kThreads >= kQueries, "a row for a thread");
+    const int row = threadIdx.x;
+    if (kThreads == round_up(kQueries, 32) || row < round_up(kQueries, 32)) {  // whole warps
+      const bool valid = row < kQueries && first_query + row < line.length;
+      f(row, valid, pixel + (valid ? (first_query + row) * line.step : 0));
+    }
+  }
+  template <int kThreads>
+  __device__ __forceinline__ void load(const PathSum<const float>& path, const Line& line, int64_t pixel,
+                                       int first_query) const {
+    each<kThreads>(line, pixel, first_query, [&](int row, bool valid, int64_t u) {
+      const float sum = load_global(path.sum + u, valid);
+      store_shared(largest + row, load_global(path.largest + u, valid), row < kQueries);
+      store_shared(inverse + row, valid ? 1 / sum : 0, row < kQueries);
+    });
+  }
+};
+
+template <class T_, int kQueries_>
+struct TensorCoreBackward {
+  using T = T_;
+  static constexpr int kQueries = kQueries_;
+  static constexpr int kFragments = kQueries / 16;
+
+  static int64_t key_fragments(const Line& line) { return (line.length + 15) / 16; }
+
+  // Where the lanes of a warp have its 16 keys' dP of a tile of queries
+  static __host__ __device__ __forceinline__ int64_t products_at(const Line& line, int64_t number, int key, int query) {
+    const int fragments = (line.length + 15) / 16, tiles = (line.length + kQueries - 1) / kQueries;
+    return ((number * fragments + key / 16) * tiles + query / kQueries) * 16 * kQueries;
+  }
+  static __device__ __forceinline__ int64_t lane_at(int k, int i) {
+    return ((k * 2 + i) * 32 + threadIdx.x % 32) * 4;
+  }
+
+  // x, energies of a warp's 16 keys with 16 queries, become weights.
+  template <class Energies>
+  static __device__ __forceinline__ void weights(Energies& energy, int k, const QueryNumbers<T, kQueries>& numbers,
+                                                 const Line& line, int first_key, int first_query) {
+    const int key = first_key + Energies::warp_row(), query = first_query + 16 * k;
+    const bool whole = key + 16 <= line.length && query + 16 <= line.length && (line.first_axis || key != query);
+#pragma unroll
+    for (int j = 4 * k; j < 4 * k + 4; j += 2) {
+      const int column = energy.column(j);
+      const auto largest = load_shared(reinterpret_cast<const Run<float, 2>*>(numbers.largest + column));
+      const auto inverse = load_shared(reinterpret_cast<const Run<float, 2>*>(numbers.inverse + column));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          energy.x[i][j + e] = exponential<T>(energy.x[i][j + e] - largest.x[e]) * inverse.x[e];
+        }
+      }
+    }
+    if (!whole) {
+#pragma unroll
+      for (int j = 4 * k; j < 4 * k + 4; ++j) {
+        const int column = first_query + energy.column(j);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const bool there = column < line.length && line.on_path(column, first_key + energy.row(i));
+          energy.x[i][j] = there ? energy.x[i][j] : 0;
+        }
+      }
+    }
+  }
+};
+
+// grad_value, dP and delta: a block has 64 keys of a line and all of its queries.
+template <class T_, int kQueries_>
+struct TensorCoreValueGradient : TensorCoreBackward<T_, kQueries_> {
+  using T = T_;
+  static constexpr int kQueries = kQueries_, kKeys = 64, kThreads = 2 * kKeys, kWarps = kThreads / 32;
+  using Products = Accumulator<TensorCores, T, kKeys, kQueries, kThreads, 1>;
+  using Sums = Accumulator<TensorCores, T, kKeys, kStrip, kThreads, 1>;
+  using QueryTile = Tile<T, kQueries, 64>;
+  using KeyTile = Tile<T, kKeys, 64>;
+  using GradSlice = Tile<T, kQueries, kStrip>;
+  using ValueSlice = Tile<T, kKeys, kStrip>;
+  static constexpr int kBytes = QueryTile::kBytes + KeyTile::kBytes + (2 * kQueries + kWarps * Staging::kNumbers) * 4;
+
+  // dP^T += V dO^T: a warp's 16 keys, whose values only it needs
+  static __device__ __forceinline__ void multiply(Products& products, const ValueSlice& values, const GradSlice& grads) {
+#pragma unroll
+    for (int k = 0; k < kStrip; k += 16) {
+      uint32_t left[4];
+      load_left<false>(left, values, Products::warp_row(), k);
+#pragma unroll
+      for (int j = 0; j < Products::kColumns; j += 4) {
+        uint32_t right[4];
+        load_right<true>(right, grads, k, 4 * j);
+        float (&upper)[Products::kColumns] = products.x[0], (&lower)[Products::kColumns] = products.x[1];
+        mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], left, right[0], right[1]);
+        mma_m16n8k16<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], left, right[2], right[3]);
+      }
+    }
+  }
+
+  // Each query's sum of weight * dP over the block's keys, by the warps' sums in `partial` [warps, kQueries]
+  static __device__ __forceinline__ void sum_keys(const WarpRows<T, kQueries>& weights, const Products& products,
+                                                  float* partial) {
+#pragma unroll
+    for (int j = 0; j < Products::kColumns; j += 2) {
+      Run<float, 2> sum = {};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 weight = numbers_of<T>(unknown(weights.x[j / 4][i + j % 4]));
+        sum.x[0] += weight.x * products.x[i][j];
+        sum.x[1] += weight.y * products.x[i][j + 1];
+      }
+#pragma unroll
+      for (int bit = 4; bit < 32; bit *= 2) {
+        sum.x[0] += __shfl_xor_sync(~0u, sum.x[0], bit);
+        sum.x[1] += __shfl_xor_sync(~0u, sum.x[1], bit);
+      }
+      float* const to = partial + threadIdx.x / 32 * kQueries + products.column(j);
+      store_shared(reinterpret_cast<Run<float, 2>*>(to), sum, threadIdx.x % 32 < 4);
+    }
+  }
+};
+
+template <class Work>
+__global__ void __launch_bounds__(Work::kThreads, Work::kQueries > 112 ? 2 : 3)
+    value_gradient_kernel(const Line line, const LineMap<const typename Work::T> query,
+                          const LineMap<const typename Work::T> key, const LineMap<const typename Work::T> value,
+                          const LineMap<const typename Work::T> grad_out, const PathSum<const float> path,
+                          const float* gamma, const AxisScratch<float> scratch,
+                          const LineMap<typename Work::T> grad_value) {
+  using T = typename Work::T;
+  constexpr int kQueries = Work::kQueries, kThreads = Work::kThreads;
+  SharedCarver carver;
+  T *const for_queries = carver.take<T>(kQueries * 64), *const for_keys = carver.take<T>(Work::kKeys * 64);
+  const QueryNumbers<T, kQueries> numbers(carver.take<float>(2 * kQueries));
+  float* const memory = carver.take<float>(Work::kWarps * Staging::kNumbers);
+  const Staging staging(memory);
+  const int parts = (line.length + Work::kKeys - 1) / Work::kKeys;
+  const int64_t number = blockIdx.x / parts, pixel = first_pixel(line, number);
+  const int part = blockIdx.x % parts, first_key = part * Work::kKeys, warp_key = first_key + Work::Sums::warp_row();
+  const auto v = value.rows(line, pixel), g = grad_out.rows(line, pixel);
+  const float factor = gamma == nullptr ? 1 : load_global(gamma, true);
+  const float scale[2] = {factor, factor}, keep[2] = {1, 1};
+
+  for (int tile = 0; tile < line.length; tile += kQueries) {
+    const int first_query = unknown(tile);
+    __syncthreads();
+    numbers.template load<kThreads>(path, line, pixel, first_query);
+    typename Work::Products products;  // energies, then dP
+    __syncthreads();
+    channel_products<kThreads>(products, typename Work::KeyTile(for_keys), typename Work::QueryTile(for_queries),
+                     key.rows(line, pixel), first_key, query.rows(line, pixel), first_query);
+    WarpRows<T, kQueries> weights;
+#pragma unroll
+    for (int k = 0; k < Work::kFragments; ++k) {
+      Work::weights(products, k, numbers, line, first_key, first_query);
+      weights.set(k, products.x, 4 * k);
+    }
+    clear(products);
+
+    // Slices alternate between two places.
+    const auto grads = [&](int c) { return typename Work::GradSlice(for_queries + c / kStrip % 2 * kQueries * kStrip); };
+    const auto values = [&](int c) { return typename Work::ValueSlice(for_keys + c / kStrip % 2 * Work::kKeys * kStrip); };
+    const StripTarget<T> target({grad_value.rows(line, pixel), !line.first_axis || first_query > 0}, warp_key);
+    __syncthreads();
+    if (v.channels > 0) {
+      grads(0).template fetch<kThreads>(g, first_query, 0);
+      values(0).template fetch<kThreads>(v, first_key, 0);
+    }
+    for (int c = 0; c < v.channels; c += kStrip) {
+      copies_wait();
+      __syncthreads();
+      if (c + kStrip < v.channels) {
+        grads(c + kStrip).template fetch<kThreads>(g, first_query, c + kStrip);
+        values(c + kStrip).template fetch<kThreads>(v, first_key, c + kStrip);
+      }
+      if (warp_key < line.length) {
+        Work::multiply(products, values(c), grads(c));
+        target.template make<typename Work::Sums>(c, staging, scale, keep,
+                                                  [&](auto& sums) { weights.multiply(sums, grads(c), 0); });
+      }
+    }
+
+    if (warp_key < line.length) {
+      float* const to = scratch.products + Work::products_at(line, number, warp_key, first_query);
+#pragma unroll
+      for (int k = 0; k < Work::kFragments; ++k) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float(&x)[Work::Products::kColumns] = products.x[i];
+          const Run<float, 4> four{{x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]}};
+          store_global(reinterpret_cast<Run<float, 4>*>(to + Work::lane_at(k, i)), four, true);
+        }
+      }
+    }
+    __syncthreads();
+    Work::sum_keys(weights, products, memory);
+    __syncthreads();
+    numbers.template each<kThreads>(line, pixel, first_query, [&](int row, bool valid, int64_t u) {
+      float sum = 0;
+#pragma unroll
+      for (int warp = 0; warp < Work::kWarps; ++warp) {
+        sum += load_shared(memory + warp * kQueries + (valid ? row : 0));
+      }
+      store_global(scratch.parts + part * scratch.pixels + u, sum, valid);
+    });
+  }
+}
+
+// grad_query and grad_key from dP and delta: a block has a line, a warp 16 of its keys, later 16 of its queries.
+template <class T_, int kQueries_>
+struct TensorCoreQueryKeyGradient : TensorCoreBackward<T_, kQueries_> {
+  using T = T_;
+  static constexpr int kQueries = kQueries_, kSide = kQueries, kThreads = 2 * kSide, kWarps = kThreads / 32;
+  static constexpr int kPart = 64;  // queries whose energies are there at once
+  using Energies = Accumulator<TensorCores, T, kSide, kPart, kThreads, 1>;
+  using Sums = Accumulator<TensorCores, T, kSide, kStrip, kThreads, 1>;
+  using Slice = Tile<T, kSide, 64>;  // of keys, or of dE^T with 64 queries
+  using QueryTile = Tile<T, round_up(kSide, kPart), 64>;
+  using QueryPart = Tile<T, kPart, 64>;
+  static constexpr int kBytes = 2 * Slice::kBytes + QueryTile::kBytes;
+
+  // dE^T of the queries from number `first` of the tile on, to shared memory
+  static __device__ __forceinline__ void store(const WarpRows<T, kSide>& grad_energy, const Slice& to, int first) {
+#pragma unroll
+    for (int k = 0; k < kSide / 16; ++k) {
+      if (16 * k >= first && 16 * k < first + kPart) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+          const int column = 16 * k - first + part / 2 * 8 + threadIdx.x % 4 * 2;
+          store_shared(reinterpret_cast<uint32_t*>(to.at(Sums::row(part % 2), column)), grad_energy.x[k][part]);
+        }
+      }
+    }
+  }
+};
+
+template <class Work>
+__global__ void __launch_bounds__(Work::kThreads, 2)
+    query_key_gradient_kernel(const Line line, const LineMap<const typename Work::T> query,
+                              const LineMap<const typename Work::T> key, const PathSum<const float> path,
+                              const float* gamma, const AxisScratch<float> scratch, float* delta,
+                              const LineMap<typename Work::T> grad_query, const LineMap<typename Work::T> grad_key) {
+  using T = typename Work::T;
+  using Slice = typename Work::Slice;
+  constexpr int kSide = Work::kSide, kThreads = Work::kThreads;
+  SharedCarver carver;
+  const Slice keys(carver), grads(carver);
+  const typename Work::QueryTile queries(carver);
+  const QueryNumbers<T, kSide> numbers(reinterpret_cast<float*>(grads.data));
+  const int64_t pixel = first_pixel(line, blockIdx.x);
+  const auto q = query.rows(line, pixel), k = key.rows(line, pixel);
+  const float factor = gamma == nullptr ? 1 : load_global(gamma, true);
+  const auto one = [](int) { return 1.0f; };
+
+  for (int key_tile = 0; key_tile < line.length; key_tile += kSide) {
+    for (int query_tile = 0; query_tile < line.length; query_tile += kSide) {
+      const int first_key = unknown(key_tile), first_query = unknown(query_tile);
+      const int warp_key = first_key + Work::Sums::warp_row();
+      __syncthreads();
+      numbers.template load<kThreads>(path, line, pixel, first_query);
+      numbers.template each<kThreads>(line, pixel, first_query, [&](int row, bool valid, int64_t u) {
+        const float sum = scratch.sum_of_parts(u, valid);
+        store_shared(numbers.delta + row, sum, row < kSide);
+        store_global(delta + u, sum, valid && line.first_axis && first_key == 0);
+      });
+      WarpRows<T, kSide> grad_energy;
+      grad_energy.clear();
+      const float* const products = scratch.products + Work::products_at(line, blockIdx.x, warp_key, first_query);
+      __syncthreads();
+#pragma unroll
+      for (int first = 0; first < kSide; first += Work::kPart) {
+        typename Work::Energies energy;  // then weights, then their gradients
+        channel_products<kThreads>(energy, keys, typename Work::QueryPart(queries.data + first * 64), k, first_key, q,
+                                   first_query + first);
+#pragma unroll
+        for (int f = 0; f < Work::kPart / 16; ++f) {
+          const int number = first / 16 + f;  // of the fragment of queries
+          if (number < Work::kFragments && warp_key < line.length) {
+            Work::weights(energy, f, numbers.from(first), line, first_key, first_query + first);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const auto* from = reinterpret_cast<const Run<float, 4>*>(products + Work::lane_at(number, i));
+              const auto four = load_global(from, true);
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const int j = 4 * f + e;
+                energy.x[i][j] *= factor * (four.x[e] - load_shared(numbers.delta + first + energy.column(j)));
+              }
+            }
+            grad_energy.set(number, energy.x, 4 * f);
+          }
+        }
+      }
+
+      for (int c = 0; c < q.channels; c += 64) {
+        __syncthreads();
+        if (q.channels > 64) {
+          queries.template fetch<kThreads>(q, first_query, c);
+          keys.template fetch<kThreads>(k, first_key, c);
+          copies_wait();
+          __syncthreads();
+        }
+        const Target<T> to_key{grad_key.rows(line, pixel), !line.first_axis || first_query > 0};
+        const Target<T> to_query{grad_query.rows(line, pixel), !line.first_axis || first_key > 0};
+#pragma unroll 1
+        for (int n = 0; n < 64 && warp_key < line.length && c + n < k.channels; n += kStrip) {
+          typename Work::Sums sums;
+          clear(sums);
+          grad_energy.multiply(sums, queries, n);
+          write_rows(sums, to_key, first_key, c + n, one, one);
+        }
+#pragma unroll
+        for (int first = 0; first < kSide; first += Work::kPart) {
+          __syncthreads();
+          Work::store(grad_energy, grads, first);
+          __syncthreads();
+          // A warp makes 16 queries by a strip of channels, of 4 by 2 such parts.
+#pragma unroll 1
+          for (int i = threadIdx.x / 32; i < 8; i += Work::kWarps) {
+            const int m = i / 2 * 16, n = i % 2 * kStrip, query_row = first_query + first + m;
+            if (first + m < kSide && query_row < line.length && c + n < q.channels) {
+              typename Work::Sums sums;
+              clear(sums);
+#pragma unroll 1
+              for (int depth = 0; depth < kSide && first_key + depth < line.length; depth += 16) {
+                WarpRows<T, 16> left;
+                load_left<true>(left.x[0], grads, m, depth);
+                left.multiply(sums, Slice(keys.data + depth * 64), n);
+              }
+              write_rows(sums, to_query, query_row - Work::Sums::warp_row(), c + n, one, one);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace ccnet
