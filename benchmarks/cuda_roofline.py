@@ -37,7 +37,7 @@ from cc_attention import native
 from utils.arguments import ArgumentParser
 
 LIBRARY = Path(native.__file__).with_name("_C_cuda.abi3.so")
-MOST_BYTES = {"forward": 2.5, "backward": 3.5}  # targets, over the fewest
+MOST_BYTES = {"forward": 1.4, "backward": 1.6}  # targets, of what passes the L2 cache of the first GPU, over the fewest
 
 Results = dict[tuple[Case, str], dict[str, Counts]]  # of a case and a pass: contenders by name
 Models = dict[tuple[Case, str], dict[Gpu, list[LaunchModel]]]  # of our launches
@@ -160,13 +160,14 @@ def time_rows(results: Results, models: Models, gpus: Sequence[Gpu]) -> Iterable
 def reached_rows(results: Results) -> Iterable[list[str]]:
     for (case, what), contenders in results.items():
         ours, limit = contenders["ours"], MOST_BYTES[what]
-        bytes_, bmm = ours.bytes / contenders["fewest"].bytes, contenders["bmm"].bytes / ours.bytes
+        bytes_ = ours.memory[0] / contenders["fewest"].bytes
+        bmm = contenders["bmm"].memory[0] / ours.memory[0]
         efficiency, conflicts = ours.sector_efficiency or 0, (ours.bank_conflicts, ours.ldmatrix_conflicts)
         for target, counted, reached in (
-            (f"bytes / fewest <= {limit}", f"{bytes_:.3f}", bytes_ <= limit),
+            (f"past L2: bytes / fewest <= {limit}", f"{bytes_:.3f}", bytes_ <= limit),
             ("sector efficiency >= 90 %", f"{efficiency:.1%}", efficiency >= 0.9),
             ("conflicts: banks 0, ldmatrix 0", f"{conflicts[0]:,}, {conflicts[1]:,}", conflicts == (0, 0)),
-            ("bytes of bmm / ours >= 4", f"{bmm:.2f}", bmm >= 4),
+            ("past L2: bytes of bmm / ours >= 4", f"{bmm:.2f}", bmm >= 4),
         ):
             yield [f"{case} {what}", target, counted, "yes" if reached else "no"]
 

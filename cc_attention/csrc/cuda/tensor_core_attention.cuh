@@ -579,7 +579,7 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kQueries > 112 ? 2 : 3)
       float sum = 0;
 #pragma unroll
       for (int warp = 0; warp < Work::kWarps; ++warp) {
-        sum += load_shared(memory + warp * kQueries + (valid ? row : 0));
+        sum += load_shared(memory + warp * kQueries + row);  // of any row, so that none share a bank
       }
       store_global(scratch.parts + part * scratch.pixels + u, sum, valid);
     });
