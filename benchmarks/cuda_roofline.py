@@ -12,7 +12,7 @@ bfloat16, channels_last, forward and backward each:
   with the size that each GPU has, fully associative, where the line goes first that was used least recently. It begins
   empty, and in the end all that was stored is written. Blocks come one after the other, on a GPU a hundred at a time.
 - fewest: every input read once and every output written once. Forward: query, key, value; out, and for each pixel the
-  largest energy and the sum of the softmax (float32). Backward: these six and the gradient of out; three gradients.
+  largest energy and the sum of the softmax (float32). Backward: these but out, and its gradient; three gradients.
 - bmm: the usual form in plain PyTorch (benchmarks/criss_cross.py), run on tensors without data. Every ATen operator but
   views reads its inputs once and writes its outputs once, the least that this form can move. Copies inside an operator
   (bmm makes them of operands in which neither matrix dimension is dense) are not counted.

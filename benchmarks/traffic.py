@@ -105,14 +105,14 @@ def count_ours(case: Case, **properties: int) -> tuple[Passes, list[Tensor]]:
 def fewest(case: Case) -> Passes:
     """The least that any implementation moves, and the multiplications of the definition.
 
-    The backward pass is not given the weights, and computes the energies again.
+    The backward pass is given neither the weights nor the result, and computes the energies again.
     """
     c, cv = CHANNELS
     pixels, path = case.images * case.height * case.width, case.height + case.width - 1
     softmax = 2 * 4  # bytes of the largest energy and the sum
     return {
         "forward": Counts(pixels * (2 * (2 * c + 2 * cv) + softmax), 2 * pixels * path * (c + cv)),
-        "backward": Counts(pixels * (2 * (4 * c + 4 * cv) + softmax), 2 * pixels * path * (3 * c + 2 * cv)),
+        "backward": Counts(pixels * (2 * (4 * c + 3 * cv) + softmax), 2 * pixels * path * (3 * c + 2 * cv)),
     }
 
 

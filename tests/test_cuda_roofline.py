@@ -127,15 +127,15 @@ def test_fused_axes_multiply_queries_and_keys_in_every_head():
     assert counts["backward"].flops == 2 * pairs * 8 * (3 * 64 + 2 * 64)
 
 
-# The kernels that 97x97 and 128x256 launch, with few lines of each length. That bmm moves four times as many bytes is a
-# target too, and not reached: what the table says of it is printed, not asserted.
+# The kernels that 97x97 and 128x256 launch, with few lines of each length. What passes the cache is a matter of whole maps,
+# and what the table says of it is printed, not asserted.
 @pytest.mark.parametrize("case", [Case(1, 97, 5), Case(1, 5, 97), Case(1, 3, 256), Case(1, 128, 3)], ids=str)
 def test_targets(case):
     results, _ = cuda_roofline.count([case], GPUS[:1])
     rows = list(cuda_roofline.reached_rows(results))
     assert len(rows) == 8
     for _, target, counted, reached in rows:
-        assert reached == "yes" or "bmm" in target, f"{target}: {counted}"
+        assert reached == "yes" or "past L2" in target, f"{target}: {counted}"
     for contenders in results.values():
         assert contenders["fewest"].bytes <= contenders["ours"].memory[0] < contenders["bmm"].memory[0]
         assert contenders["bmm"].bytes < contenders["original, as written"].bytes
@@ -188,10 +188,11 @@ def test_a_cache_that_holds_all_leaves_the_fewest_bytes():
     large, small = (count_ours(case, cache_bytes=cache_bytes)[0] for cache_bytes in (1 << 30, 128))
     for what, least in fewest(case).items():
         (everything,), (almost_nothing,) = large[what].memory, small[what].memory
-        scratch = 4 * 2 * 33 if what == "backward" else 0  # delta is written in the end
-        ends = 32 * 10  # tensors need not begin with a sector
+        # Written in the end: two numbers a pixel for the second axis; delta, its parts, and dP of whole fragments.
+        scratch = 2 * 33 * (4 + 2 * 4) + 4 * 16 * 64 * (2 * 3 + 33 * 1) if what == "backward" else 2 * 33 * 2 * 4
+        ends = 32 * 12  # tensors need not begin with a sector
         assert least.bytes <= everything <= least.bytes + scratch + ends
-        assert almost_nothing > 2 * everything
+        assert almost_nothing > 2 * least.bytes
 
 
 def test_tensors_through_a_cache_by_hand():
@@ -212,7 +213,7 @@ def test_the_command_prints_all_tables(monkeypatch, capsys):
     cuda_roofline.main()
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("| 1x512x2x3 backward")]
-    launches = 0 if "No instructions and times of ours" in printed else 3
+    launches = 0 if "No instructions and times of ours" in printed else 4
     # counts, instructions by launch and by line, times of launches, times, targets
     assert len(rows) == 6 + (launches + (launches > 0)) + launches + 5 + 4
     assert "| original, as written |" in printed
