@@ -127,7 +127,7 @@ def test_fused_axes_multiply_queries_and_keys_in_every_head():
     assert counts["backward"].flops == 2 * pairs * 8 * (3 * 64 + 2 * 64)
 
 
-# The kernels that 97x97 and 128x256 launch, with few lines of each length. What passes the cache is a matter of whole maps,
+# The kernels that 97x97 and 128x256 launch, with few lines of each. What passes the cache is a matter of whole maps,
 # and what the table says of it is printed, not asserted.
 @pytest.mark.parametrize("case", [Case(1, 97, 5), Case(1, 5, 97), Case(1, 3, 256), Case(1, 128, 3)], ids=str)
 def test_targets(case):

@@ -186,15 +186,16 @@ def test_machine_code_has_the_results_of_the_emulated_source(dtype, shape, archi
             for x in written:  # exp2 and 1/x are not of the same last bit
                 found = torch.frombuffer(bytearray(memory.read(x)), dtype=x.dtype).as_strided(x.shape, x.stride())
                 assert (found == x).double().mean() > 0.98 or x.dtype == torch.float32
-                allowed = (2 if x.dtype == dtype != torch.float32 else 16) * torch.finfo(x.dtype).eps * x.abs().max()
+                allowed = (2 if x.dtype == dtype != torch.float32 else 64) * torch.finfo(x.dtype).eps * x.abs().max()
                 assert torch.allclose(found, x, rtol=0, atol=float(allowed)), (found - x).abs().max() / allowed
 
 
 @needs_library
 def test_machine_code_that_does_not_do_what_was_counted_is_an_error():
-    inputs = [x.bfloat16() for x in random_inputs(1, 8, 8, 1, 3).values()]
+    inputs = [x.bfloat16() for x in random_inputs(1, 8, 8, 2, 3).values()]
+    inputs = [x.to(memory_format=torch.channels_last) for x in inputs]
     with emulated_gpu(counting=True) as take_launches:
-        (launch, *_), _, results = next(passes(inputs, take_launches))
+        (_, launch), _, results = next(passes(inputs, take_launches))  # of the second axis, which loads numbers too
     code = sass.kernels(LIBRARY, "sm_80")[sass.short(launch.kernel)]
     memory = sass.Memory([*inputs, *results])
     run_launch(launch, code, memory)

@@ -67,9 +67,9 @@ def make_optimizer(
 
 
 def _step_as_memory_holds_weights(optimizer: torch.optim.Optimizer) -> None:
-    """For steps, give channels_last weights, and what belongs to them, the shape of their memory, [O, H, W, C].
+    """For each step, give channels_last weights and what belongs to them the shape in which they are contiguous.
 
-    Of others PyTorch 2.14's fused SGD for the CPU makes copies, and takes three times as long.
+    That is [O, H, W, C]. Of others PyTorch 2.14's fused SGD for the CPU makes copies, and takes three times as long.
     """
     permuted: list[Tensor] = []
 

@@ -590,7 +590,7 @@ def _(b, i):
 
 @executes("BSYNC", "WARPSYNC")
 def _(b, i):
-    if b.mask.any():
+    if b.mask.any() and i.operands:  # WARPSYNC.ALL has none: all threads of its warps are there
         where = i.operands[0].text
         if i.base == "WARPSYNC":  # of all that live
             if np.any(b.u32(i.operands[0]) != 0xFFFFFFFF):
