@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +25,19 @@ def forked_processes(worker: Callable, arguments: tuple, size: int) -> None:
     """Run worker(rank, *arguments) in that many processes."""
     _preload()
     mp.start_processes(worker, arguments, size, start_method="forkserver")
+
+
+def distributed_processes(worker: Callable, folder: Path, size: int) -> None:
+    """Run worker(rank) in that many processes of a group over gloo, which meet at a file in the folder."""
+    forked_processes(_in_a_group, (worker, folder, size), size)
+
+
+def _in_a_group(rank: int, worker: Callable, folder: Path, size: int) -> None:
+    store, timeout = f"file://{folder}/store", timedelta(seconds=60)
+    dist.init_process_group("gloo", store, rank=rank, world_size=size, timeout=timeout)
+    worker(rank)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def forked_program(

@@ -1,13 +1,12 @@
 """The category consistent loss: against its definition, over processes, and through both scripts."""
 
 import json
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from gradients import assert_same_gradients
-from programs import forked_processes
+from programs import distributed_processes
 from test_own_data import evaluated, trained
 from test_train import assert_bitwise_equal, events, weights
 
@@ -137,10 +136,8 @@ def test_it_is_added_to_the_other_losses(criterion, no_host_copies):
     criterion.to("meta")([pred.detach().to("meta") for pred in preds], target.to("meta"))
 
 
-def sharded_worker(rank, folder):
+def sharded_worker(rank):
     """Its part of a batch of 3 images, against the whole batch in one process."""
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     part = BatchShard(shard(3, rank, 2), 3)
     for void in (0.1, 1.1):
         features, target = random_case(n=3, void=void)
@@ -154,13 +151,11 @@ def sharded_worker(rank, folder):
         torch.testing.assert_close(mean / 2, expected.detach())
         (gradient,), (whole,) = torch.autograd.grad(loss, mine), torch.autograd.grad(expected, features)
         torch.testing.assert_close(gradient / 2, whole[images])
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_2_processes_have_the_loss_of_one(tmp_path):
-    forked_processes(sharded_worker, (str(tmp_path),), 2)  # an error if one of them fails
+    distributed_processes(sharded_worker, tmp_path, 2)  # an error if one of them fails
 
 
 # ---- the network ----

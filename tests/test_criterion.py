@@ -1,13 +1,11 @@
 """The losses against PyTorch's cross-entropy and against the original's OHEM on the host."""
 
-from datetime import timedelta
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from gradients import assert_same_gradients
-from programs import forked_processes
+from programs import distributed_processes
 from scipy import ndimage
 from torch.nn import functional as F
 
@@ -138,10 +136,8 @@ def test_ohem_with_exactly_k_valid_pixels_keeps_all():
     assert CriterionOhemDSN(0.1, 64 * 4).threshold(upsample(preds[0], (16, 16)), target.long()).item() == 1
 
 
-def sharded_worker(rank, folder):
+def sharded_worker(rank):
     """Its part of a batch of 3 images, against the whole batch in one process."""
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     part = BatchShard(shard(3, rank, 2), 3)
     for make, seed in ((CriterionDSN, 0), (CriterionDSN, 1), (lambda *a: CriterionOhemDSN(0.2, 64 * 30, *a), 1)):
         for void in (0.1, 1.1):
@@ -158,13 +154,11 @@ def sharded_worker(rank, folder):
             gradients = torch.autograd.grad(loss, mine)
             for gradient, whole in zip(gradients, torch.autograd.grad(expected, preds), strict=True):
                 torch.testing.assert_close(gradient / 2, whole[images])
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_weighted_losses_of_2_processes_are_those_of_one(tmp_path):
-    forked_processes(sharded_worker, (str(tmp_path),), 2)  # an error if one of them fails
+    distributed_processes(sharded_worker, tmp_path, 2)  # an error if one of them fails
 
 
 @pytest.mark.parametrize(
