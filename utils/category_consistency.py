@@ -1,10 +1,10 @@
 """The category consistent loss: features of one class near their mean, means of different classes apart.
 
 It is that of the paper's journal version (arXiv 1811.11721v2, section 3.4): the discriminative loss of De Brabandere et
-al. (arXiv 1708.02551), which here grows only linearly far from the mean. Equations and constants were compared
-with a reader's notes on the paper (by asthestarsfalll, on GitHub), not with the paper itself. As the other losses it copies nothing to the
-host, and its gradient over several processes is that of the whole batch (`criterion`). There are no atomic additions:
-sums over the pixels of a class are matrix products.
+al. (arXiv 1708.02551), which here grows only linearly far from the mean. Equations and constants were compared with
+readers' notes on the paper, not with the paper itself. As the other losses it copies nothing to the host, and its
+gradient over several processes is that of the whole batch (`criterion`). There are no atomic additions: sums over the
+pixels of a class are matrix products.
 """
 
 import torch

@@ -390,7 +390,15 @@ def _(b, i):
 def _(b, i):
     thread = np.arange(b.threads, dtype=np.uint32)
     known = {"SR_TID.X": thread, "SR_LANEID": thread % WARP, "SR_CTAID.X": np.uint32(b.number)}
-    known |= dict.fromkeys(("SR_TID.Y", "SR_TID.Z", "SR_CTAID.Y", "SR_CTAID.Z", "SR_CgaCtaId"), np.uint32(0))
+    nought = (
+        "SR_TID.Y",
+        "SR_TID.Z",
+        "SR_CTAID.Y",
+        "SR_CTAID.Z",
+        "SR_CgaCtaId",
+        "SR_SWINHI",
+    )  # that: shared memory at 0
+    known |= dict.fromkeys(nought, np.uint32(0))
     if i.operands[1].text not in known:
         raise b.unknown(i)
     b.set(i.operands[0], known[i.operands[1].text])
@@ -540,10 +548,11 @@ def _(b, i):
 @executes("BRA", "CALL")
 def _(b, i):
     taken, conditions = b.mask, i.operands[:-1]
-    if i.has("CONV") and conditions[0].text == "~URZ":  # if all of a warp's threads are here
-        taken, conditions = per_warp(np.all, taken), []
-    elif i.has("DIV") and conditions[0].text == "~URZ":  # if not
-        taken, conditions = taken & ~per_warp(np.all, taken), []
+    if i.has("CONV") or i.has("DIV"):  # if all of a warp's threads are here, or if not
+        if np.any(np.broadcast_to(b.u32(conditions[0]), b.threads)[b.mask] != 0xFFFFFFFF):
+            raise b.unknown(i)
+        whole = per_warp(np.all, taken)
+        taken, conditions = whole if i.has("CONV") else taken & ~whole, []
     for x in conditions:
         if x.kind not in ("P", "UP"):
             raise b.unknown(i)
@@ -582,6 +591,13 @@ def _(b, i):
     np.copyto(meets, b.group.threads, where=per_warp(np.any, b.group.threads))
 
 
+@executes("VOTEU")
+def _(b, i):
+    if not (i.has("ALL") and len(i.operands) == 2):
+        raise b.unknown(i)
+    b.set_predicate(i.operands[0], ~per_warp(np.any, b.mask & ~b.predicate(i.operands[1])))
+
+
 @executes("BREAK")
 def _(b, i):
     b.meets[i.operands[-1].text] &= ~b.mask
@@ -590,10 +606,11 @@ def _(b, i):
 
 @executes("BSYNC", "WARPSYNC")
 def _(b, i):
-    if b.mask.any() and i.operands:  # WARPSYNC.ALL has none: all threads of its warps are there
-        where = i.operands[0].text
-        if i.base == "WARPSYNC":  # of all that live
-            if np.any(b.u32(i.operands[0]) != 0xFFFFFFFF):
+    if b.mask.any():
+        if i.base == "BSYNC":
+            where = i.operands[0].text
+        else:  # of all that live
+            if i.operands and np.any(b.u32(i.operands[0]) != 0xFFFFFFFF):
                 raise b.unknown(i)
             where = f"WARPSYNC {i.place}"
             b.meets[where] = np.ones(b.threads, bool)

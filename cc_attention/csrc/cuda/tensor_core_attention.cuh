@@ -541,17 +541,16 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kQueries > 112 ? 2 : 3)
     const StripTarget<T> target({grad_value.rows(line, pixel), !line.first_axis || first_query > 0}, warp_key);
     __syncthreads();
     const typename Work::GradSlice::template Source<kThreads> of_grads(g, first_query);
-    const typename Work::ValueSlice::template Source<kThreads> of_values(v, first_key);
     if (v.channels > 0) {
       grads(0).fetch(of_grads, 0);
-      values(0).fetch(of_values, 0);
+      values(0).template fetch<kThreads>(v, first_key, 0);
     }
     for (int c = 0; c < v.channels; c += kStrip) {
       copies_wait();
       __syncthreads();
       if (c + kStrip < v.channels) {
         grads(c + kStrip).fetch(of_grads, c + kStrip);
-        values(c + kStrip).fetch(of_values, c + kStrip);
+        values(c + kStrip).template fetch<kThreads>(v, first_key, c + kStrip);
       }
       if (warp_key < line.length) {
         Work::multiply(products, values(c), grads(c));
