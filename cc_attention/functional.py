@@ -146,7 +146,7 @@ def criss_cross_attention(
         inputs: tuple[Tensor, ...] = (query, key, value)
     else:
         _check(*arguments, ("residual", residual, f"N C {pixels}"))
-        if gamma.numel() != 1 or gamma.device != query.device:
+        if not torch.jit.is_tracing() and (gamma.numel() != 1 or gamma.device != query.device):
             raise ValueError(f"gamma: expected one number on {query.device}, got {_describe(gamma)}")
         precise = torch.float64 if query.dtype == torch.float64 else torch.float32
         inputs = (query, key, value, residual, gamma.reshape(1).to(precise))

@@ -84,9 +84,9 @@ def _attention_backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Te
     inputs = len(ctx.needs_input_grad)
     if grad_out is None:
         return (None,) * inputs
-    gamma = ctx.saved_tensors[-1]
-    *gradients, delta = call(torch.ops.ccnet.criss_cross_attention_backward, grad_out, *ctx.saved_tensors)
-    if gamma is not None:
+    saved = ctx.saved_tensors  # once: with activation checkpointing, asking computes them
+    *gradients, delta = call(torch.ops.ccnet.criss_cross_attention_backward, grad_out, *saved)
+    if saved[-1] is not None:  # gamma
         gradients += [grad_out, delta.sum().reshape(1)]
     return (*gradients, None, None)[:inputs]
 
