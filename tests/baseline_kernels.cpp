@@ -173,14 +173,18 @@ void check_line(int length, int query_channels, int value_channels, int masked =
   const double terms = query_channels + value_channels + length;  // of the sums that a result is made of
   const double error = kRounding<Real> * (4 + 4 * std::sqrt(terms)) + rounding_between_blocks;
   Numbers<T> query(length, query_channels), value(length, value_channels), key = query, grad_out = value, out = value;
-  Numbers<T> grad_query = query, grad_key = query, grad_value = value;  // by the whole path
+  Numbers<T> residual = value, grad_query = query, grad_key = query, grad_value = value;
+  constexpr double gamma = 0.75;
   Numbers<T> energy_grad_query = query, energy_grad_key = query, map_out = value, map_grad_value = value;
   Numbers<Real> largest(length, 1), sum = largest, delta = largest;
-  query.random(), grad_out.random();
-  for (int axis = 0; axis < (length > 1 ? 3 : 1); ++axis) {
+  constexpr int lanes = 16 / sizeof(Real);  // of the vectors whole of which a row of products has
+  Numbers<Real> products(length, (length + lanes - 1) / lanes * lanes);
+  query.random(), grad_out.random(), residual.random();
+  const int axes = length > 1 ? 3 : 1;
+  for (int axis = 0; axis < axes; ++axis) {
     std::snprintf(sizes, sizeof sizes, "length %d, channels %d and %d, axis %d, masked %d", length, query_channels,
                   value_channels, axis, masked);
-    const bool later = axis > 0, last = axis == 2;
+    const bool later = axis > 0, last = axis == axes - 1;
     const Line line{length, largest.stride, query_channels, value_channels, !later, last};
     constexpr int beyond = 64;
     constexpr char unwritten = -1;  // as bytes of a number: NaN
@@ -214,8 +218,11 @@ void check_line(int length, int query_channels, int value_channels, int masked =
       }
     }
     out.expect(weights * value, later);
-    kernels.attention(line, query.along(), key.along(), value.along(), out.along(), {largest.data(), sum.data()},
-                      scratch.data());
+    if (last) {
+      out.expect(matrix(length, value_channels, [&](int i, int c) { return residual(i, c) + gamma * out(i, c); }));
+    }
+    kernels.attention(line, query.along(), key.along(), value.along(), residual.along(), gamma, out.along(),
+                      {largest.data(), sum.data()}, scratch.data());
     out.check("attention", "out", error);
     largest.check("attention", "largest", error);
     sum.check("attention", "sum", error);
@@ -223,23 +230,38 @@ void check_line(int length, int query_channels, int value_channels, int masked =
       continue;  // no gradients
     }
 
-    if (!later) {
-      const Matrix products = grad_out * transposed(out);
-      delta.expect(matrix(length, 1, [&](int i, int) { return products(i, i); }));
+    const Matrix of_keys = weights * transposed(grad_weights);
+    delta.expect(matrix(length, 1, [&](int i, int) { return of_keys(i, i); }), later);
+    grad_value.expect(matrix(length, length, [&](int i, int j) { return gamma * weights(j, i); }) * grad_out, later);
+    if (last) {  // goes on to the gradients of query and key, of which it makes the first part
+      grad_query = Numbers<T>(length, query_channels), grad_key = grad_query;
+    } else {
+      grad_query.random(), grad_key.random();
+      products.expect(matrix(length, products.columns, [&](int i, int j) { return j < length ? grad_weights(i, j) : 0; }));
     }
     const Matrix grad_energies = matrix(length, length, [&](int i, int j) {
-      return weights(i, j) * (grad_weights(i, j) - delta(i, 0));
+      return gamma * weights(i, j) * (grad_weights(i, j) - delta(i, 0));
     });
-    grad_query.expect(grad_energies * key, later);
-    grad_key.expect(transposed(grad_energies) * query, later);
-    grad_value.expect(transposed(weights) * grad_out, later);
-    kernels.attention_backward(line, query.along(), key.along(), value.along(), out.along(), grad_out.along(),
-                               {largest.data(), sum.data()}, delta.data(), grad_query.along(), grad_key.along(),
-                               grad_value.along(), scratch.data());
-    delta.check("attention_backward", "delta", error);
-    grad_query.check("attention_backward", "grad_query", error);
-    grad_key.check("attention_backward", "grad_key", error);
-    grad_value.check("attention_backward", "grad_value", error);
+    const Matrix query_part = grad_energies * key, key_part = transposed(grad_energies) * query;
+    if (last) {
+      grad_query.expect(query_part), grad_key.expect(key_part);
+    }
+    kernels.value_gradients(line, query.along(), key.along(), value.along(), grad_out.along(),
+                            {largest.data(), sum.data()}, gamma, products.along(), delta.data(), grad_query.along(),
+                            grad_key.along(), grad_value.along(), scratch.data());
+    delta.check("value_gradients", "delta", error);
+    grad_value.check("value_gradients", "grad_value", error);
+    products.check("value_gradients", "products", error);
+    grad_query.check("value_gradients", "grad_query", last ? error : 0);
+    grad_key.check("value_gradients", "grad_key", last ? error : 0);
+    if (!last) {
+      grad_query.expect(query_part, true), grad_key.expect(key_part, true);
+      kernels.query_key_gradients(line, query.along(), key.along(), {largest.data(), sum.data()}, gamma,
+                                  products.along(), delta.data(), grad_query.along(), grad_key.along(),
+                                  scratch.data());
+      grad_query.check("query_key_gradients", "grad_query", error);
+      grad_key.check("query_key_gradients", "grad_key", error);
+    }
 
     // The explicit form
     Numbers<T> energy(length, length - later), grad_energy = energy, weight = energy, grad_weight = energy;
@@ -287,13 +309,17 @@ struct Reference {
   ActivationOf activation;
   bool is_linear(double x) const { return x > 0 || activation.name == Activation::identity; }
   bool is_elu() const { return activation.name == Activation::elu; }
+  double slope() const { return activation.name == Activation::relu ? 0 : activation.slope; }
 
-  double operator()(double y) const { return is_linear(y) ? y : is_elu() ? std::expm1(y) : y * activation.slope; }
+  double operator()(double y) const {
+    const bool flat = slope() == 0 && y <= 0;  // infinity too
+    return flat ? 0 : is_linear(y) ? y : is_elu() ? std::expm1(y) : y * slope();
+  }
   double inverse(double z) const {
     const double least = kRounding<T> - 1;
-    return is_linear(z) ? z : is_elu() ? std::log1p(std::max(z, least)) : z / activation.slope;
+    return is_linear(z) ? z : is_elu() ? std::log1p(std::max(z, least)) : z / slope();
   }
-  double derivative(double z) const { return is_linear(z) ? 1 : is_elu() ? z + 1 : activation.slope; }
+  double derivative(double z) const { return is_linear(z) ? 1 : is_elu() ? z + 1 : slope(); }
 };
 
 template <class T>
@@ -308,11 +334,11 @@ void check_abn(Block block, Activation name, bool with_residual, bool in_place_a
                 channels, channels, static_cast<int>(name), with_residual, in_place_and_past_caches);
   Numbers<T> x(1, n), z = x, residual = x, grad_z = x, grad_x = x, grad_residual = x;
   Numbers<double> mean(1, channels), squares = mean, sum = mean, product_sum = mean;
-  Numbers<Real> shift(1, channels), scale = shift, offset = shift, bias = shift, of_grad = shift, of_deviation = shift,
-      constant = shift;
-  for (Numbers<Real>* numbers : {&shift, &scale, &offset, &bias, &of_grad, &of_deviation, &constant}) {
+  Numbers<Real> shift(1, channels), scale = shift, offset = shift, of_deviation = shift, constant = shift;
+  for (Numbers<Real>* numbers : {&shift, &scale, &offset, &of_deviation, &constant}) {
     numbers->random();
   }
+  const ChannelNumbers<Real> numbers{shift.data(), scale.data(), offset.data(), of_deviation.data(), constant.data()};
   x.random(3, 4), grad_z.random(), residual.random();
   const auto rest = [&](int k) { return with_residual ? residual(0, k) : 0; };
   T* residual_data = with_residual ? residual.data() : nullptr;
@@ -336,31 +362,36 @@ void check_abn(Block block, Activation name, bool with_residual, bool in_place_a
     x.set(0, n - 1 - k, special[k]);
   }
   Numbers<T>& to = in_place_and_past_caches ? x : z;
-  to.expect(matrix(1, n, [&](int, int k) {
-    const int c = k % channels;
-    return activate((x(0, k) - shift(0, c)) * scale(0, c) + offset(0, c) + rest(k));
-  }));
-  kernels.forward(block, activation, x.data(), {shift.data(), scale.data(), offset.data()}, residual_data, to.data());
+  const auto y = [&](int k) {
+    return (x(0, k) - shift(0, k % channels)) * scale(0, k % channels) + offset(0, k % channels);
+  };
+  to.expect(matrix(1, n, [&](int, int k) { return activate(y(k) + rest(k)); }));
+  kernels.forward(block, activation, x.data(), numbers, residual_data, to.data());
   to.check("forward", "z", error);
 
-  z.random();
+  x.random(), z.random();
   z.set(0, 0, -1);  // where elu has rounded y away
-  const auto grad_y = [&](int k) { return grad_z(0, k) * activate.derivative(z(0, k)); };
-  const auto deviation = [&](int k) { return activate.inverse(z(0, k)) - rest(k) - bias(0, k % channels); };
+  const bool has_x = !activation.is_invertible();
+  const KeptData<T> kept = has_x ? KeptData<T>{x.data(), with_residual ? z.data() : nullptr, nullptr}
+                                 : KeptData<T>{nullptr, z.data(), residual_data};
+  const auto grad_y = [&](int k) {
+    return grad_z(0, k) * activate.derivative(has_x && !with_residual ? y(k) : z(0, k));
+  };
+  const auto deviation = [&](int k) {
+    return (has_x ? x(0, k) : activate.inverse(z(0, k)) - rest(k)) - shift(0, k % channels);
+  };
   sum.expect(sum_of_channels([&](int k, int) { return grad_y(k); }));
   product_sum.expect(sum_of_channels([&](int k, int) { return grad_y(k) * deviation(k); }));
-  kernels.backward_sums(block, activation, z.data(), grad_z.data(), residual_data, bias.data(), sum.data(),
-                        product_sum.data());
+  kernels.backward_sums(block, activation, kept, grad_z.data(), numbers, sum.data(), product_sum.data());
   sum.check("backward_sums", "sum", error_of_sums);
   product_sum.check("backward_sums", "product_sum", error_of_sums);
 
   grad_x.expect(matrix(1, n, [&](int, int k) {
     const int c = k % channels;
-    return grad_y(k) * of_grad(0, c) + deviation(k) * of_deviation(0, c) + constant(0, c);
+    return grad_y(k) * scale(0, c) + deviation(k) * of_deviation(0, c) + constant(0, c);
   }));
   grad_residual.expect(matrix(1, n, [&](int, int k) { return with_residual ? grad_y(k) : NAN; }));
-  kernels.backward(block, activation, z.data(), grad_z.data(), residual_data,
-                   {bias.data(), of_grad.data(), of_deviation.data(), constant.data()}, grad_x.data(),
+  kernels.backward(block, activation, kept, grad_z.data(), numbers, grad_x.data(),
                    with_residual ? grad_residual.data() : nullptr, in_place_and_past_caches);
   grad_x.check("backward", "grad_x", error);
   grad_residual.check("backward", "grad_residual", error);
@@ -377,7 +408,7 @@ void check_conversions(float factor) {
     z(0, k) = to_double(from_double<T>(static_cast<float>(to_double(x.data()[k]) * factor)));
   }
   baseline::abn_kernels(x.data()).forward({1, x.columns, true}, {Activation::identity, 0}, x.data(),
-                                          {&zero, &factor, &zero}, nullptr, z.data());
+                                          {&zero, &factor, &zero, nullptr, nullptr}, nullptr, z.data());
   z.check("forward", "z", 0);
 }
 
@@ -404,7 +435,7 @@ void check_type() {
   }
   const Block shapes[] = {{1, 1}, {1, 3}, {1, 4}, {1, 17}, {2, 5}, {3, 8}, {7, 9}, {65, 16}, {130, 7}, {3, 515}};
   for (const Block& shape : shapes) {
-    for (Activation name : {Activation::identity, Activation::leaky_relu, Activation::elu}) {
+    for (Activation name : {Activation::identity, Activation::leaky_relu, Activation::elu, Activation::relu}) {
       for (int options = 0; options < 8; ++options) {
         check_abn<T>({shape.rows, shape.length, options / 4 == 1}, name, options / 2 % 2, options % 2);
       }
