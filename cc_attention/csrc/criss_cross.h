@@ -20,6 +20,14 @@ using Shape = std::vector<int64_t>;
 
 inline Shape shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
+inline int64_t pixels_of(const Tensor& x) {  // of an image
+  int64_t pixels = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) {
+    pixels *= x.size(d);
+  }
+  return pixels;
+}
+
 // [N, C, (D,) H, W] with `channels` for C
 inline Shape shape_with(const Tensor& x, int64_t channels) {
   Shape shape = shape_of(x);

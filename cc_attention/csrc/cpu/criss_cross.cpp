@@ -132,12 +132,9 @@ template <class Real>
 class Products {
  public:
   explicit Products(const Tensor& x) {
-    int64_t images_pixels = x.size(0), axes = 0;
-    for (int64_t d = 2; d < x.dim(); ++d) {
-      images_pixels *= x.size(d);
-    }
-    for (int64_t d = x.dim() - 1; d > 2; --d, ++axes) {  // a single pixel's axes follow each other, as those of a path
-      begin_[axes + 1] = begin_[axes] + images_pixels * row(x.size(d));
+    int64_t axes = 0;
+    for (int64_t d = x.dim() - 1; d > 2; --d, ++axes) {
+      begin_[axes + 1] = begin_[axes] + x.size(0) * pixels_of(x) * row(x.size(d));
     }
     const int64_t bytes = begin_[axes] * static_cast<int64_t>(sizeof(Real));
     data_ = reinterpret_cast<Real*>(thread_block(Kept::products, bytes));

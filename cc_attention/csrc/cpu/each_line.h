@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cc_attention/csrc/cpu/line.h"
+#include "cc_attention/csrc/criss_cross.h"
 #include "libs/csrc/cpu/memory.h"
 
 namespace ccnet {
@@ -160,10 +161,7 @@ template <class T, size_t kCount, class F>
 void each_line(const torch::stable::Tensor& x, int64_t query_channels, int64_t value_channels,
                const std::array<Images<T>, kCount>& images, const F& run, Which which = Which::all_axes) {
   using namespace each_line_details;
-  int64_t pixels = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) {
-    pixels *= x.size(d);
-  }
+  const int64_t pixels = pixels_of(x);
   if (x.size(0) == 0) {
     return;
   }

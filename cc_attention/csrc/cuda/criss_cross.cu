@@ -28,13 +28,6 @@ Tensor empty_as(const Tensor& like, const Shape& shape, MemoryFormat format) {
 Tensor empty_channels_last(const Tensor& like, int64_t channels) {
   return empty_as(like, shape_with(like, channels), channels_last_format(like));
 }
-int64_t pixels_of(const Tensor& x) {  // of an image
-  int64_t pixels = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) {
-    pixels *= x.size(d);
-  }
-  return pixels;
-}
 
 // ---- layouts: the kernels' tensors are channels_last, and those that they move in packs of 16 bytes are whole ones ----
 
@@ -47,26 +40,23 @@ void copy(const Tensor& from, const Tensor& to, cudaStream_t stream) {
                     layout_of(from), to.mutable_data_ptr(), layout_of(to), stream);
   STD_TORCH_CHECK(error == cudaSuccess, "criss-cross attention: ", text_of(error));
 }
-int64_t whole_packs(const Tensor& x) { return round_up(static_cast<int>(x.size(1)), 16 / static_cast<int>(x.element_size())); }
+int64_t whole_packs(const Tensor& x) {
+  return round_up(static_cast<int>(x.size(1)), 16 / static_cast<int>(x.element_size()));
+}
 
-Tensor in_channels_last(const Tensor& x, cudaStream_t stream) {
-  if (is_channels_last(x)) {
-    return x;
-  }
-  Tensor result = empty_channels_last(x, x.size(1));
-  copy(x.is_contiguous() ? x : torch::stable::contiguous(x), result, stream);
+// A copy in channels_last, with that many channels
+Tensor copied(const Tensor& x, int64_t channels, cudaStream_t stream) {
+  const Tensor result = empty_channels_last(x, channels);
+  copy(is_channels_last(x) || x.is_contiguous() ? x : torch::stable::contiguous(x), result, stream);
   return result;
+}
+Tensor in_channels_last(const Tensor& x, cudaStream_t stream) {
+  return is_channels_last(x) ? x : copied(x, x.size(1), stream);
 }
 // With as many channels more as make whole packs. They are 0, which changes no other result.
 Tensor in_packs(const Tensor& x, cudaStream_t stream) {
-  const int64_t channels = whole_packs(x);
-  const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  if (channels == x.size(1) && (aligned || !is_channels_last(x))) {
-    return in_channels_last(x, stream);
-  }
-  Tensor result = empty_channels_last(x, channels);
-  copy(is_channels_last(x) || x.is_contiguous() ? x : torch::stable::contiguous(x), result, stream);
-  return result;
+  const bool is_whole = whole_packs(x) == x.size(1) && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  return is_channels_last(x) && is_whole ? x : copied(x, whole_packs(x), stream);
 }
 // Uninitialised, for what has the shape of x
 Tensor empty_packs(const Tensor& x) { return empty_channels_last(x, whole_packs(x)); }

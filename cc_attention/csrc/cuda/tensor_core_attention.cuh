@@ -99,8 +99,7 @@ struct Staging {
 // Where a warp writes strips: 16 rows of a target, of which a lane has two, 8 channels of each
 template <class T>
 struct StripTarget {
-  __device__ __forceinline__ StripTarget(const Target<T>& target, int first_row)
-      : target_(target) {
+  __device__ __forceinline__ StripTarget(const Target<T>& target, int first_row) : target_(target) {
     const unsigned thread = unknown(threadIdx.x);
     row_ = first_row + thread % 32 / 4;
     at_ = row_ * target.rows.stride + thread % 4 * 8;
@@ -360,8 +359,8 @@ __global__ void __launch_bounds__(Work::kThreads, 3)
 
 // ---- backward ----
 
-// The weights of 16 keys by kQueries queries: energies become weights, by what the forward pass found of each query
-template <class T, int kQueries>
+// What the forward pass found of each query, and delta, in shared memory
+template <int kQueries>
 struct QueryNumbers {
   float *largest, *inverse, *delta;
   __device__ __forceinline__ explicit QueryNumbers(float* memory)
@@ -400,8 +399,6 @@ struct TensorCoreBackward {
   static constexpr int kQueries = kQueries_;
   static constexpr int kFragments = kQueries / 16;
 
-  static int64_t key_fragments(const Line& line) { return (line.length + 15) / 16; }
-
   // Where the lanes of a warp have its 16 keys' dP of a tile of queries
   static __host__ __device__ __forceinline__ int64_t products_at(const Line& line, int64_t number, int key, int query) {
     const int fragments = (line.length + 15) / 16, tiles = (line.length + kQueries - 1) / kQueries;
@@ -413,7 +410,7 @@ struct TensorCoreBackward {
 
   // x, energies of a warp's 16 keys with 16 queries, become weights.
   template <class Energies>
-  static __device__ __forceinline__ void weights(Energies& energy, int k, const QueryNumbers<T, kQueries>& numbers,
+  static __device__ __forceinline__ void weights(Energies& energy, int k, const QueryNumbers<kQueries>& numbers,
                                                  const Line& line, int first_key, int first_query) {
     const int key = first_key + Energies::warp_row(), query = first_query + 16 * k;
     const bool whole = key + 16 <= line.length && query + 16 <= line.length && (line.first_axis || key != query);
@@ -509,7 +506,7 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kQueries > 112 ? 2 : 3)
   constexpr int kQueries = Work::kQueries, kThreads = Work::kThreads;
   SharedCarver carver;
   T *const for_queries = carver.take<T>(kQueries * 64), *const for_keys = carver.take<T>(Work::kKeys * 64);
-  const QueryNumbers<T, kQueries> numbers(carver.take<float>(2 * kQueries));
+  const QueryNumbers<kQueries> numbers(carver.take<float>(2 * kQueries));
   float* const memory = carver.take<float>(Work::kWarps * Staging::kNumbers);
   const Staging staging(memory);
   const int parts = (line.length + Work::kKeys - 1) / Work::kKeys;
@@ -625,7 +622,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
   SharedCarver carver;
   const Slice keys(carver), grads(carver);
   const typename Work::QueryTile queries(carver);
-  const QueryNumbers<T, kSide> numbers(reinterpret_cast<float*>(grads.data));
+  const QueryNumbers<kSide> numbers(reinterpret_cast<float*>(grads.data));
   const int64_t pixel = first_pixel(line, blockIdx.x);
   const auto q = query.rows(line, pixel), k = key.rows(line, pixel);
   const float factor = gamma == nullptr ? 1 : load_global(gamma, true);
