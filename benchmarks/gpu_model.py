@@ -5,7 +5,8 @@ to do what the emulator counted of that block, as often and at the same addresse
 takes as long as the longest of
 
 - memory: the bytes that pass the L2 cache, at the memory's full bandwidth;
-- tensor cores: their instructions on the multiprocessor that has most blocks;
+- tensor cores: the instructions of the busiest one, on the multiprocessor that has most blocks; every fourth warp of a
+  block shares one;
 - issue: all instructions there, one a cycle for each of four schedulers, or the busiest unit's if that takes longer;
 - latency: one block by itself, whose warps issue in order and wait for operands and at barriers, times the rounds that
   the busiest multiprocessor needs for its blocks.
@@ -15,6 +16,7 @@ Left out are contention within these, instruction fetches, L2's own bandwidth, a
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from benchmarks.sass import (
     WARP,
     Block,
     Instruction,
+    Issue,
     Kernel,
     Launch,
     Memory,
@@ -129,9 +132,7 @@ def run_launch(launch, kernel: Kernel, memory: Memory) -> list[BlocksRun]:
 
 def check_block(block: Block, counters) -> Counter[str]:
     """What the compiler left out. SassError if the block did otherwise not do what an emulation.Counters says of it."""
-    acted: Counter[str] = Counter()
-    for issue in block.trace:
-        acted[block.kernel.code[issue.number].name] += issue.acting.bit_count()
+    acted = acting_by_name(block)
     found = {name: acted[instruction] for name, instruction in MARKERS.items()} | block.accesses
     left_out: Counter[str] = Counter()
     for name, count in found.items():
@@ -148,10 +149,29 @@ def check_block(block: Block, counters) -> Counter[str]:
 
 def issued_by_name(block: Block) -> Counter[str]:
     """Instructions that the block's warps issue."""
-    issued: Counter[str] = Counter()
+    return _by_name(block, lambda issue: issue.warps)
+
+
+def acting_by_name(block: Block) -> Counter[str]:
+    """Those of them that are not predicated off for the whole warp."""
+    return _by_name(block, lambda issue: issue.acting)
+
+
+def on_busiest_tensor_core(block: Block) -> int:
+    """Its instructions. A warp's number in the block tells the scheduler, which has a tensor core of its own."""
+    counts = [0] * SCHEDULERS
     for issue in block.trace:
-        issued[block.kernel.code[issue.number].name] += issue.warps.bit_count()
-    return issued
+        if block.kernel.code[issue.number].name == "HMMA":
+            for scheduler in range(SCHEDULERS):
+                counts[scheduler] += (issue.acting & 0x11111111 << scheduler).bit_count()
+    return max(counts)
+
+
+def _by_name(block: Block, warps_of: Callable[[Issue], int]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for issue in block.trace:
+        counts[block.kernel.code[issue.number].name] += warps_of(issue).bit_count()
+    return counts
 
 
 # ---- a block by itself ----
@@ -259,7 +279,7 @@ class WarpAlone:
             self.waited[waits_for] += then - self.now - 1
             self.exposed += waits_for != "tensor_cores"
         self.now = then
-        if step.unit:
+        if step.unit and acts:
             self.free[step.unit] = then + step.busy
         if step.instruction.name == "LDGDEPBAR":
             self.groups.append(self.copies)
@@ -332,11 +352,13 @@ class LaunchModel(NamedTuple):
 def model_launch(gpu: Gpu, launch, kernel: Kernel, runs: list[BlocksRun]) -> LaunchModel:
     issued: Counter[str] = Counter()
     units: Counter[str] = Counter()
+    products = 0  # on the busiest tensor core
     left_out: Counter[str] = Counter()
     for block, count, block_left_out in runs:
         left_out.update({name: count * times for name, times in block_left_out.items()})
-        for name, times in issued_by_name(block).items():
-            issued[name] += count * times
+        products += count * on_busiest_tensor_core(block)
+        issued.update({name: count * times for name, times in issued_by_name(block).items()})
+        for name, times in acting_by_name(block).items():
             units[UNITS.get(name, "")] += count * times
     busiest = math.ceil(launch.blocks / gpu.multiprocessors)  # blocks
     share = busiest / launch.blocks / gpu.clock  # of the work in cycles, in seconds on the busiest multiprocessor
@@ -354,7 +376,7 @@ def model_launch(gpu: Gpu, launch, kernel: Kernel, runs: list[BlocksRun]) -> Lau
         left_out,
         waits,
         memory=(counters.memory_loads + counters.memory_stores) * SECTOR / gpu.bandwidth,
-        tensor_cores=share * units["mma"] * gpu.mma / SCHEDULERS,
+        tensor_cores=share * products * gpu.mma,
         issue=share
         * max(
             issued.total() / SCHEDULERS,

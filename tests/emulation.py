@@ -22,12 +22,13 @@ from building import compilers, cuda, pytorch
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 ORDERS = ("forward", "reverse", "random")
-COMPILE = "g++ -std=c++17 -O1 -g1 -Wall -Werror -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -fPIC"
+COMPILE = "g++ -std=c++17 -g1 -Wall -Werror -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -fPIC"
 SANITIZERS = {
-    "": "",
-    # Uninitialised variables get a pattern that is noticed, instead of arbitrary numbers.
-    "address": "-fsanitize=address,undefined -fno-sanitize-recover=all -ftrivial-auto-var-init=pattern",
-    "thread": "-fsanitize=thread",
+    "": "-O1",
+    # Not optimised, since the compiler is most of the time. Uninitialised variables get a pattern that is noticed,
+    # instead of arbitrary numbers.
+    "address": "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all -ftrivial-auto-var-init=pattern",
+    "thread": "-O1 -fsanitize=thread",
 }
 
 

@@ -9,13 +9,14 @@ that is not known here is an error. Warps that diverge come together where the c
 from Volta on. What MUFU approximates is computed in float32.
 """
 
-from benchmarks.sass.block import WARP, Block, Launch, Memory, run_block
+from benchmarks.sass.block import WARP, Block, Issue, Launch, Memory, run_block
 from benchmarks.sass.code import Instruction, Kernel, Operand, SassError, cuobjdump, disassembler, kernels, short
 
 __all__ = [
     "WARP",
     "Block",
     "Instruction",
+    "Issue",
     "Kernel",
     "Launch",
     "Memory",

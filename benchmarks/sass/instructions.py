@@ -593,9 +593,11 @@ def _(b, i):
 
 @executes("VOTEU")
 def _(b, i):
-    if not (i.has("ALL") and len(i.operands) == 2):
+    if len(i.operands) != 2 or not (i.has("ALL") or i.has("ANY")):
         raise b.unknown(i)
-    b.set_predicate(i.operands[0], ~per_warp(np.any, b.mask & ~b.predicate(i.operands[1])))
+    holds = b.predicate(i.operands[1])
+    vote = ~per_warp(np.any, b.mask & ~holds) if i.has("ALL") else per_warp(np.any, b.mask & holds)
+    b.set_predicate(i.operands[0], vote)
 
 
 @executes("BREAK")

@@ -231,11 +231,17 @@ EMULATOR_INTERNAL void mma(void* const* arguments, unsigned) {
 
 namespace ccnet {
 
-inline void ldmatrix_x4(uint32_t (&x)[4], const void* row, EMULATOR_HERE) {
-  emulator::ldmatrix_x4<false>(x, row, file, line);
+struct SharedAddress {
+  const char* p;
+  SharedAddress() = default;
+  SharedAddress(const void* p) : p(static_cast<const char*>(p)) {}
+  SharedAddress operator+(int bytes) const { return p + bytes; }
+};
+inline void ldmatrix_x4(uint32_t (&x)[4], SharedAddress row, EMULATOR_HERE) {
+  emulator::ldmatrix_x4<false>(x, row.p, file, line);
 }
-inline void ldmatrix_x4_trans(uint32_t (&x)[4], const void* row, EMULATOR_HERE) {
-  emulator::ldmatrix_x4<true>(x, row, file, line);
+inline void ldmatrix_x4_trans(uint32_t (&x)[4], SharedAddress row, EMULATOR_HERE) {
+  emulator::ldmatrix_x4<true>(x, row.p, file, line);
 }
 template <class T>
 void mma_m16n8k16(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1,

@@ -28,10 +28,9 @@ cudaError_t each_group(const Axes& axes, int64_t at_once, const F& f) {
   }
   return error;
 }
-template <class T>
-int64_t images_at_once(const Device& device, const Axes& axes, int64_t channels) {
-  const int64_t bytes = axes.pixels * channels * static_cast<int64_t>(sizeof(T));
-  return std::clamp<int64_t>(bytes > 0 ? device.cache_bytes / bytes : axes.images, 1, std::max<int64_t>(axes.images, 1));
+inline int64_t images_at_once(const Device& device, const Axes& axes, int64_t bytes_of_image) {
+  const int64_t images = bytes_of_image > 0 ? device.cache_bytes / bytes_of_image : axes.images;
+  return std::clamp<int64_t>(images, 1, std::max<int64_t>(axes.images, 1));
 }
 
 inline int64_t tiles_of(const Line& line, int tile) { return (line.length + tile - 1) / tile; }
@@ -191,8 +190,8 @@ auto with_kernels(const Device& device, const Line& line, const F& f) {
     return f(std::conditional_t<std::is_same_v<T, BFloat16>, PlainLine<T>, Small>());
   } else {
     return line.length <= 64    ? f(Small())
-           : line.length <= 112 ? f(TensorCoreLine<T, 64, 112, 112>())
-           : line.length <= 128 ? f(TensorCoreLine<T, 64, 128, 128>())
+           : line.length <= 112 ? f(TensorCoreLine<T, 128, 112, 112>())
+           : line.length <= 128 ? f(TensorCoreLine<T, 128, 128, 128>())
                                 : f(TensorCoreLine<T, 64, 256, 128>());
   }
 }
@@ -208,7 +207,8 @@ cudaError_t LineAttentionLaunchers<T, Real>::attention(const Axes& axes, Pixels<
     return error;
   }
   const int64_t channels = 2 * query.channels + (residual == nullptr ? 2 : 3) * value.channels;
-  return each_group(axes, images_at_once<T>(device, axes, channels), [&](int64_t image, int64_t images) {
+  const int64_t bytes = axes.pixels * channels * static_cast<int64_t>(sizeof(T));
+  return each_group(axes, images_at_once(device, axes, bytes), [&](int64_t image, int64_t images) {
     const int64_t u = image * axes.pixels;
     PathSum<Real> after = path.from(u), before = other_path.from(u);
     if (axes.count % 2 == 0) {
@@ -235,14 +235,19 @@ cudaError_t LineAttentionLaunchers<T, Real>::scratch_size(const Axes& axes, int 
   if (error != cudaSuccess) {
     return error;
   }
-  size = {images_at_once<T>(device, axes, 4 * query_channels + 3 * value_channels), 0, 0};
-  return each_axis(axes, size.images, [&](const Line& line, int64_t lines) {
+  size = {};
+  const cudaError_t result = each_axis(axes, 1, [&](const Line& line, int64_t lines) {
     with_kernels<T>(device, line, [&](auto kernels) {
       size.products += lines * kernels.products(line);
       size.slots += kernels.parts(line);
     });
     return cudaSuccess;
   });
+  const int64_t numbers = axes.pixels * (4 * query_channels + 3 * value_channels);
+  const int64_t bytes = numbers * static_cast<int64_t>(sizeof(T)) + size.products * static_cast<int64_t>(sizeof(Real));
+  size.images = images_at_once(device, axes, bytes);
+  size.products *= size.images;
+  return result;
 }
 
 template <class T, class Real>

@@ -34,6 +34,7 @@ struct AxisScratch {
   int64_t pixels;
   __device__ __forceinline__ Real sum_of_parts(int64_t u, bool valid) const {
     Real sum = 0;
+#pragma unroll 4
     for (int slot = 0; slot < slots; ++slot) {
       sum += load_global(all_parts + slot * pixels + u, valid);
     }

@@ -1,4 +1,4 @@
-// Attention along lines with 16-bit elements on tensor cores, as FlashAttention-2 splits it: a warp has 16 rows of the
+// Attention along lines with 16-bit elements on tensor cores, as FlashAttention-2 splits it: a warp has some rows of the
 // weights, which stay in its registers and are an operand of the next product as they are.
 //
 // Forward, rows are queries, and the softmax of a row is a matter of the four lanes that share it. Backward, rows are
@@ -10,33 +10,66 @@
 
 namespace ccnet {
 
-// A warp's 16 rows of a matrix with kColumns columns, rounded to T: fragments of A for mma_m16n8k16
-template <class T, int kColumns>
+// A warp's rows of a matrix with kColumns columns, rounded to T: fragments of A for mma_m16n8k16, kTiles by kCount
+template <class T, int kTiles, int kColumns>
 struct WarpRows {
   static constexpr int kCount = kColumns / 16;
-  uint32_t x[kCount][4];
+  uint32_t x[kTiles][kCount][4];
 
   // Columns from 16 * k on; x is part of an Accumulator's, whose pairs of columns are a fragment's
   template <int kAccColumns>
-  __device__ __forceinline__ void set(int k, const float (&values)[2][kAccColumns], int j) {
+  __device__ __forceinline__ void set(int k, const float (&values)[2 * kTiles][kAccColumns], int j) {
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      x[k][part] = pair_of<T>(values[part % 2][j + part / 2 * 2], values[part % 2][j + part / 2 * 2 + 1]);
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const float(&row)[kAccColumns] = values[2 * m + part % 2];
+        x[m][k][part] = pair_of<T>(row[j + part / 2 * 2], row[j + part / 2 * 2 + 1]);
+      }
     }
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
+    for (auto& tile : x) {
 #pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        x[k][part] = 0;
+      for (auto& fragment : tile) {
+#pragma unroll
+        for (uint32_t& pair : fragment) {
+          pair = 0;
+        }
+      }
+    }
+  }
+  // `columns` of the rows, from column `first` on, to shared memory, from `row` on
+  template <class Tile>
+  __device__ __forceinline__ void store(const Tile& to, int row, int first, int columns) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+        for (int part = 0; part < 4 && 16 * k >= first && 16 * k < first + columns; ++part) {
+          const int column = 16 * k - first + part / 2 * 8 + threadIdx.x % 4 * 2;
+          T* const at = to.at(row + 16 * m + part % 2 * 8 + threadIdx.x % 32 / 4, column);
+          store_shared(reinterpret_cast<uint32_t*>(at), x[m][k][part]);
+        }
+      }
+    }
+  }
+  template <class Tile>
+  __device__ __forceinline__ void load(const Tile& from, int row) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        load_left<false>(x[m][k], from, row + 16 * m, 16 * k);
       }
     }
   }
   // acc += these rows times b, from column n of it on
   template <class Acc, class B>
   __device__ __forceinline__ void multiply(Acc& acc, const B& b, int n) const {
-    const T* rows[Acc::kColumns / 4];  // unknown, so that all that follows differs from them by constants
+    SharedAddress rows[Acc::kColumns / 4];
 #pragma unroll
     for (int j = 0; j < Acc::kColumns; j += 4) {
       rows[j / 4] = unknown(right_row<false>(b, 0, n + 4 * j));
@@ -46,46 +79,57 @@ struct WarpRows {
 #pragma unroll
       for (int j = 0; j < Acc::kColumns; j += 4) {
         uint32_t right[4];
-        load_right<false>(right, rows[j / 4] + 16 * k * B::kColumns);
-        mma_m16n8k16<T>(acc.x[0][j], acc.x[0][j + 1], acc.x[1][j], acc.x[1][j + 1], x[k], right[0], right[1]);
-        mma_m16n8k16<T>(acc.x[0][j + 2], acc.x[0][j + 3], acc.x[1][j + 2], acc.x[1][j + 3], x[k], right[2], right[3]);
+        load_right<false>(right, rows[j / 4] + 16 * k * B::kRowBytes);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          float (&upper)[Acc::kColumns] = acc.x[2 * m], (&lower)[Acc::kColumns] = acc.x[2 * m + 1];
+          mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], x[m][k], right[0], right[1]);
+          mma_m16n8k16<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], x[m][k], right[2], right[3]);
+        }
       }
     }
   }
 };
 
-constexpr int kStrip = 32;  // channels of a product that a warp makes at a time
+constexpr int kStrip = 32;  // channels that a block or a warp works on at a time
 
-// Through which the lanes of a warp exchange a strip: fragments give a lane pairs of columns, memory wants 16 bytes.
+// Through which the lanes of a warp exchange 16 rows of a product, of 32 or 16 channels: fragments give a lane pairs of
+// columns, memory wants 16 bytes. A lane gets 8 channels, kLanes lanes a row, kRows rows a lane.
+template <int kChannels>
 struct Staging {
-  static constexpr int kNumbers = 16 * kStrip;  // of a warp
+  static constexpr int kNumbers = 16 * kChannels;  // of a warp
+  static constexpr int kLanes = kChannels / 8, kRows = kLanes / 2;
+  static constexpr int kRowsApart = 32 / kLanes;
   float* rows;
 
   __device__ __forceinline__ explicit Staging(float* of_block) : rows(of_block + threadIdx.x / 32 * kNumbers) {}
 
-  // The lane's rows, of 8 channels from 8 * (lane % 4) on
+  // Fours of a row are permuted, so that neither pairs of columns nor whole rows of lanes meet in a bank.
+  static __device__ __forceinline__ int permutation(int row) {
+    return kChannels == 32 ? row % 4 * 2 + row % 2 : row / 2 % 2 * 3;
+  }
   template <class Acc>
-  __device__ __forceinline__ void exchange(const Acc& acc, Run<float, 8> (&packs)[2]) const {
-    // Fours of a row are permuted, so that neither pairs of columns nor whole rows of lanes meet in a bank.
+  __device__ __forceinline__ void exchange(const Acc& acc, int tile, Run<float, 8> (&packs)[kRows]) const {
     const unsigned thread = unknown(threadIdx.x);
-    const int group = thread % 32 / 4, lane = thread % 4, odd = group % 2, permutation = group % 4 * 2;
-    float* const pairs = rows + group * kStrip + ((lane / 2) ^ odd) * 4 + lane % 2 * 2;
-    const float* const fours = rows + group * kStrip + ((2 * lane) ^ permutation) * 4;
+    const int group = thread % 32 / 4, lane = thread % 4, written = permutation(group), even = written / 2 * 2;
+    const int row = thread % 32 / kLanes, at = thread % kLanes, read = permutation(row);
+    float* const pairs = rows + group * kChannels + ((lane / 2) ^ (written % 2)) * 4 + lane % 2 * 2;
+    const float* const fours = rows + row * kChannels + ((2 * at) ^ (read / 2 * 2)) * 4;
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < Acc::kColumns; j += 2) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const Run<float, 2> pair{{acc.x[i][j], acc.x[i][j + 1]}};
-        store_shared(reinterpret_cast<Run<float, 2>*>(pairs + (j ^ permutation) * 4 + 8 * i * kStrip), pair);
+        const Run<float, 2> pair{{acc.x[2 * tile + i][j], acc.x[2 * tile + i][j + 1]}};
+        store_shared(reinterpret_cast<Run<float, 2>*>(pairs + (j ^ even) * 4 + 8 * i * kChannels), pair);
       }
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float* from = fours + (half ^ odd) * 4 + 8 * i * kStrip;
+        const float* from = fours + (half ^ (read % 2)) * 4 + i * kRowsApart * kChannels;
         const auto four = load_shared(reinterpret_cast<const Run<float, 4>*>(from));
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -96,18 +140,20 @@ struct Staging {
   }
 };
 
-// Where a warp writes strips: 16 rows of a target, of which a lane has two, 8 channels of each
-template <class T>
+// Where a warp writes products of so many channels: kTiles times 16 rows of a target
+template <class T, int kTiles, int kChannels>
 struct StripTarget {
+  using Exchange = Staging<kChannels>;
+  static constexpr int kRows = kTiles * Exchange::kRows;  // of a lane
   __device__ __forceinline__ StripTarget(const Target<T>& target, int first_row) : target_(target) {
     const unsigned thread = unknown(threadIdx.x);
-    row_ = first_row + thread % 32 / 4;
-    at_ = row_ * target.rows.stride + thread % 4 * 8;
+    row_ = first_row + thread % 32 / Exchange::kLanes;
+    at_ = row_ * target.rows.stride + thread % Exchange::kLanes * 8;
   }
-  // multiply(sums) makes the strip from that channel on. What is there is loaded before and stored afterwards.
+  // multiply(sums) makes the products from that channel on. What is there is loaded before and stored afterwards.
   template <class Sums, class F>
-  __device__ __forceinline__ void make(int channel, const Staging& staging, const float (&scale)[2],
-                                       const float (&keep)[2], const F& multiply) const {
+  __device__ __forceinline__ void make(int channel, const Exchange& staging, const float (&scale)[kRows],
+                                       const float (&keep)[kRows], const F& multiply) const {
     if (target_.residual != nullptr) {
       run<true, true, Sums>(channel, staging, scale, keep, multiply);
     } else if (target_.add) {
@@ -119,18 +165,18 @@ struct StripTarget {
 
  private:
   template <bool kMerges, bool kResidual, class Sums, class F>
-  __device__ __forceinline__ void run(int channel, const Staging& staging, const float (&scale)[2],
-                                      const float (&keep)[2], const F& multiply) const {
+  __device__ __forceinline__ void run(int channel, const Exchange& staging, const float (&scale)[kRows],
+                                      const float (&keep)[kRows], const F& multiply) const {
     using Pack = Run<uint32_t, 4>;  // pairs
-    const bool inside = channel + static_cast<int>(threadIdx.x % 4) * 8 < target_.rows.channels;
-    Pack before[2], own[2], after;
-    Pack* to[2];
-    bool valid[2];
+    const bool inside = channel + static_cast<int>(threadIdx.x % Exchange::kLanes) * 8 < target_.rows.channels;
+    Pack before[kRows], own[kRows], after;
+    Pack* to[kRows];
+    bool valid[kRows];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t offset = at_ + (i * 8 * target_.rows.stride + channel);
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t offset = at_ + (i * Exchange::kRowsApart * target_.rows.stride + channel);
       to[i] = reinterpret_cast<Pack*>(target_.rows.data + offset);
-      valid[i] = inside && row_ + 8 * i < target_.rows.count;
+      valid[i] = inside && row_ + i * Exchange::kRowsApart < target_.rows.count;
       if (kMerges) {
         before[i] = load_global(to[i], valid[i] && target_.add);
       }
@@ -141,13 +187,16 @@ struct StripTarget {
     Sums sums;
     clear(sums);
     multiply(sums);
-    Run<float, 8> packs[2];
-    staging.exchange(sums, packs);
+    Run<float, 8> packs[Exchange::kRows];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kRows; ++i) {
+      if (i % Exchange::kRows == 0) {
+        staging.exchange(sums, i / Exchange::kRows, packs);
+      }
+      const Run<float, 8>& made = packs[i % Exchange::kRows];
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        float low = scale[i] * packs[i].x[2 * pair], high = scale[i] * packs[i].x[2 * pair + 1];
+        float low = scale[i] * made.x[2 * pair], high = scale[i] * made.x[2 * pair + 1];
         if (kMerges) {
           const float2 earlier = numbers_of<T>(before[i].x[pair]);
           low += keep[i] * earlier.x;
@@ -190,7 +239,8 @@ __device__ __forceinline__ void channel_products(Acc& acc, const A& left, const 
 template <class T_, int kQueries_, int kKeys_>
 struct TensorCoreForward {
   using T = T_;
-  static constexpr int kQueries = kQueries_, kKeys = kKeys_, kThreads = 2 * kQueries;
+  static constexpr int kQueries = kQueries_, kKeys = kKeys_, kThreads = 128;
+  static constexpr int kTiles = kQueries / 64, kRows = 2 * kTiles;  // of a warp and of a lane
   static constexpr int kChunk = kKeys > 128 ? 128 : kKeys, kChunks = kKeys / kChunk;  // keys whose energies are there
   static constexpr int kSlice = 64 / kChunks;                                         // channels of values
   using Energies = Accumulator<TensorCores, T, kQueries, kChunk, kThreads, 1>;
@@ -198,26 +248,30 @@ struct TensorCoreForward {
   using Slice = Tile<T, kKeys, kSlice>;
   using QueryTile = Tile<T, kQueries, 64>;
   using KeyTile = Tile<T, kChunk, 64>;
-  static constexpr int kBytes = 2 * Slice::kBytes + kThreads / 32 * Staging::kNumbers * 4;
-  static_assert(QueryTile::kBytes <= Slice::kBytes && KeyTile::kBytes <= Slice::kBytes, "they share memory");
+  static constexpr int kPlace = QueryTile::kBytes > Slice::kBytes ? QueryTile::kBytes : Slice::kBytes;
+  using Out = StripTarget<T, kTiles, kStrip>;
+  static constexpr int kBytes = 2 * kPlace + kThreads / 32 * Out::Exchange::kNumbers * 4;
+  // On a multiprocessor, as registers allow
+  static constexpr int kBlocks = kKeys == 128 ? 2 : 3;
+  static_assert(KeyTile::kBytes <= kPlace, "they share memory");
 
   // The softmax of a lane's rows over their path so far
   struct Softmax {
-    float largest[2], sum[2];
+    float largest[kRows], sum[kRows];
   };
   // What the products with the new weights, and what earlier ones have made, are to be multiplied by
   struct Factors {
-    float scale[2], keep[2];
+    float scale[kRows], keep[kRows];
   };
 
   // -inf for keys that are not on the path: beyond the line and, on later axes, the pixel itself
   static __device__ __forceinline__ void mask(Energies& energy, const Line& line, int first_query, int first_key) {
-    const int own = line.first_axis ? -1 : (first_query + Energies::warp_row() - first_key) / 16;
+    const int own = line.first_axis ? -kTiles : (first_query + Energies::warp_row() - first_key) / 16;
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
-      if (k == own || first_key + 16 * k + 16 > line.length) {
+      if ((k >= own && k < own + kTiles) || first_key + 16 * k + 16 > line.length) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kRows; ++i) {
 #pragma unroll
           for (int j = 4 * k; j < 4 * k + 4; ++j) {
             const bool there = line.on_path(first_query + energy.row(i), first_key + energy.column(j));
@@ -230,11 +284,15 @@ struct TensorCoreForward {
 
   // The weights of these keys, not yet scaled, and what that does to the softmax. Energies of several chunks of keys are
   // made once to find the largest, and all but the last a second time.
-  static __device__ __forceinline__ Factors weigh(WarpRows<T, kKeys>& weights, Softmax& softmax, T* first, T* second,
+  static __device__ __forceinline__ Factors weigh(WarpRows<T, kTiles, kKeys>& weights, Softmax& softmax, T* first, T* second,
                                                   const Rows<const T>& query, const Rows<const T>& key,
                                                   const Line& line, int first_query, int first_key, bool last) {
     Factors factors;
-    float largest[2] = {softmax.largest[0], softmax.largest[1]}, base[2], sum[2] = {0, 0};
+    float largest[kRows], base[kRows], sum[kRows] = {};
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      largest[i] = softmax.largest[i];
+    }
 #pragma unroll
     for (int step = 0; step < 2 * kChunks - 1; ++step) {
       const int chunk = step < kChunks ? step : 2 * kChunks - 2 - step, keys = first_key + chunk * kChunk;
@@ -242,7 +300,7 @@ struct TensorCoreForward {
       channel_products<kThreads>(energy, QueryTile(first), KeyTile(second), query, first_query, key, keys);
       mask(energy, line, first_query, keys);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int j = 0; j < Energies::kColumns && step < kChunks; ++j) {
           largest[i] = greater(largest[i], energy.x[i][j]);  // NaN does not stay here, but it does in the sum
@@ -265,7 +323,7 @@ struct TensorCoreForward {
       }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
       sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
       const float before = softmax.sum[i] * exponential<T>(softmax.largest[i] - base[i]);
@@ -280,16 +338,16 @@ struct TensorCoreForward {
 };
 
 template <class Work>
-__global__ void __launch_bounds__(Work::kThreads, 3)
+__global__ void __launch_bounds__(Work::kThreads, Work::kBlocks)
     attention_kernel(const Line line, const int parts, const LineMap<const typename Work::T> query,
                      const LineMap<const typename Work::T> key, const LineMap<const typename Work::T> value,
                      const typename Work::T* residual, const float* gamma, const LineMap<typename Work::T> out,
                      const PathSum<const float> path_before, const PathSum<float> path) {
   using T = typename Work::T;
   SharedCarver carver;
-  T *const first = carver.take<T>(Work::Slice::kRows * Work::Slice::kColumns),
-           *const second = carver.take<T>(Work::Slice::kRows * Work::Slice::kColumns);
-  const Staging staging(carver.take<float>(Work::kThreads / 32 * Staging::kNumbers));
+  constexpr int kPlace = Work::kPlace / static_cast<int>(sizeof(T));
+  T *const first = carver.take<T>(kPlace), *const second = carver.take<T>(kPlace);
+  const typename Work::Out::Exchange staging(carver.take<float>(Work::kThreads / 32 * Work::Out::Exchange::kNumbers));
   const int tiles = (line.length + Work::kQueries - 1) / Work::kQueries;
   const int part = blockIdx.x % parts, first_query = blockIdx.x / parts % tiles * Work::kQueries;
   const int64_t pixel = first_pixel(line, blockIdx.x / parts / tiles);
@@ -303,7 +361,7 @@ __global__ void __launch_bounds__(Work::kThreads, 3)
     // f(i, whether the lane's row i is a query of the line, its pixel), each time computed anew
     const auto each_row = [&](const auto& f) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < Work::kRows; ++i) {
         const int query_row = unknown(first_query) + Work::Sums::row(i);
         const bool valid = query_row < line.length;
         f(i, valid, pixel + (valid ? query_row * line.step : 0));
@@ -316,7 +374,7 @@ __global__ void __launch_bounds__(Work::kThreads, 3)
       softmax.largest[i] = merges ? largest : -INFINITY;
       softmax.sum[i] = load_global(earlier.sum + u, valid && merges);
     });
-    WarpRows<T, Work::kKeys> weights;
+    WarpRows<T, Work::kTiles, Work::kKeys> weights;
     auto factors = Work::weigh(weights, softmax, first, second, q, k, line, first_query, first_key, last);
     each_row([&](int i, bool valid, int64_t u) {
       const bool writes = valid && part == 0 && threadIdx.x % 4 == 0;
@@ -324,11 +382,11 @@ __global__ void __launch_bounds__(Work::kThreads, 3)
       store_global(path.sum + u, softmax.sum[i], writes);
     });
     const bool residual_here = last && residual != nullptr;
-    const StripTarget<T> target(
+    const typename Work::Out target(
         {out.rows(line, pixel), merges, residual_here ? residual + pixel * v.channels : nullptr}, row);
     const float by = residual_here ? load_global(gamma, true) : 1;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < Work::kRows; ++i) {
       factors.scale[i] *= by;
       factors.keep[i] *= by;
     }
@@ -441,46 +499,74 @@ struct TensorCoreBackward {
   }
 };
 
-// grad_value, dP and delta: a block has 64 keys of a line and all of its queries.
+// grad_value, dP and delta: a block has 64 keys of a line and all of its queries. Every warp makes the weights of 16
+// keys. Then two warps share 32 keys, so that what they read of the queries serves more keys: each makes dP of half of the
+// queries, and grad_value of half of the channels.
 template <class T_, int kQueries_>
 struct TensorCoreValueGradient : TensorCoreBackward<T_, kQueries_> {
   using T = T_;
-  static constexpr int kQueries = kQueries_, kKeys = 64, kThreads = 2 * kKeys, kWarps = kThreads / 32;
-  using Products = Accumulator<TensorCores, T, kKeys, kQueries, kThreads, 1>;
-  using Sums = Accumulator<TensorCores, T, kKeys, kStrip, kThreads, 1>;
+  static constexpr int kQueries = kQueries_, kKeys = 64, kThreads = 2 * kKeys, kWarps = kThreads / 32, kTiles = 2;
+  static constexpr int kFragments = kQueries / 16, kHalf = (kFragments + 1) / 2;  // of queries; of them a warp's
+  using Energies = Accumulator<TensorCores, T, kKeys, kQueries, kThreads, 1>;
+  using Products = Accumulator<TensorCores, T, kKeys, 2 * kHalf * 16, kThreads, 2>;
+  using Sums = Accumulator<TensorCores, T, kKeys, kStrip, kThreads, 2>;
+  using Weights = WarpRows<T, kTiles, kQueries>;
+  using Out = StripTarget<T, kTiles, kStrip / 2>;
   using QueryTile = Tile<T, kQueries, 64>;
   using KeyTile = Tile<T, kKeys, 64>;
+  using WeightTile = Tile<T, kKeys, kQueries <= 64 ? 64 : 128>;
   using GradSlice = Tile<T, kQueries, kStrip>;
   using ValueSlice = Tile<T, kKeys, kStrip>;
-  static constexpr int kBytes = QueryTile::kBytes + KeyTile::kBytes + (2 * kQueries + kWarps * Staging::kNumbers) * 4;
+  static constexpr int kBytes =
+      QueryTile::kBytes + KeyTile::kBytes + (2 * kQueries + kWarps * Out::Exchange::kNumbers) * 4;
+  static_assert(WeightTile::kBytes <= QueryTile::kBytes + KeyTile::kBytes, "they share memory");
 
-  // dP^T += V dO^T: a warp's 16 keys, whose values only it needs
+  // A warp's first fragment of queries
+  static __device__ __forceinline__ int first_fragment() { return Products::warp_column() / 16; }
+  static __device__ __forceinline__ bool has_fragment(int f) {
+    return (kFragments % 2 == 0 || f < kHalf - 1) || first_fragment() == 0;
+  }
+
+  // dP^T += V dO^T
   static __device__ __forceinline__ void multiply(Products& products, const ValueSlice& values, const GradSlice& grads) {
 #pragma unroll
     for (int k = 0; k < kStrip; k += 16) {
-      uint32_t left[4];
-      load_left<false>(left, values, Products::warp_row(), k);
-      const T* const row = unknown(right_row<true>(grads, k, 0));
+      uint32_t left[kTiles][4];
 #pragma unroll
-      for (int j = 0; j < Products::kColumns; j += 4) {
-        uint32_t right[4];
-        load_right<true>(right, row + 4 * j * GradSlice::kColumns);
-        float (&upper)[Products::kColumns] = products.x[0], (&lower)[Products::kColumns] = products.x[1];
-        mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], left, right[0], right[1]);
-        mma_m16n8k16<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], left, right[2], right[3]);
+      for (int m = 0; m < kTiles; ++m) {
+        load_left<false>(left[m], values, Products::warp_row() + 16 * m, k);
+      }
+      const SharedAddress row =
+          unknown(right_row<true>(grads, k, 0) + Products::warp_column() * GradSlice::kRowBytes);
+#pragma unroll
+      for (int f = 0; f < kHalf; ++f) {
+        if (has_fragment(f)) {
+          uint32_t right[4];
+          load_right<true>(right, row + 16 * f * GradSlice::kRowBytes);
+#pragma unroll
+          for (int m = 0; m < kTiles; ++m) {
+            const int j = 4 * f;
+            float (&upper)[Products::kColumns] = products.x[2 * m], (&lower)[Products::kColumns] = products.x[2 * m + 1];
+            mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], left[m], right[0], right[1]);
+            mma_m16n8k16<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], left[m], right[2], right[3]);
+          }
+        }
       }
     }
   }
 
-  // Each query's sum of weight * dP over the block's keys, by the warps' sums in `partial` [warps, kQueries]
-  static __device__ __forceinline__ void sum_keys(const WarpRows<T, kQueries>& weights, const Products& products,
-                                                  float* partial) {
+  // Each query's sum of weight * dP over the keys of two warps, in `partial` [2, kQueries]
+  static __device__ __forceinline__ void sum_keys(const Weights& weights, const Products& products, float* partial) {
+    const bool second = first_fragment() > 0;
 #pragma unroll
     for (int j = 0; j < Products::kColumns; j += 2) {
       Run<float, 2> sum = {};
+      const int own = j / 4, other = own + kHalf < kFragments ? own + kHalf : own;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 weight = numbers_of<T>(unknown(weights.x[j / 4][i + j % 4]));
+      for (int i = 0; i < Products::kRows; ++i) {
+        const auto& rows = weights.x[i / 2];
+        const int part = i % 2 + j % 4;
+        const float2 weight = numbers_of<T>(unknown(second ? rows[other][part] : rows[own][part]));
         sum.x[0] += weight.x * products.x[i][j];
         sum.x[1] += weight.y * products.x[i][j + 1];
       }
@@ -489,14 +575,35 @@ struct TensorCoreValueGradient : TensorCoreBackward<T_, kQueries_> {
         sum.x[0] += __shfl_xor_sync(~0u, sum.x[0], bit);
         sum.x[1] += __shfl_xor_sync(~0u, sum.x[1], bit);
       }
-      float* const to = partial + threadIdx.x / 32 * kQueries + products.column(j);
-      store_shared(reinterpret_cast<Run<float, 2>*>(to), sum, threadIdx.x % 32 < 4);
+      float* const to = partial + threadIdx.x / 64 * kQueries + products.column(j);
+      store_shared(reinterpret_cast<Run<float, 2>*>(to), sum, threadIdx.x % 32 < 4 && has_fragment(own));
+    }
+  }
+
+  // dP to scratch memory, of the warp's keys that are of the line
+  static __device__ __forceinline__ void store(const Products& products, const AxisScratch<float>& scratch,
+                                               const Line& line, int64_t number, int warp_key, int first_query) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      const int key = warp_key + 16 * m;
+      float* const to = scratch.products + TensorCoreValueGradient::products_at(line, number, key, first_query) +
+                        TensorCoreValueGradient::lane_at(first_fragment(), 0);
+#pragma unroll
+      for (int f = 0; f < kHalf; ++f) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float(&x)[Products::kColumns] = products.x[2 * m + i];
+          const Run<float, 4> four{{x[4 * f], x[4 * f + 1], x[4 * f + 2], x[4 * f + 3]}};
+          store_global(reinterpret_cast<Run<float, 4>*>(to + (2 * f + i) * 128), four,
+                       key < line.length && has_fragment(f));
+        }
+      }
     }
   }
 };
 
 template <class Work>
-__global__ void __launch_bounds__(Work::kThreads, Work::kQueries > 112 ? 2 : 3)
+__global__ void __launch_bounds__(Work::kThreads, Work::kQueries > 64 ? 2 : 3)
     value_gradient_kernel(const Line line, const LineMap<const typename Work::T> query,
                           const LineMap<const typename Work::T> key, const LineMap<const typename Work::T> value,
                           const LineMap<const typename Work::T> grad_out, const PathSum<const float> path,
@@ -505,10 +612,10 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kQueries > 112 ? 2 : 3)
   using T = typename Work::T;
   constexpr int kQueries = Work::kQueries, kThreads = Work::kThreads;
   SharedCarver carver;
-  T *const for_queries = carver.take<T>(kQueries * 64), *const for_keys = carver.take<T>(Work::kKeys * 64);
+  T *const for_queries = carver.take<T>((kQueries + Work::kKeys) * 64), *const for_keys = for_queries + kQueries * 64;
   const QueryNumbers<kQueries> numbers(carver.take<float>(2 * kQueries));
-  float* const memory = carver.take<float>(Work::kWarps * Staging::kNumbers);
-  const Staging staging(memory);
+  float* const memory = carver.take<float>(Work::kWarps * Work::Out::Exchange::kNumbers);
+  const typename Work::Out::Exchange staging(memory);
   const int parts = (line.length + Work::kKeys - 1) / Work::kKeys;
   const int64_t number = blockIdx.x / parts, pixel = first_pixel(line, number);
   const int part = blockIdx.x % parts, first_key = part * Work::kKeys, warp_key = first_key + Work::Sums::warp_row();
@@ -520,22 +627,29 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kQueries > 112 ? 2 : 3)
     const int first_query = unknown(tile);
     __syncthreads();
     numbers.template load<kThreads>(path, line, pixel, first_query);
-    typename Work::Products products;  // energies, then dP
+    typename Work::Energies energy;  // then weights
     __syncthreads();
-    channel_products<kThreads>(products, typename Work::KeyTile(for_keys), typename Work::QueryTile(for_queries),
-                     key.rows(line, pixel), first_key, query.rows(line, pixel), first_query);
-    WarpRows<T, kQueries> weights;
+    channel_products<kThreads>(energy, typename Work::KeyTile(for_keys), typename Work::QueryTile(for_queries),
+                               key.rows(line, pixel), first_key, query.rows(line, pixel), first_query);
+    const typename Work::WeightTile weight_tile(for_queries);
+    WarpRows<T, 1, kQueries> rows;
 #pragma unroll
     for (int k = 0; k < Work::kFragments; ++k) {
-      Work::weights(products, k, numbers, line, first_key, first_query);
-      weights.set(k, products.x, 4 * k);
+      Work::weights(energy, k, numbers, line, first_key, first_query);
+      rows.set(k, energy.x, 4 * k);
     }
+    __syncthreads();
+    rows.store(weight_tile, Work::Energies::warp_row(), 0, kQueries);
+    __syncthreads();
+    typename Work::Weights weights;
+    weights.load(weight_tile, Work::Sums::warp_row());
+    typename Work::Products products;
     clear(products);
 
     // Slices alternate between two places.
     const auto grads = [&](int c) { return typename Work::GradSlice(for_queries + c / kStrip % 2 * kQueries * kStrip); };
     const auto values = [&](int c) { return typename Work::ValueSlice(for_keys + c / kStrip % 2 * Work::kKeys * kStrip); };
-    const StripTarget<T> target({grad_value.rows(line, pixel), !line.first_axis || first_query > 0}, warp_key);
+    const typename Work::Out target({grad_value.rows(line, pixel), !line.first_axis || first_query > 0}, warp_key);
     __syncthreads();
     const typename Work::GradSlice::template Source<kThreads> of_grads(g, first_query);
     if (v.channels > 0) {
@@ -550,33 +664,20 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kQueries > 112 ? 2 : 3)
         values(c + kStrip).template fetch<kThreads>(v, first_key, c + kStrip);
       }
       if (warp_key < line.length) {
+        const int column = Work::Sums::warp_column();
         Work::multiply(products, values(c), grads(c));
-        target.template make<typename Work::Sums>(c, staging, scale, keep,
-                                                  [&](auto& sums) { weights.multiply(sums, grads(c), 0); });
+        target.template make<typename Work::Sums>(c + column, staging, scale, keep,
+                                                  [&](auto& sums) { weights.multiply(sums, grads(c), column); });
       }
     }
 
-    if (warp_key < line.length) {
-      float* const to = scratch.products + Work::products_at(line, number, warp_key, first_query);
-#pragma unroll
-      for (int k = 0; k < Work::kFragments; ++k) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float(&x)[Work::Products::kColumns] = products.x[i];
-          const Run<float, 4> four{{x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]}};
-          store_global(reinterpret_cast<Run<float, 4>*>(to + Work::lane_at(k, i)), four, true);
-        }
-      }
-    }
+    Work::store(products, scratch, line, number, warp_key, first_query);
     __syncthreads();
     Work::sum_keys(weights, products, memory);
     __syncthreads();
     numbers.template each<kThreads>(line, pixel, first_query, [&](int row, bool valid, int64_t u) {
-      float sum = 0;
-#pragma unroll
-      for (int warp = 0; warp < Work::kWarps; ++warp) {
-        sum += load_shared(memory + warp * kQueries + row);  // of any row, so that none share a bank
-      }
+      // of any row, so that no two lanes read from one bank
+      const float sum = load_shared(memory + row) + load_shared(memory + kQueries + row);
       store_global(scratch.parts + part * scratch.pixels + u, sum, valid);
     });
   }
@@ -593,21 +694,27 @@ struct TensorCoreQueryKeyGradient : TensorCoreBackward<T_, kQueries_> {
   using Slice = Tile<T, kSide, 64>;  // of keys, or of dE^T with 64 queries
   using QueryTile = Tile<T, round_up(kSide, kPart), 64>;
   using QueryPart = Tile<T, kPart, 64>;
+  using Out = StripTarget<T, 1, kStrip>;
   static constexpr int kBytes = 2 * Slice::kBytes + QueryTile::kBytes;
+  static_assert(kWarps * Out::Exchange::kNumbers * 4 <= Slice::kBytes, "they share memory");
 
-  // dE^T of the queries from number `first` of the tile on, to shared memory
-  static __device__ __forceinline__ void store(const WarpRows<T, kSide>& grad_energy, const Slice& to, int first) {
+  // dP of the warp's keys and of kPart queries, as lanes have it, by fragments. So many are asked for before the energies,
+  // as registers allow.
+  static constexpr int kPartFragments = kPart / 16, kAhead = kThreads > 224 ? 2 : kPartFragments;
+  struct Products {
+    Run<float, 4> fours[kPartFragments][2];
+    __device__ __forceinline__ void load(const float* of_warp, int first, int begin, int end, bool valid) {
 #pragma unroll
-    for (int k = 0; k < kSide / 16; ++k) {
-      if (16 * k >= first && 16 * k < first + kPart) {
+      for (int f = begin; f < end; ++f) {
 #pragma unroll
-        for (int part = 0; part < 4; ++part) {
-          const int column = 16 * k - first + part / 2 * 8 + threadIdx.x % 4 * 2;
-          store_shared(reinterpret_cast<uint32_t*>(to.at(Sums::row(part % 2), column)), grad_energy.x[k][part]);
+        for (int i = 0; i < 2; ++i) {
+          const int k = first / 16 + f;
+          const auto* from = reinterpret_cast<const Run<float, 4>*>(of_warp + TensorCoreQueryKeyGradient::lane_at(k, i));
+          fours[f][i] = load_global(from, valid && k < kQueries / 16);
         }
       }
     }
-  }
+  };
 };
 
 template <class Work>
@@ -626,7 +733,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
   const int64_t pixel = first_pixel(line, blockIdx.x);
   const auto q = query.rows(line, pixel), k = key.rows(line, pixel);
   const float factor = gamma == nullptr ? 1 : load_global(gamma, true);
-  const auto one = [](int) { return 1.0f; };
+  const float one[2] = {1, 1};
 
   for (int key_tile = 0; key_tile < line.length; key_tile += kSide) {
     for (int query_tile = 0; query_tile < line.length; query_tile += kSide) {
@@ -639,28 +746,30 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
         store_shared(numbers.delta + row, sum, row < kSide);
         store_global(delta + u, sum, valid && line.first_axis && first_key == 0);
       });
-      WarpRows<T, kSide> grad_energy;
+      WarpRows<T, 1, kSide> grad_energy;
       grad_energy.clear();
       const float* const products = scratch.products + Work::products_at(line, blockIdx.x, warp_key, first_query);
       __syncthreads();
 #pragma unroll
       for (int first = 0; first < kSide; first += Work::kPart) {
+        typename Work::Products grad_weight;
+        grad_weight.load(products, first, 0, Work::kAhead, warp_key < line.length);
         typename Work::Energies energy;  // then weights, then their gradients
         channel_products<kThreads>(energy, keys, typename Work::QueryPart(queries.data + first * 64), k, first_key, q,
                                    first_query + first);
+        grad_weight.load(products, first, Work::kAhead, Work::kPartFragments, warp_key < line.length);
 #pragma unroll
-        for (int f = 0; f < Work::kPart / 16; ++f) {
+        for (int f = 0; f < Work::kPartFragments; ++f) {
           const int number = first / 16 + f;  // of the fragment of queries
           if (number < Work::kFragments && warp_key < line.length) {
             Work::weights(energy, f, numbers.from(first), line, first_key, first_query + first);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              const auto* from = reinterpret_cast<const Run<float, 4>*>(products + Work::lane_at(number, i));
-              const auto four = load_global(from, true);
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
                 const int j = 4 * f + e;
-                energy.x[i][j] *= factor * (four.x[e] - load_shared(numbers.delta + first + energy.column(j)));
+                const float mean = load_shared(numbers.delta + first + energy.column(j));
+                energy.x[i][j] *= factor * (grad_weight.fours[f][i].x[e] - mean);
               }
             }
             grad_energy.set(number, energy.x, 4 * f);
@@ -676,34 +785,34 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
           copies_wait();
           __syncthreads();
         }
-        const Target<T> to_key{grad_key.rows(line, pixel), !line.first_axis || first_query > 0};
-        const Target<T> to_query{grad_query.rows(line, pixel), !line.first_axis || first_key > 0};
+        const typename Work::Out to_key({grad_key.rows(line, pixel), !line.first_axis || first_query > 0}, warp_key);
+        const Target<T> of_query{grad_query.rows(line, pixel), !line.first_axis || first_key > 0};
+        const typename Work::Out::Exchange in_grads(reinterpret_cast<float*>(grads.data)),
+            in_queries(reinterpret_cast<float*>(queries.data));
 #pragma unroll 1
         for (int n = 0; n < 64 && warp_key < line.length && c + n < k.channels; n += kStrip) {
-          typename Work::Sums sums;
-          clear(sums);
-          grad_energy.multiply(sums, queries, n);
-          write_rows(sums, to_key, first_key, c + n, one, one);
+          to_key.template make<typename Work::Sums>(c + n, in_grads, one, one,
+                                                    [&](auto& sums) { grad_energy.multiply(sums, queries, n); });
         }
 #pragma unroll
         for (int first = 0; first < kSide; first += Work::kPart) {
           __syncthreads();
-          Work::store(grad_energy, grads, first);
+          grad_energy.store(grads, Work::Sums::warp_row(), first, Work::kPart);
           __syncthreads();
           // A warp makes 16 queries by a strip of channels, of 4 by 2 such parts.
 #pragma unroll 1
           for (int i = threadIdx.x / 32; i < 8; i += Work::kWarps) {
             const int m = i / 2 * 16, n = i % 2 * kStrip, query_row = first_query + first + m;
             if (first + m < kSide && query_row < line.length && c + n < q.channels) {
-              typename Work::Sums sums;
-              clear(sums);
+              const typename Work::Out to_query(of_query, query_row);
+              to_query.template make<typename Work::Sums>(c + n, in_queries, one, one, [&](auto& sums) {
 #pragma unroll 1
-              for (int depth = 0; depth < kSide && first_key + depth < line.length; depth += 16) {
-                WarpRows<T, 16> left;
-                load_left<true>(left.x[0], grads, m, depth);
-                left.multiply(sums, Slice(keys.data + depth * 64), n);
-              }
-              write_rows(sums, to_query, query_row - Work::Sums::warp_row(), c + n, one, one);
+                for (int depth = 0; depth < kSide && first_key + depth < line.length; depth += 16) {
+                  WarpRows<T, 1, 16> left;
+                  load_left<true>(left.x[0][0], grads, m, depth);
+                  left.multiply(sums, Slice(keys.data + depth * 64), n);
+                }
+              });
             }
           }
         }

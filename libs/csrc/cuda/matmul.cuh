@@ -127,12 +127,12 @@ __device__ __forceinline__ void load_left(uint32_t (&x)[4], const A& a, int m, i
 }
 // Two fragments of B, side by side: 16x16 elements from row k and column n on. Which row a lane reads for them
 template <bool kTransposed, class B>
-__device__ __forceinline__ auto* right_row(const B& b, int k, int n) {
+__device__ __forceinline__ SharedAddress right_row(const B& b, int k, int n) {
   const int lane = threadIdx.x % 32, high = lane / 16 * 8, middle = lane / 8 % 2 * 8, low = lane % 8;
   return kTransposed ? b.at(n, high + low, k + middle) : b.at(k, middle + low, n + high);
 }
 template <bool kTransposed>
-__device__ __forceinline__ void load_right(uint32_t (&x)[4], const void* row) {
+__device__ __forceinline__ void load_right(uint32_t (&x)[4], SharedAddress row) {
   if constexpr (kTransposed) {
     ldmatrix_x4(x, row);
   } else {

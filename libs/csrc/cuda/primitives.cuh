@@ -146,20 +146,34 @@ __device__ __forceinline__ void copies_wait() {
 #endif
 }
 
+// A place in shared memory. If it is unknown, those that differ from it by a constant cost no instruction.
+struct SharedAddress {
+  unsigned x;
+  SharedAddress() = default;
+  __device__ __forceinline__ SharedAddress(const void* p) : x(static_cast<unsigned>(__cvta_generic_to_shared(p))) {}
+  __device__ __forceinline__ SharedAddress operator+(int bytes) const {
+    SharedAddress sum = *this;
+    sum.x += bytes;
+    return sum;
+  }
+};
+__device__ __forceinline__ SharedAddress unknown(SharedAddress p) {
+  p.x = unknown(p.x);
+  return p;
+}
+
 // Four matrices of 8x8 elements of 2 bytes: lane l gives the address of row l % 8 of matrix l / 8, and gets of each
 // matrix elements (l / 4, l % 4 * 2) and the one beside it, or those of the transposed matrix.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&x)[4], const void* row) {
-  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&x)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(from)
+               : "r"(row.x)
                : "memory");
 }
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&x)[4], const void* row) {
-  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&x)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(from)
+               : "r"(row.x)
                : "memory");
 }
 

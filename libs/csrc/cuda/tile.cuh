@@ -22,7 +22,7 @@ struct Tile {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
   static constexpr int kPack = 16 / sizeof(T);  // elements
   static constexpr int kPacks = kColumns / kPack;
-  static constexpr int kBytes = kRows * kColumns * sizeof(T);
+  static constexpr int kRowBytes = kColumns * sizeof(T), kBytes = kRows * kRowBytes;
   static_assert(kPacks >= 2 && (kPacks & (kPacks - 1)) == 0, "rows of 32, 64, 128 ... bytes");
 
   __device__ __forceinline__ explicit Tile(SharedCarver& carver) : data(carver.take<T>(kRows * kColumns)) {}
