@@ -288,7 +288,7 @@ def test_planted_bugs_are_caught(sanitizer):
 
 
 # ---- the wrappers of tensor-core instructions, by the tables of the PTX ISA ----
-# "Matrix Fragments for mma.m16n8k16 with floating point type" and, for sm_75, "... for mma.m16n8k8"; "ldmatrix".
+# "Matrix Fragments for mma.m16n8k16 with floating point type", for sm_75 and TF32 "... for mma.m16n8k8"; "ldmatrix".
 # Elements are numbered in their registers from the lower half of the first one on.
 
 
@@ -311,8 +311,18 @@ def c_fragment(lane, i):
     return group if i < 2 else group + 8, thread * 2 + (i & 1)
 
 
+def tf32_a_fragment(lane, i):
+    """(row, column) of the i-th of 4 elements of A in TF32."""
+    return (lane >> 2) + (8 if i in (1, 3) else 0), lane % 4 + (4 if i >= 2 else 0)
+
+
+def tf32_b_fragment(lane, i):
+    """(row, column) of the i-th of 2 elements of B in TF32."""
+    return lane % 4 + 4 * i, lane >> 2
+
+
 def in_registers(matrix, fragment, count):
-    """What each lane has of a matrix of 16-bit elements: [32, count] of them."""
+    """What each lane has of a matrix: [32, count] elements."""
     elements = [[matrix[fragment(lane, i)] for i in range(count)] for lane in range(32)]
     return torch.stack([torch.stack(row) for row in elements]).contiguous()
 
@@ -333,6 +343,20 @@ def test_mma_has_the_layout_of_the_isa(fragments, dtype):
     left, right = in_registers(a, a_fragment, 8), in_registers(b, b_fragment, 4)
     assert fragments.run_mma(int(dtype == torch.float16), pointer(left), pointer(right), pointer(d)) == 0
     expected = in_registers(a.float() @ b.float() + c, c_fragment, 4)
+    torch.testing.assert_close(d, expected, atol=1e-5, rtol=1e-5)
+
+
+def rounded_to_tf32(x):
+    """To nearest, ties away from 0."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_mma_of_tf32_has_the_layout_of_the_isa(fragments):
+    a, b, c = torch.randn(16, 8), torch.randn(8, 8), torch.randn(16, 8)
+    d = in_registers(c, c_fragment, 4)
+    left, right = in_registers(a, tf32_a_fragment, 4), in_registers(b, tf32_b_fragment, 2)
+    assert fragments.run_mma_tf32(pointer(left), pointer(right), pointer(d)) == 0
+    expected = in_registers(rounded_to_tf32(a) @ rounded_to_tf32(b) + c, c_fragment, 4)
     torch.testing.assert_close(d, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -376,6 +400,9 @@ def test_operands_of_the_instructions_are_in_the_order_of_the_isa():
     assert [operands for operands, _ in halves] == ["{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"] * 2
     bound = [re.findall(r'"\+?[fr]"\((.*?)\)', part) for _, part in halves]
     assert bound == [[*sums, "a[0]", "a[1]", "b0"], [*sums, "a[2]", "a[3]", "b1"]]
+    of_tf32 = re.findall(r'"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32 ([^"]*)"\s*(:[^;]*);', text)
+    assert [operands for operands, _ in of_tf32] == ["{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"]
+    assert re.findall(r'"\+?[fr]"\((.*?)\)', of_tf32[0][1]) == [*sums, "a[0]", "a[1]", "a[2]", "a[3]", "b0", "b1"]
     assert set(re.findall(r"ldmatrix\.\S+", text)) == {
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
