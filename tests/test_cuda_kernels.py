@@ -4,6 +4,7 @@ with the reference by test_criss_cross_native.py, whose tests run them in the em
 import ctypes
 import re
 import subprocess
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from attention import (
     assert_same_bits,
     everything,
     random_inputs,
+    rounded_to_tf32,
     run,
+    tf32,
 )
 from emulation import EMULATOR, KERNELS, ROOT, compile_with_emulator, emulated_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cc_attention import criss_cross_attention, native, reference
+from cc_attention import CrissCrossAttention, criss_cross_attention, native, reference
 from libs import ABN
 
 pytestmark = [
@@ -229,6 +232,62 @@ def test_offsets_beyond_two_to_the_31():
     assert_close(actual, expected, TOLERANCE[torch.bfloat16])
 
 
+# ---- float32 as TF32 ----
+
+
+def test_tf32_is_used_where_it_is_allowed():
+    """In all kernels, without bank conflicts. And otherwise every bit is as without it: on sm_75, in other dtypes."""
+    inputs = random_inputs(1, 9, 8, 2, 9, scale=0.4)
+    in_3d = random_inputs(1, 5, 4, 1, 2, 3)
+
+    def results(dtype, allowed, architecture=80):
+        tensors = [{name: x.to(dtype) for name, x in some.items()} for some in (inputs, in_3d)]
+        setting = tf32("fp32_precision") if allowed else nullcontext()
+        with emulated_gpu(architecture=architecture, counting=True) as take_launches, setting:
+            return list(everything(*tensors)), [x.counters for x in take_launches() if "LineAttention" in x.kernel]
+
+    plain, counters = results(torch.float32, allowed=False)
+    assert all(x.mma == 0 for x in counters)
+    _, counters = results(torch.float32, allowed=True)
+    assert all(x.mma > 0 and x.shared_conflicts == x.ldmatrix_conflicts == 0 for x in counters)
+    for dtype, architecture in ((torch.float32, 75), (torch.float64, 80), (torch.bfloat16, 80)):
+        without = plain if dtype == torch.float32 else results(dtype, allowed=False)[0]
+        assert_same_bits([results(dtype, True, architecture)[0], without])
+
+
+def test_compiled_code_follows_the_setting_of_tf32_and_exported_code_keeps_it():
+    module, x = CrissCrossAttention(16), torch.randn(1, 16, 3, 4)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+
+    def uses_tf32(function):
+        with emulated_gpu(counting=True) as take_launches:
+            out = function(x)
+            forward = sum(launch.counters.mma for launch in take_launches())
+            out.sum().backward()
+            backward = sum(launch.counters.mma for launch in take_launches())
+        assert (forward > 0) == (backward > 0)
+        return forward > 0
+
+    assert not uses_tf32(compiled)
+    without = torch.export.export(module, (x,)).module()
+    with tf32("fp32_precision"):
+        assert uses_tf32(compiled)
+        within = torch.export.export(module, (x,)).module()
+        assert not uses_tf32(without)
+    assert not uses_tf32(compiled)
+    assert uses_tf32(within)
+
+
+def test_same_bits_of_tf32_in_every_order_of_threads_and_blocks():
+    inputs = {name: x.float() for name, x in random_inputs(1, 9, 40, 2, 70).items()}
+    in_3d = {name: x.float() for name, x in random_inputs(1, 5, 4, 1, 2, 3).items()}
+    results = []
+    for order in ("forward", "reverse", "random"):
+        with emulated_gpu(order=order), tf32("fp32_precision"):
+            results.append(list(everything(inputs, in_3d)))
+    assert_same_bits(results)
+
+
 # ---- sanitizers ----
 
 
@@ -345,11 +404,6 @@ def test_mma_has_the_layout_of_the_isa(fragments, dtype):
     assert fragments.run_mma(int(dtype == torch.float16), pointer(left), pointer(right), pointer(d)) == 0
     expected = in_registers(a.float() @ b.float() + c, c_fragment, 4)
     torch.testing.assert_close(d, expected, atol=1e-5, rtol=1e-5)
-
-
-def rounded_to_tf32(x):
-    """To nearest, ties away from 0."""
-    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def test_mma_of_tf32_has_the_layout_of_the_isa(fragments):
