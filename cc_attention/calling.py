@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-def call(operator: Callable[..., Any], *inputs: Any) -> Any:
+def call(operator: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
     """Call a native operator.
 
     Raises:
@@ -15,7 +15,7 @@ def call(operator: Callable[..., Any], *inputs: Any) -> Any:
             memory, PyTorch itself raises a RuntimeError.)
     """
     try:
-        return operator(*inputs)
+        return operator(*inputs, **options)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -3,6 +3,11 @@
 Native code runs on the CPU and on CUDA GPUs. Memory formats are kept as by PyTorch's own modules: a result has that of
 the query (`ca_weight`) or of the value, and a gradient that of its input. channels_last is faster than NCHW. Dtypes are
 float32, float64, bfloat16 and float16; under autocast all but float64 are converted to autocast's dtype.
+
+On GPUs from sm_80 on, native code makes products of float32 of TF32 where PyTorch may: where
+torch.backends.cuda.matmul.fp32_precision is "tf32", as matmul.allow_tf32 and torch.set_float32_matmul_precision set it
+too. It is read when an operator is called. The backward pass goes by what it was then, unlike PyTorch's own, and an
+exported program by what it was at the export; compiled code follows it.
 """
 
 from collections.abc import Callable
@@ -28,6 +33,18 @@ def in_autocast_dtype(function: Callable[..., Any], *inputs: Tensor) -> Any:
     dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
         return function(*(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs))
+
+
+def _allows_tf32() -> bool:
+    """Whether matrix products of float32 may be made of TF32, which native code has to be told.
+
+    Unlike matmul.allow_tf32 it can be read whichever of PyTorch's interfaces it was set by.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# The compiler cannot look into the attribute, but compiles anew if the setting has changed.
+_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _by_reference(function: Callable[..., Tensor], *inputs: Tensor, like: Tensor) -> Tensor:
@@ -92,7 +109,7 @@ def ca_weight(query: Tensor, key: Tensor) -> Tensor:
     """
     _check(("query", query, "N C' H W"), ("key", key, "N C' H W"))
     if native.runs_on(query.device):
-        return call(torch.ops.ccnet.ca_weight, query, key)
+        return call(torch.ops.ccnet.ca_weight, query, key, allow_tf32=_allows_tf32())
     return _by_reference(reference.ca_weight, query, key, like=query)
 
 
@@ -111,7 +128,7 @@ def ca_map(weight: Tensor, value: Tensor) -> Tensor:
     """
     _check(("value", value, "N C H W"), ("weight", weight, "N H+W-1 H W"))
     if native.runs_on(value.device):
-        return call(torch.ops.ccnet.ca_map, weight, value)
+        return call(torch.ops.ccnet.ca_map, weight, value, allow_tf32=_allows_tf32())
     return _by_reference(reference.ca_map, weight, value, like=value)
 
 
@@ -151,5 +168,5 @@ def criss_cross_attention(
         precise = torch.float64 if query.dtype == torch.float64 else torch.float32
         inputs = (query, key, value, residual, gamma.reshape(1).to(precise))
     if native.runs_on(query.device):
-        return call(torch.ops.ccnet.criss_cross_attention, *inputs)[0]
+        return call(torch.ops.ccnet.criss_cross_attention, *inputs, allow_tf32=_allows_tf32())[0]
     return _by_reference(reference.criss_cross_attention, *inputs, like=value)

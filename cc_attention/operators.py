@@ -40,41 +40,50 @@ def _empty_per_pixel(like: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("ccnet::criss_cross_attention")
-def _(query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None):
+def _(query: Tensor, key: Tensor, value: Tensor, residual=None, gamma=None, allow_tf32=False):
     return _empty_like(value), _empty_per_pixel(query), _empty_per_pixel(query)
 
 
 @torch.library.register_fake("ccnet::criss_cross_attention_backward")
-def _(grad_out, query: Tensor, key: Tensor, value: Tensor, largest, sum, gamma: Tensor | None = None):
+def _(grad_out, query: Tensor, key: Tensor, value: Tensor, largest, sum, gamma=None, allow_tf32=False):
     return _empty_like(query), _empty_like(key), _empty_like(value), _empty_per_pixel(query)
 
 
 @torch.library.register_fake("ccnet::ca_weight")
-def _(query: Tensor, key: Tensor) -> Tensor:
+def _(query: Tensor, key: Tensor, allow_tf32: bool = False) -> Tensor:
     return _empty(query, query.shape[2] + query.shape[3] - 1)
 
 
 @torch.library.register_fake("ccnet::ca_weight_backward")
-def _(grad_energy: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad_energy: Tensor, query: Tensor, key: Tensor, allow_tf32: bool = False) -> tuple[Tensor, Tensor]:
     return _empty_like(query), _empty_like(key)
 
 
 @torch.library.register_fake("ccnet::ca_map")
-def _(weight: Tensor, value: Tensor) -> Tensor:
+def _(weight: Tensor, value: Tensor, allow_tf32: bool = False) -> Tensor:
     return _empty_like(value)
 
 
 @torch.library.register_fake("ccnet::ca_map_backward")
-def _(grad_out: Tensor, weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad_out: Tensor, weight: Tensor, value: Tensor, allow_tf32: bool = False) -> tuple[Tensor, Tensor]:
     return _empty_like(weight), _empty_like(value)
 
 
 # ---- gradients ----
 
 
-def _save_attention(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, _, gamma = (*inputs, None, None)[:5]
+def _save_attention(
+    ctx: Any,
+    output: tuple[Tensor, Tensor, Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    allow_tf32: bool = False,
+) -> None:
     _, largest, sum_ = output
+    ctx.allow_tf32 = allow_tf32  # of the forward pass
     ctx.save_for_backward(query, key, value, largest, sum_, gamma)  # neither the result nor the residual
     ctx.mark_non_differentiable(largest, sum_)
     ctx.set_materialize_grads(False)  # no tensors of zeros as gradients of largest and sum, which have none
@@ -85,21 +94,23 @@ def _attention_backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Te
     if grad_out is None:
         return (None,) * inputs
     saved = ctx.saved_tensors  # once: with activation checkpointing, asking computes them
-    *gradients, delta = call(torch.ops.ccnet.criss_cross_attention_backward, grad_out, *saved)
+    *gradients, delta = call(torch.ops.ccnet.criss_cross_attention_backward, grad_out, *saved, ctx.allow_tf32)
     if saved[-1] is not None:  # gamma
         gradients += [grad_out, delta.sum().reshape(1)]
-    return (*gradients, None, None)[:inputs]
+    return (*gradients, None, None, None)[:inputs]
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_inputs(ctx: Any, output: Tensor, x: Tensor, y: Tensor, allow_tf32: bool = False) -> None:
+    ctx.save_for_backward(x, y)
+    ctx.allow_tf32 = allow_tf32
 
 
 def _backward(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
     operator = getattr(torch.ops.ccnet, f"{name}_backward")
 
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return call(operator, grad_out, *ctx.saved_tensors)
+        gradients = call(operator, grad_out, *ctx.saved_tensors, ctx.allow_tf32)
+        return (*gradients, None)[: len(ctx.needs_input_grad)]
 
     return backward
 
@@ -123,17 +134,17 @@ def _register_gradient(operator: str, function: str, save: Callable[..., None], 
 
     class Differentiable(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(ctx: Any, *inputs: Tensor | None) -> Any:
+        def forward(ctx: Any, *inputs: Tensor | bool | None) -> Any:
             # Only below autograd of this level of torch.func's: that of outer levels has to see the operator.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
                 output = run(*inputs)
-            save(ctx, inputs, output)
+            save(ctx, output, *inputs)
             return output
 
     Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
 
-    def differentiate(*inputs: Tensor | None) -> Any:
-        if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    def differentiate(*inputs: Tensor | bool | None) -> Any:
+        if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
             raise NotImplementedError(
                 f"{function} has no forward-mode derivatives in native code; cc_attention.reference.{function} has them"
             )
@@ -158,13 +169,14 @@ for _name, _save, _gradient in (
 # ---- vmap ----
 
 
-def _mapped(operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+def _mapped(operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
     """The operator over a further dimension of its inputs, in `in_dims`, which is made part of the batch."""
     first = [
         x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim in zip(inputs, in_dims, strict=True)
+        if isinstance(x, Tensor)
     ]
-    results = call(operator, *(x.flatten(0, 1) for x in first))
+    results = call(operator, *(x.flatten(0, 1) for x in first), *inputs[len(first) :])
     of_samples = tree_map(lambda x: x.unflatten(0, first[0].shape[:2]), results)
     return of_samples, tree_map(lambda _: 0, results)
 
@@ -176,9 +188,8 @@ def _scale(x: Tensor, by: Tensor, dim: int | None) -> Tensor:
 
 
 # One call for all samples knows one gamma only, so gamma is applied outside.
-def _mapped_attention(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-    query, key, value, residual, gamma = (*inputs, None, None)[:5]
-    operator = torch.ops.ccnet.criss_cross_attention
+def _mapped_attention(info, in_dims, query, key, value, residual=None, gamma=None, allow_tf32=False):
+    operator = partial(torch.ops.ccnet.criss_cross_attention, allow_tf32=allow_tf32)
     (out, largest, sum_), out_dims = _mapped(operator, info, in_dims[:3], query, key, value)
     if residual is not None:
         attended = _scale(out, gamma, in_dims[4])
@@ -186,9 +197,9 @@ def _mapped_attention(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) 
     return (out, largest, sum_), out_dims
 
 
-def _mapped_attention_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-    *tensors, gamma = (*inputs, None)[:7]
-    operator = torch.ops.ccnet.criss_cross_attention_backward
+def _mapped_attention_backward(info, in_dims, grad_out, query, key, value, largest, sum_, gamma=None, allow_tf32=False):
+    operator = partial(torch.ops.ccnet.criss_cross_attention_backward, allow_tf32=allow_tf32)
+    tensors = (grad_out, query, key, value, largest, sum_)
     (*gradients, delta), out_dims = _mapped(operator, info, in_dims[:6], *tensors)
     if gamma is not None:
         gradients = [_scale(x, gamma, in_dims[6]) for x in gradients]
@@ -205,20 +216,29 @@ for _name in ("ca_weight", "ca_map", "ca_weight_backward", "ca_map_backward"):
 
 
 def _attention_under_autocast(
-    query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    allow_tf32: bool = False,
 ) -> Any:
     def attention(*inputs: Tensor) -> Any:  # gamma keeps its dtype
         query, key, value, residual = (*inputs, None)[:4]
-        return torch.ops.ccnet.criss_cross_attention(query, key, value, residual, gamma)
+        return torch.ops.ccnet.criss_cross_attention(query, key, value, residual, gamma, allow_tf32)
 
     inputs = (query, key, value) if residual is None else (query, key, value, residual)
     return in_autocast_dtype(attention, *inputs)
 
 
+def _under_autocast(operator: Callable[..., Tensor], x: Tensor, y: Tensor, allow_tf32: bool = False) -> Tensor:
+    return in_autocast_dtype(partial(operator, allow_tf32=allow_tf32), x, y)
+
+
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _library.impl("criss_cross_attention", _attention_under_autocast, _key)
     for _name in ("ca_weight", "ca_map"):
-        _library.impl(_name, partial(in_autocast_dtype, getattr(torch.ops.ccnet, _name)), _key)
+        _library.impl(_name, partial(_under_autocast, getattr(torch.ops.ccnet, _name)), _key)
 
 
 # ---- floating-point operations, for torch.utils.flop_counter: those of the matrix products of the plain form ----

@@ -1,6 +1,6 @@
 """Shared by the tests of native attention: inputs, and comparison with the reference."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from layouts import laid_out
@@ -10,6 +10,26 @@ from cc_attention import ca_map, ca_weight, criss_cross_attention, reference
 # Largest error, relative to the largest number, of results and gradients
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 DTYPES = list(TOLERANCE)
+
+
+@contextmanager
+def tf32(how):
+    """A context in which TF32 is allowed in matrix products, by that interface of PyTorch's."""
+    matmul = torch.backends.cuda.matmul
+    if how in ("high", "medium"):
+        torch.set_float32_matmul_precision(how)
+    else:
+        setattr(matmul, how, "tf32" if how == "fp32_precision" else True)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "none"  # the default
+
+
+def rounded_to_tf32(x):
+    """To nearest, ties away from 0."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def random_inputs(n, c, cv, *pixels, scale=1.0, residual=False):

@@ -15,7 +15,9 @@ from attention import (
     assert_same_bits,
     everything,
     random_inputs,
+    rounded_to_tf32,
     run,
+    tf32,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -482,7 +484,7 @@ def test_no_gradients_are_made_of_largest_and_sum():
 
 @pytest.mark.parametrize("operator", ["criss_cross_attention", "ca_weight", "ca_map"])
 def test_out_of_memory_of_a_gpu_is_pytorchs_error(operator, monkeypatch):
-    def out_of_memory(*_):
+    def out_of_memory(*_, **__):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. (originally from torch_call_dispatcher)")
 
     x = torch.zeros(1, 6, 3, 4, requires_grad=True)
@@ -517,16 +519,17 @@ def test_opcheck(device, dtype, layout, pixels):
     query, key, value = (of(2, c, *pixels).requires_grad_() for c in (3, 3, 5))
     gamma = torch.randn(1, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     torch.library.opcheck(ops.criss_cross_attention, (query, key, value))
-    torch.library.opcheck(ops.criss_cross_attention, (query, key, value, of(2, 5, *pixels), gamma.requires_grad_()))
+    options = (of(2, 5, *pixels), gamma.requires_grad_(), True)  # the last of all: allow_tf32
+    torch.library.opcheck(ops.criss_cross_attention, (query, key, value, *options))
     detached = (query.detach(), key.detach(), value.detach())
-    backward_inputs = (of(2, 5, *pixels), *detached, *ops.criss_cross_attention(*detached)[1:], gamma.detach())
+    backward_inputs = (of(2, 5, *pixels), *detached, *ops.criss_cross_attention(*detached)[1:], gamma.detach(), True)
     torch.library.opcheck(ops.criss_cross_attention_backward, backward_inputs)
     if len(pixels) == 2:
         path = sum(pixels) - 1
         weight = of(2, path, *pixels)
         torch.library.opcheck(ops.ca_weight, (query, key))
-        torch.library.opcheck(ops.ca_weight_backward, (of(2, path, *pixels), query.detach(), key.detach()))
-        torch.library.opcheck(ops.ca_map, (weight.requires_grad_(), value))
+        torch.library.opcheck(ops.ca_weight_backward, (of(2, path, *pixels), query.detach(), key.detach(), True))
+        torch.library.opcheck(ops.ca_map, (weight.requires_grad_(), value, True))
         torch.library.opcheck(ops.ca_map_backward, (of(2, 5, *pixels), weight.detach(), value.detach()))
 
 
@@ -697,3 +700,97 @@ def test_floating_point_operations_are_those_of_the_plain_form(operator, pixels)
     forward, backward = counted(getattr(cc_attention, operator))
     assert (forward, backward) == counted(getattr(cc_attention.reference, operator))
     assert backward == 2 * forward > 0
+
+
+# ---- float32 as TF32, on GPUs ----
+
+
+@pytest.fixture(params=[EMULATED, "cuda"])
+def as_tf32(request):
+    with running_on(request.param), tf32("fp32_precision"):
+        if request.param == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+            pytest.skip("needs a GPU of sm_80 or newer")
+        yield
+
+
+@pytest.mark.usefixtures("as_tf32")
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 5, 7, 17), (1, 64, 72, 2, 97), (1, 33, 70, 65, 2), (1, 9, 8, 2, 133), (1, 5, 9, 3, 4, 7), (1, 8, 9, 1, 1)],
+    ids=str,
+)
+def test_tf32_has_its_precision(shape):
+    """Two products, one after the other, of inputs that are rounded by 2^-11 of themselves."""
+    inputs = {name: x.float() for name, x in random_inputs(*shape, scale=0.4, residual=True).items()}
+    exact = {name: x.double() for name, x in inputs.items()}
+    attended = reference.criss_cross_attention(exact["query"], exact["key"], exact["value"])
+    upstream = attended.float()  # with which gamma's gradient is a sum of squares, and not of numbers that cancel
+    expected = run(reference.criss_cross_attention, exact, upstream.double())
+    assert_close(run(criss_cross_attention, inputs, upstream), expected, 2**-9)
+
+
+@pytest.mark.usefixtures("as_tf32")
+def test_tf32_rounds_what_is_multiplied_once_and_to_nearest():
+    """Of a path of one pixel and one channel all products are exact in float32."""
+    x, y, upstream = torch.randn(3, 500, 1, 1, 1).unbind()
+    x[0], x[1] = 1 + 2**-11, -1 - 2**-11  # ties
+    a, b, grad = map(rounded_to_tf32, (x, y, upstream))
+    for function, names in ((ca_weight, ("query", "key")), (ca_map, ("weight", "value"))):
+        found = run(function, dict(zip(names, (x, y), strict=True)), upstream)
+        for name, wanted in zip(found, (a * b, grad * b, a * grad), strict=True):
+            assert torch.equal(found[name], wanted), f"{function.__name__}: {name}"
+
+
+@pytest.mark.usefixtures("as_tf32")
+@pytest.mark.parametrize("bad", [NAN, -INF, INF], ids=str)
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_tf32_keeps_nan_and_infinity(where, bad):
+    inputs = {name: x.abs().float() for name, x in random_inputs(1, 5, 6, 7, 19, scale=0.5).items()}
+    inputs[where][0, :, 3, 2] = bad
+    inputs[where][0, 1, :, 4] = bad
+    if bad != bad:  # all bits set, as GPUs make them: what would carry into the sign, were it rounded
+        inputs[where] = inputs[where].view(torch.int32).where(~inputs[where].isnan(), 0x7FFFFFFF).view(torch.float32)
+    upstream = torch.randn(inputs["value"].shape)
+    actual = run(criss_cross_attention, inputs, upstream)
+    exact = {name: x.double() for name, x in inputs.items()}
+    for name, wanted in run(reference.criss_cross_attention, exact, upstream.double()).items():
+        torch.testing.assert_close(actual[name].double(), wanted, atol=2e-2, rtol=4e-3, equal_nan=True, msg=name)
+
+
+class Told(TorchDispatchMode):
+    """Of each operator of ours that runs, whether it is told that TF32 is allowed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "ccnet":
+            names = [argument.name for argument in function._schema.arguments]
+            self.seen.append((dict(zip(names, args, strict=False)) | (kwargs or {})).get("allow_tf32", False))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["fp32_precision", "allow_tf32", "high", "medium"])
+def test_operators_are_told_whether_tf32_is_allowed(how):
+    """The backward pass of what the forward pass was told; also where vmap or autocast call them."""
+    x = torch.rand(2, 6, 3, 4, requires_grad=True)
+
+    def forward():
+        yield criss_cross_attention(x, x, x)
+        yield criss_cross_attention(x, x, x, x, torch.ones(1))
+        yield ca_weight(x, x)
+        yield ca_map(x, x)
+        yield torch.func.vmap(criss_cross_attention)(*[x[None]] * 4, torch.ones(1, 1))
+        yield torch.func.vmap(ca_map)(x[None], x[None])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield criss_cross_attention(x, x, x)
+            yield ca_weight(x, x)
+
+    with Told() as told:
+        with tf32(how):
+            results = list(forward())
+        sum(result.sum() for result in results).backward()
+        assert told.seen == [True] * 16
+        list(forward())
+        assert told.seen[16:] == [False] * 8

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention import DTYPES, everything, random_inputs
+from attention import DTYPES, everything, random_inputs, tf32
 from emulation import ROOT, emulated_gpu, take_launched_kernels
 
 from benchmarks import sass
@@ -94,6 +94,9 @@ def launched_on() -> dict[str, dict[str, tuple[int, int]]]:
                     inputs = {name: x.to(dtype) for name, x in random_inputs(1, 8, 8, 1, length).items()}
                     list(everything(inputs, inputs))
                 launch_batch_norm(dtype)
+            with tf32("fp32_precision"):
+                inputs = {name: x.float() for name, x in random_inputs(1, 8, 8, 1, 8).items()}
+                list(everything(inputs, inputs))
         launched[name] = {short(name): size for name, size in take_launched_kernels().items()}
     return launched
 
@@ -146,7 +149,7 @@ def test_kernels_need_no_more_shared_memory_than_devices_have(launched):
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_120"])  # without and with cp.async, and the newest
 def test_instructions(architecture, resources, launched_on):
-    """16-bit kernels on tensor cores: their products are HMMA, fragments come by LDSM, global memory in 16 bytes."""
+    """Kernels on tensor cores: their products are HMMA, fragments come by LDSM, global memory in 16 bytes."""
     seen: dict[str, set[str]] = {}
     name = ""
     for line in cuobjdump("-sass", "-arch", architecture).splitlines():
@@ -170,12 +173,13 @@ def test_instructions(architecture, resources, launched_on):
         if name.startswith("abn_") and not re.search(r"double|abn_(merge|running)", name):
             in_double = {x for x in instructions if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|\w+\..*F64|MUFU.*64", x)}
             assert not in_double, f"{name}: {in_double}"
-        if re.match(r"plain_|abn_|change_layout", name) or "PlainCores" in name:
+        if re.match(r"abn_|change_layout", name) or "PlainCores" in name:
             continue
         assert any(instruction.startswith("HMMA") for instruction in instructions), f"{name}: no HMMA"
         assert any(instruction.startswith("LDSM") for instruction in instructions), f"{name}: no LDSM"
         if architecture != "sm_75":
-            kind = "HMMA.16816.F32.BF16" if "bfloat16" in name else "HMMA.16816.F32"
+            of = {"bfloat16": "HMMA.16816.F32.BF16", "half": "HMMA.16816.F32", "float": "HMMA.1688.F32.TF32"}
+            kind = of[re.findall(r"bfloat16|half|float", name)[-1]]
             assert kind in instructions, f"{name}: {sorted(instructions)}"
             assert any(re.match(r"LDGSTS\.E\.BYPASS.*128", x) for x in instructions), f"{name}: no cp.async"
 

@@ -4,6 +4,7 @@ with the reference by test_criss_cross_native.py, whose tests run them in the em
 import ctypes
 import re
 import subprocess
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from attention import (
     assert_same_bits,
     everything,
     random_inputs,
+    rounded_to_tf32,
     run,
+    tf32,
 )
 from emulation import EMULATOR, KERNELS, ROOT, compile_with_emulator, emulated_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cc_attention import criss_cross_attention, native, reference
+from cc_attention import CrissCrossAttention, criss_cross_attention, native, reference
 from libs import ABN
 
 pytestmark = [
@@ -229,6 +232,62 @@ def test_offsets_beyond_two_to_the_31():
     assert_close(actual, expected, TOLERANCE[torch.bfloat16])
 
 
+# ---- float32 as TF32 ----
+
+
+def test_tf32_is_used_where_it_is_allowed():
+    """In all kernels, without bank conflicts. And otherwise every bit is as without it: on sm_75, in other dtypes."""
+    inputs = random_inputs(1, 9, 8, 2, 9, scale=0.4)
+    in_3d = random_inputs(1, 5, 4, 1, 2, 3)
+
+    def results(dtype, allowed, architecture=80):
+        tensors = [{name: x.to(dtype) for name, x in some.items()} for some in (inputs, in_3d)]
+        setting = tf32("fp32_precision") if allowed else nullcontext()
+        with emulated_gpu(architecture=architecture, counting=True) as take_launches, setting:
+            return list(everything(*tensors)), [x.counters for x in take_launches() if "LineAttention" in x.kernel]
+
+    plain, counters = results(torch.float32, allowed=False)
+    assert all(x.mma == 0 for x in counters)
+    _, counters = results(torch.float32, allowed=True)
+    assert all(x.mma > 0 and x.shared_conflicts == x.ldmatrix_conflicts == 0 for x in counters)
+    for dtype, architecture in ((torch.float32, 75), (torch.float64, 80), (torch.bfloat16, 80)):
+        without = plain if dtype == torch.float32 else results(dtype, allowed=False)[0]
+        assert_same_bits([results(dtype, True, architecture)[0], without])
+
+
+def test_compiled_code_follows_the_setting_of_tf32_and_exported_code_keeps_it():
+    module, x = CrissCrossAttention(16), torch.randn(1, 16, 3, 4)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+
+    def uses_tf32(function):
+        with emulated_gpu(counting=True) as take_launches:
+            out = function(x)
+            forward = sum(launch.counters.mma for launch in take_launches())
+            out.sum().backward()
+            backward = sum(launch.counters.mma for launch in take_launches())
+        assert (forward > 0) == (backward > 0)
+        return forward > 0
+
+    assert not uses_tf32(compiled)
+    without = torch.export.export(module, (x,)).module()
+    with tf32("fp32_precision"):
+        assert uses_tf32(compiled)
+        within = torch.export.export(module, (x,)).module()
+        assert not uses_tf32(without)
+    assert not uses_tf32(compiled)
+    assert uses_tf32(within)
+
+
+def test_same_bits_of_tf32_in_every_order_of_threads_and_blocks():
+    inputs = {name: x.float() for name, x in random_inputs(1, 9, 40, 2, 70).items()}
+    in_3d = {name: x.float() for name, x in random_inputs(1, 5, 4, 1, 2, 3).items()}
+    results = []
+    for order in ("forward", "reverse", "random"):
+        with emulated_gpu(order=order), tf32("fp32_precision"):
+            results.append(list(everything(inputs, in_3d)))
+    assert_same_bits(results)
+
+
 # ---- sanitizers ----
 
 
@@ -237,9 +296,10 @@ def run_sanitized(executable, *arguments):
     return result.returncode, result.stdout, result.stderr
 
 
-# Each sanitizer sees both kinds of kernels, on tensor cores (half, bfloat16) and on plain ones (float, double).
+# Each sanitizer sees all kinds of kernels: on tensor cores (half, bfloat16), on plain ones, and on tensor cores as TF32
+# (float). Those of double are float's plain ones.
 @pytest.mark.parametrize(
-    ("sanitizer", "dtype"), [("address", "bfloat16"), ("address", "float"), ("thread", "half"), ("thread", "double")]
+    ("sanitizer", "dtype"), [("address", "bfloat16"), ("address", "float"), ("thread", "half"), ("thread", "float")]
 )
 def test_sanitizers_find_nothing(sanitizer, dtype):
     """AddressSanitizer and UndefinedBehaviorSanitizer; ThreadSanitizer, for which threads of a block are threads."""
@@ -288,7 +348,7 @@ def test_planted_bugs_are_caught(sanitizer):
 
 
 # ---- the wrappers of tensor-core instructions, by the tables of the PTX ISA ----
-# "Matrix Fragments for mma.m16n8k16 with floating point type" and, for sm_75, "... for mma.m16n8k8"; "ldmatrix".
+# "Matrix Fragments for mma.m16n8k16 with floating point type", for sm_75 and TF32 "... for mma.m16n8k8"; "ldmatrix".
 # Elements are numbered in their registers from the lower half of the first one on.
 
 
@@ -311,8 +371,18 @@ def c_fragment(lane, i):
     return group if i < 2 else group + 8, thread * 2 + (i & 1)
 
 
+def tf32_a_fragment(lane, i):
+    """(row, column) of the i-th of 4 elements of A in TF32."""
+    return (lane >> 2) + (8 if i in (1, 3) else 0), lane % 4 + (4 if i >= 2 else 0)
+
+
+def tf32_b_fragment(lane, i):
+    """(row, column) of the i-th of 2 elements of B in TF32."""
+    return lane % 4 + 4 * i, lane >> 2
+
+
 def in_registers(matrix, fragment, count):
-    """What each lane has of a matrix of 16-bit elements: [32, count] of them."""
+    """What each lane has of a matrix: [32, count] elements."""
     elements = [[matrix[fragment(lane, i)] for i in range(count)] for lane in range(32)]
     return torch.stack([torch.stack(row) for row in elements]).contiguous()
 
@@ -333,6 +403,15 @@ def test_mma_has_the_layout_of_the_isa(fragments, dtype):
     left, right = in_registers(a, a_fragment, 8), in_registers(b, b_fragment, 4)
     assert fragments.run_mma(int(dtype == torch.float16), pointer(left), pointer(right), pointer(d)) == 0
     expected = in_registers(a.float() @ b.float() + c, c_fragment, 4)
+    torch.testing.assert_close(d, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_mma_of_tf32_has_the_layout_of_the_isa(fragments):
+    a, b, c = torch.randn(16, 8), torch.randn(8, 8), torch.randn(16, 8)
+    d = in_registers(c, c_fragment, 4)
+    left, right = in_registers(a, tf32_a_fragment, 4), in_registers(b, tf32_b_fragment, 2)
+    assert fragments.run_mma_tf32(pointer(left), pointer(right), pointer(d)) == 0
+    expected = in_registers(rounded_to_tf32(a) @ rounded_to_tf32(b) + c, c_fragment, 4)
     torch.testing.assert_close(d, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -376,6 +455,9 @@ def test_operands_of_the_instructions_are_in_the_order_of_the_isa():
     assert [operands for operands, _ in halves] == ["{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"] * 2
     bound = [re.findall(r'"\+?[fr]"\((.*?)\)', part) for _, part in halves]
     assert bound == [[*sums, "a[0]", "a[1]", "b0"], [*sums, "a[2]", "a[3]", "b1"]]
+    of_tf32 = re.findall(r'"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32 ([^"]*)"\s*(:[^;]*);', text)
+    assert [operands for operands, _ in of_tf32] == ["{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"]
+    assert re.findall(r'"\+?[fr]"\((.*?)\)', of_tf32[0][1]) == [*sums, "a[0]", "a[1]", "a[2]", "a[3]", "b0", "b1"]
     assert set(re.findall(r"ldmatrix\.\S+", text)) == {
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",

@@ -8,14 +8,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ccnet, m) {
   // for float64.
   // With a residual: out = residual + gamma * attention. gamma [1] has the dtype of largest and sum. delta [N, H, W] is,
   // of each pixel, the product of grad_out and the attention: its sum is the gradient of gamma.
+  // allow_tf32: on GPUs products of float32 may be made of TF32.
   m.def(
-      "criss_cross_attention(Tensor query, Tensor key, Tensor value, Tensor? residual=None, Tensor? gamma=None) -> "
-      "(Tensor out, Tensor largest, Tensor sum)");
+      "criss_cross_attention(Tensor query, Tensor key, Tensor value, Tensor? residual=None, Tensor? gamma=None, "
+      "bool allow_tf32=False) -> (Tensor out, Tensor largest, Tensor sum)");
   m.def(
       "criss_cross_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor largest, "
-      "Tensor sum, Tensor? gamma=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor delta)");
-  m.def("ca_weight(Tensor query, Tensor key) -> Tensor");
-  m.def("ca_weight_backward(Tensor grad_energy, Tensor query, Tensor key) -> (Tensor grad_query, Tensor grad_key)");
-  m.def("ca_map(Tensor weight, Tensor value) -> Tensor");
-  m.def("ca_map_backward(Tensor grad_out, Tensor weight, Tensor value) -> (Tensor grad_weight, Tensor grad_value)");
+      "Tensor sum, Tensor? gamma=None, bool allow_tf32=False) -> (Tensor grad_query, Tensor grad_key, "
+      "Tensor grad_value, Tensor delta)");
+  m.def("ca_weight(Tensor query, Tensor key, bool allow_tf32=False) -> Tensor");
+  m.def(
+      "ca_weight_backward(Tensor grad_energy, Tensor query, Tensor key, bool allow_tf32=False) -> "
+      "(Tensor grad_query, Tensor grad_key)");
+  m.def("ca_map(Tensor weight, Tensor value, bool allow_tf32=False) -> Tensor");
+  m.def(
+      "ca_map_backward(Tensor grad_out, Tensor weight, Tensor value, bool allow_tf32=False) -> "
+      "(Tensor grad_weight, Tensor grad_value)");
 }

@@ -198,6 +198,21 @@ struct Mma {
   const uint32_t* a;
   uint32_t b[2];
 };
+// D += A B, A by row and B by column
+EMULATOR_INTERNAL inline void add_products(void* const* arguments, const float* a, const float* b, int depth) {
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& part = *static_cast<Mma*>(arguments[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const float *row = a + (lane / 4 + i / 2 * 8) * depth, *column = b + (lane % 4 * 2 + i % 2) * depth;
+      float sum = 0;
+      for (int k = 0; k < depth; ++k) {
+        sum += row[k] * column[k];
+      }
+      *part.d[i] += sum;
+    }
+  }
+  counters.mma += options.counting;
+}
 template <class T>
 EMULATOR_INTERNAL void mma(void* const* arguments, unsigned) {
   float a[16][16], b[8][16];  // b by column
@@ -213,18 +228,27 @@ EMULATOR_INTERNAL void mma(void* const* arguments, unsigned) {
       }
     }
   }
+  add_products(arguments, &a[0][0], &b[0][0], 16);
+}
+
+EMULATOR_INTERNAL inline float tf32(uint32_t bits) {
+  bits &= ~0x1fffu;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+EMULATOR_INTERNAL inline void mma_tf32(void* const* arguments, unsigned) {
+  float a[16][8], b[8][8];  // b by column
   for (int lane = 0; lane < 32; ++lane) {
     const auto& part = *static_cast<Mma*>(arguments[lane]);
     for (int i = 0; i < 4; ++i) {
-      const float *row = a[lane / 4 + i / 2 * 8], *column = b[lane % 4 * 2 + i % 2];
-      float sum = 0;
-      for (int k = 0; k < 16; ++k) {
-        sum += row[k] * column[k];
-      }
-      *part.d[i] += sum;
+      a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = tf32(part.a[i]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      b[lane / 4][lane % 4 + i * 4] = tf32(part.b[i]);
     }
   }
-  counters.mma += options.counting;
+  add_products(arguments, &a[0][0], &b[0][0], 8);
 }
 
 }  // namespace emulator
@@ -248,6 +272,14 @@ void mma_m16n8k16(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a
                   EMULATOR_HERE) {
   emulator::Mma lane{{&d0, &d1, &d2, &d3}, a, {b0, b1}};
   emulator::warp_operation(~0u, emulator::mma<T>, &lane, file, line);
+}
+inline uint32_t rounded_to_tf32(uint32_t bits) {  // but infinities and NaN, the largest exponent
+  return (bits & 0x7f800000) == 0x7f800000 ? bits : bits + 0x1000;
+}
+inline void mma_m16n8k8_tf32(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uint32_t b0,
+                             uint32_t b1, EMULATOR_HERE) {
+  emulator::Mma lane{{&d0, &d1, &d2, &d3}, a, {b0, b1}};
+  emulator::warp_operation(~0u, emulator::mma_tf32, &lane, file, line);
 }
 
 // ---- launching ----

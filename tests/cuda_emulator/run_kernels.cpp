@@ -51,7 +51,7 @@ void check(cudaError_t error) {
 }
 
 template <class T>
-void run(int images, int height, int width, int c, int cv) {
+void run(int images, int height, int width, int c, int cv, bool allow_tf32 = false) {
   using Real = Accumulate<T>;
   using Launchers = LineAttentionLaunchers<T, Real>;
   const int path_length = height + width - 1;
@@ -59,7 +59,8 @@ void run(int images, int height, int width, int c, int cv) {
   Axes axes{{{1, width, true, height == 1, path_length, 0}, {width, height, false, true, path_length, width}},
             height == 1 ? 1 : 2,
             images,
-            height * width};
+            height * width,
+            allow_tf32};
   std::mt19937 random(7);
   const Buffer<T> query(pixels, c, &random), key(pixels, c, &random), value(pixels, cv, &random);
   const Buffer<T> grad_out(pixels, cv, &random), grad_energy(pixels, path_length, &random);
@@ -152,6 +153,9 @@ void run_all() {
   run<T>(1, 65, 1, 8, 8);                      // and on the second
   run<T>(1, 1, 133, 72, 8);                    // two tiles, two slices of query and key
   run<T>(1, 1, 260, 8, 8);                     // keys that do not all fit
+  if (std::is_same_v<T, float>) {
+    run<T>(1, 1, 75, 40, 72, true);  // TF32: two tiles, two slices, the second one a part
+  }
   emulator::options.cache_bytes = 1;           // image after image
   run<T>(2, 3, 5, 8, 8);
   emulator::options.shared_bytes = 64 * 1024;  // as on sm_75

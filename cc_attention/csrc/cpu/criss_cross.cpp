@@ -151,7 +151,7 @@ class Products {
   Real* data_;
 };
 
-// ---- the operators ----
+// ---- the operators: their last argument, allow_tf32, is for GPUs ----
 
 template <class T>
 Accumulate<T> number_of(const std::optional<Tensor>& gamma) {
@@ -159,7 +159,8 @@ Accumulate<T> number_of(const std::optional<Tensor>& gamma) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_, const Tensor& value_,
-                                                         std::optional<Tensor> residual_, std::optional<Tensor> gamma) {
+                                                         std::optional<Tensor> residual_, std::optional<Tensor> gamma,
+                                                         bool) {
   check_query_key_and_value(query_, key_, value_);
   Tensor result = empty_as(value_, shape_of(value_)), largest = empty_per_pixel(query_), sum = empty_per_pixel(query_);
   check_residual(residual_, gamma, value_, largest);
@@ -184,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> criss_cross_attention_backward(
     const Tensor& grad_out_, const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& largest_,
-    const Tensor& sum_, std::optional<Tensor> gamma) {
+    const Tensor& sum_, std::optional<Tensor> gamma, bool) {
   check_query_key_and_value(query_, key_, value_);
   check("grad_out", grad_out_, query_, shape_of(value_));
   Tensor delta = empty_per_pixel(query_);
@@ -228,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> criss_cross_attention_backward(
   return {query_result, key_result, value_result, delta};
 }
 
-Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
+Tensor ca_weight(const Tensor& query_, const Tensor& key_, bool) {
   check_query_and_key(query_, key_, false);
   Tensor result = empty_as(query_, path_shape(query_));
   const Output energy(result, Kept::path);
@@ -245,7 +246,8 @@ Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   return result;
 }
 
-std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_) {
+std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_,
+                                              bool) {
   check_query_and_key(query_, key_, false);
   check("grad_energy", grad_energy_, query_, path_shape(query_));
   Tensor query_result = empty_as(query_, shape_of(query_)), key_result = empty_as(key_, shape_of(key_));
@@ -266,7 +268,7 @@ std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const 
   return {query_result, key_result};
 }
 
-Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
+Tensor ca_map(const Tensor& weight_, const Tensor& value_, bool) {
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
   Tensor result = empty_as(value_, shape_of(value_));
@@ -285,7 +287,8 @@ Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   return result;
 }
 
-std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_) {
+std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_,
+                                           bool) {
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
   check("grad_out", grad_out_, value_, shape_of(value_));

@@ -94,8 +94,9 @@ const Accumulate<T>* read_numbers(const std::optional<Tensor>& x) {
 }
 
 // The axes of x: its rows, columns, and lines along depth
-Axes axes_of(const Tensor& x) {
+Axes axes_of(const Tensor& x, bool allow_tf32) {
   Axes axes{};
+  axes.allow_tf32 = allow_tf32;
   axes.images = x.size(0);
   axes.pixels = pixels_of(x);
   int64_t path = 0;
@@ -123,7 +124,7 @@ using Launchers = LineAttentionLaunchers<T, Accumulate<T>>;
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, const Tensor& key_,
                                                          const Tensor& value_, std::optional<Tensor> residual_,
-                                                         std::optional<Tensor> gamma) {
+                                                         std::optional<Tensor> gamma, bool allow_tf32) {
   check_query_key_and_value(query_, key_, value_);
   Tensor largest = empty_per_pixel(query_), sum = empty_per_pixel(query_);
   check_residual(residual_, gamma, value_, largest);
@@ -136,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, c
   const Tensor other_largest = empty_per_pixel(query_), other_sum = empty_per_pixel(query_);
   run_for_type("criss_cross_attention", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Launchers<T>::attention(axes_of(query), read<T>(query), read<T>(key), read<T>(value),
+    return Launchers<T>::attention(axes_of(query, allow_tf32), read<T>(query), read<T>(key), read<T>(value),
                                    residual ? read<T>(*residual).data : nullptr, read_numbers<T>(gamma), write<T>(out),
                                    {numbers<T>(largest), numbers<T>(sum)},
                                    {numbers<T>(other_largest), numbers<T>(other_sum)}, stream);
@@ -146,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(const Tensor& query_, c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> criss_cross_attention_backward(
     const Tensor& grad_out_, const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& largest_,
-    const Tensor& sum_, std::optional<Tensor> gamma) {
+    const Tensor& sum_, std::optional<Tensor> gamma, bool allow_tf32) {
   check_query_key_and_value(query_, key_, value_);
   check("grad_out", grad_out_, query_, shape_of(value_));
   Tensor delta = empty_per_pixel(query_);
@@ -159,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> criss_cross_attention_backward(
   const Tensor grad_out = in_packs(grad_out_, stream);
   const Tensor largest = torch::stable::contiguous(largest_), sum = torch::stable::contiguous(sum_);
   const Tensor grad_query = empty_packs(query_), grad_key = empty_packs(key_), grad_value = empty_packs(value_);
-  const Axes axes = axes_of(query);
+  const Axes axes = axes_of(query, allow_tf32);
   run_for_type("criss_cross_attention_backward", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     GradScratchSize size;
@@ -179,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> criss_cross_attention_backward(
           in_format_of(value_, grad_value, stream), delta};
 }
 
-Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
+Tensor ca_weight(const Tensor& query_, const Tensor& key_, bool allow_tf32) {
   check_query_and_key(query_, key_, false);
   const OnDeviceOf device(query_);
   const cudaStream_t stream = device.stream();
@@ -187,12 +188,13 @@ Tensor ca_weight(const Tensor& query_, const Tensor& key_) {
   Tensor energy = empty_channels_last(query, path_shape(query)[1]);
   run_for_type("ca_weight", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Launchers<T>::energy(axes_of(query), read<T>(query), read<T>(key), write<T>(energy), stream);
+    return Launchers<T>::energy(axes_of(query, allow_tf32), read<T>(query), read<T>(key), write<T>(energy), stream);
   });
   return in_format_of(query_, path_shape(query_), energy, stream);
 }
 
-std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_) {
+std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const Tensor& query_, const Tensor& key_,
+                                              bool allow_tf32) {
   check_query_and_key(query_, key_, false);
   check("grad_energy", grad_energy_, query_, path_shape(query_));
   const OnDeviceOf device(query_);
@@ -202,13 +204,13 @@ std::tuple<Tensor, Tensor> ca_weight_backward(const Tensor& grad_energy_, const 
   const Tensor grad_query = empty_packs(query_), grad_key = empty_packs(key_);
   run_for_type("ca_weight_backward", query, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Launchers<T>::energy_backward(axes_of(query), read<T>(query), read<T>(key), read<T>(grad_energy),
+    return Launchers<T>::energy_backward(axes_of(query, allow_tf32), read<T>(query), read<T>(key), read<T>(grad_energy),
                                          write<T>(grad_query), write<T>(grad_key), stream);
   });
   return {in_format_of(query_, grad_query, stream), in_format_of(key_, grad_key, stream)};
 }
 
-Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
+Tensor ca_map(const Tensor& weight_, const Tensor& value_, bool allow_tf32) {
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
   const OnDeviceOf device(value_);
@@ -217,12 +219,13 @@ Tensor ca_map(const Tensor& weight_, const Tensor& value_) {
   const Tensor out = empty_packs(value_);
   run_for_type("ca_map", value, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Launchers<T>::map(axes_of(value), read<T>(weight), read<T>(value), write<T>(out), stream);
+    return Launchers<T>::map(axes_of(value, allow_tf32), read<T>(weight), read<T>(value), write<T>(out), stream);
   });
   return in_format_of(value_, out, stream);
 }
 
-std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_) {
+std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor& weight_, const Tensor& value_,
+                                           bool allow_tf32) {
   check_dimensions("value", value_, false);
   check("weight", weight_, value_, path_shape(value_));
   check("grad_out", grad_out_, value_, shape_of(value_));
@@ -234,7 +237,7 @@ std::tuple<Tensor, Tensor> ca_map_backward(const Tensor& grad_out_, const Tensor
   const Tensor grad_value = empty_packs(value_);
   run_for_type("ca_map_backward", value, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Launchers<T>::map_backward(axes_of(value), read<T>(weight), read<T>(value), read<T>(grad_out),
+    return Launchers<T>::map_backward(axes_of(value, allow_tf32), read<T>(weight), read<T>(value), read<T>(grad_out),
                                       write<T>(grad_weight), write<T>(grad_value), stream);
   });
   return {in_format_of(weight_, grad_weight, stream), in_format_of(value_, grad_value, stream)};

@@ -58,6 +58,11 @@ cudaError_t each_axis_with_tile(const Axes& axes, const F& f) {
       }
       return f(static_cast<LineAttention<TensorCores, T, 64>*>(nullptr), line, lines);
     } else {
+      if constexpr (sizeof(T) == 4) {
+        if (axes.allow_tf32 && device.architecture >= 80) {
+          return f(static_cast<LineAttention<TensorCores, T, 64>*>(nullptr), line, lines);
+        }
+      }
       return f(static_cast<LineAttention<PlainCores, T, 256 / sizeof(T)>*>(nullptr), line, lines);
     }
   });
@@ -109,10 +114,10 @@ cudaError_t LineAttentionLaunchers<T, Real>::map_backward(const Axes& axes, Pixe
 
 // ---- attention: the kernels of a line ----
 
-// Without tensor cores for T
-template <class T>
+// Without tensor cores for T, or with float32 as TF32
+template <class T, class Cores = PlainCores>
 struct PlainLine {
-  using Work = LineAttention<PlainCores, T, sizeof(T) == 2 ? 64 : 256 / sizeof(T)>;
+  using Work = LineAttention<Cores, T, sizeof(T) == 2 ? 64 : 256 / sizeof(T)>;
   using Real = Accumulate<T>;
   static int64_t parts(const Line&) { return 1; }  // of delta
   static int64_t products(const Line& line) { return Work::products_at(line, 1, 0, 0); }
@@ -182,9 +187,11 @@ struct TensorCoreLine {
 
 // f(kernels) with those that suit the line and the device
 template <class T, class F>
-auto with_kernels(const Device& device, const Line& line, const F& f) {
+auto with_kernels(const Device& device, bool allow_tf32, const Line& line, const F& f) {
   using Small = TensorCoreLine<T, 64, 64, 64>;
-  if constexpr (sizeof(T) != 2) {
+  if constexpr (sizeof(T) == 4) {
+    return allow_tf32 && device.architecture >= 80 ? f(PlainLine<T, TensorCores>()) : f(PlainLine<T>());
+  } else if constexpr (sizeof(T) == 8) {
     return f(PlainLine<T>());
   } else if (device.architecture < 80) {  // tensor cores that know no bfloat16, and too few registers for long lines
     return f(std::conditional_t<std::is_same_v<T, BFloat16>, PlainLine<T>, Small>());
@@ -218,7 +225,7 @@ cudaError_t LineAttentionLaunchers<T, Real>::attention(const Axes& axes, Pixels<
       const PathSum<const Real> read{before.largest, before.sum};
       const PathSum<Real> written = after;
       std::swap(after, before);
-      return with_kernels<T>(device, line, [&](auto kernels) {
+      return with_kernels<T>(device, axes.allow_tf32, line, [&](auto kernels) {
         return kernels.forward(device, line, lines, query.from(u), key.from(u), value.from(u),
                                residual == nullptr ? nullptr : residual + u * value.channels, gamma, out.from(u), read,
                                written, stream);
@@ -237,7 +244,7 @@ cudaError_t LineAttentionLaunchers<T, Real>::scratch_size(const Axes& axes, int 
   }
   size = {};
   const cudaError_t result = each_axis(axes, 1, [&](const Line& line, int64_t lines) {
-    with_kernels<T>(device, line, [&](auto kernels) {
+    with_kernels<T>(device, axes.allow_tf32, line, [&](auto kernels) {
       size.products += lines * kernels.products(line);
       size.slots += kernels.parts(line);
     });
@@ -269,7 +276,7 @@ cudaError_t LineAttentionLaunchers<T, Real>::attention_backward(const Axes& axes
       AxisScratch<Real> here{scratch.parts, scratch.products, scratch.parts, static_cast<int>(scratch.size.slots),
                              pixels};
       return each_axis(axes, images, [&](const Line& line, int64_t lines) {
-        return with_kernels<T>(device, line, [&](auto kernels) {
+        return with_kernels<T>(device, axes.allow_tf32, line, [&](auto kernels) {
           const cudaError_t result = f(kernels, line, lines, here);
           here.parts += kernels.parts(line) * pixels;
           here.products += lines * kernels.products(line);

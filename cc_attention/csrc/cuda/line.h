@@ -26,6 +26,7 @@ struct Axes {
   Line lines[3];
   int count;
   int64_t images, pixels;  // pixels of an image
+  bool allow_tf32;  // in products of float32
 };
 
 // [pixels, channels]

@@ -1,4 +1,4 @@
-// Attention along lines: the explicit form, and attention itself without tensor cores.
+// Attention along lines: the explicit form, and attention itself without tensor cores or as TF32.
 //
 // A block has a tile of a line's weights, [queries, keys], in shared memory, and everything is a product with it:
 //   energy = Q K^T, out = P V;  dV = P^T dO, dP = dO V^T, dE = P * (dP - delta), dQ = dE K, dK = dE^T Q
@@ -24,7 +24,7 @@ struct LineAttention {
   static constexpr bool kTensorCores = std::is_same_v<Cores, TensorCores>;
   static constexpr int kThreads = kTensorCores ? 2 * kTile : 256;
   // Channels at a time: of queries and keys, and of values forward; and of values backward
-  static constexpr int kSlice = kTensorCores ? 64 : 32, kGradSlice = 32;
+  static constexpr int kSlice = sizeof(T) == 2 && kTensorCores ? 64 : 32, kGradSlice = 32;
   using Weights = Accumulator<Cores, T, kTile, kTile, kThreads>;
   using Sums = Accumulator<Cores, T, kTile, kSlice, kThreads>;
   using GradSums = Accumulator<Cores, T, kTile, kGradSlice, kThreads>;

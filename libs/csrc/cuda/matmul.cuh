@@ -1,11 +1,11 @@
-// Products of matrices in shared memory, computed by a block: on tensor cores for elements of 2 bytes, and without.
+// Products of matrices in shared memory, computed by a block: on tensor cores, float32 as TF32, and without.
 #pragma once
 
 #include "libs/csrc/cuda/tile.cuh"
 
 namespace ccnet {
 
-struct TensorCores {};  // 16-bit elements, mma.sync
+struct TensorCores {};  // mma.sync: 16-bit elements, and float32 rounded to TF32
 struct PlainCores {};
 
 // A thread's part of a matrix [kM, kN]: element x[i][j] is at (row(i), column(j)). Columns are in groups of kGroup that
@@ -19,7 +19,7 @@ struct Accumulator<TensorCores, T, kM, kN, kThreads, kColumnWarps_> {
   static constexpr int kColumnWarps = kColumnWarps_ > 0 ? kColumnWarps_ : kN >= 64 ? 2 : 1;
   static constexpr int kWarpRows = kM / (kThreads / 32 / kColumnWarps), kWarpColumns = kN / kColumnWarps;
   static constexpr int kRows = kWarpRows / 8, kColumns = kWarpColumns / 4;
-  static constexpr int kGroup = 2, kRowLanes = 4, kRun = 8;
+  static constexpr int kGroup = 2, kRowLanes = 4, kRun = 16 / sizeof(T);
   static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0, "whole fragments, and pairs of them");
 
   float x[kRows][kColumns];
@@ -31,25 +31,26 @@ struct Accumulator<TensorCores, T, kM, kN, kThreads, kColumnWarps_> {
     return warp_column() + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
   }
 
-  // f(row, column, Run of 8 columns) for all that the block has. The fragments give a lane 2 columns; four lanes
-  // exchange theirs so that each has 8 of one fragment.
+  // f(row, column, Run of columns, 16 bytes of T) for all that the block has. The fragments give a lane 2 columns; four
+  // lanes, or two with 4 bytes, exchange theirs so that each has a run of one fragment.
   template <class F>
   __device__ __forceinline__ void each_run(const F& f) const {
-    static_assert(kWarpColumns % 32 == 0, "runs of 4 fragments");
-    const int lane = threadIdx.x % 4;
+    constexpr int kLanes = kRun / 2;
+    static_assert(kWarpColumns % (8 * kLanes) == 0, "runs of as many fragments");
+    const int lane = threadIdx.x % kLanes, first_column = warp_column() + threadIdx.x % 4 / kLanes * kRun;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < kColumns; j += 8) {
-        float pairs[4][2];  // of fragment k; at the end, of lane k
+      for (int j = 0; j < kColumns; j += kRun) {
+        float pairs[kLanes][2];  // of fragment k; at the end, of lane k
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
+        for (int k = 0; k < kRun; ++k) {
           pairs[k / 2][k % 2] = x[i][j + k];
         }
 #pragma unroll
-        for (int bit = 1; bit < 4; bit *= 2) {
+        for (int bit = 1; bit < kLanes; bit *= 2) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
+          for (int k = 0; k < kLanes; ++k) {
             if (k & bit) {
               continue;
             }
@@ -62,12 +63,12 @@ struct Accumulator<TensorCores, T, kM, kN, kThreads, kColumnWarps_> {
             }
           }
         }
-        Run<float, 8> run;
+        Run<float, kRun> run;
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
+        for (int k = 0; k < kRun; ++k) {
           run.x[k] = pairs[k / 2][k % 2];
         }
-        f(row(i), warp_column() + (j / 2 + lane) * 8, run);
+        f(row(i), first_column + (j / 2 + lane) * 8, run);
       }
     }
   }
@@ -115,21 +116,48 @@ __device__ __forceinline__ void clear(Accumulator<Cores, T, kM, kN, kThreads, kC
   }
 }
 
-// The fragment of A, 16x16 elements from row m and column k on, that mma_m16n8k16 takes
-template <bool kTransposed, class A>
-__device__ __forceinline__ void load_left(uint32_t (&x)[4], const A& a, int m, int k) {
-  const int lane = threadIdx.x % 32, high = lane / 16 * 8, middle = lane / 8 % 2 * 8, low = lane % 8;
-  if constexpr (kTransposed) {
-    ldmatrix_x4_trans(x, a.at(k, high + low, m + middle));
-  } else {
-    ldmatrix_x4(x, a.at(m, middle + low, k + high));
+// An mma takes 32 bytes of each row of A: 16 elements of 2 bytes, or 8 of 4. ldmatrix moves the latter too, but does not
+// transpose them: where k is the tile's row a lane loads its elements of rows k + t and k + t + 4, columns n + g and
+// n + g + 8.
+template <class X>
+__device__ __forceinline__ void load_transposed(uint32_t& x, uint32_t& below, uint32_t& beside, uint32_t& across,
+                                                const X& tile, int k, int n) {
+  const int lane = threadIdx.x % 32, offset = X::offset(k + lane % 4, n + lane / 4);
+  const auto load = [&](int rows, int columns) {
+    return load_shared(reinterpret_cast<const uint32_t*>(tile.moved(offset, rows, columns)));
+  };
+  x = load(0, 0);
+  below = load(1, 0);
+  beside = load(0, 1);
+  across = load(1, 1);
+}
+template <class X>
+__device__ __forceinline__ void round_fragment(uint32_t (&x)[4]) {
+  if constexpr (X::kPack == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[i] = rounded_to_tf32(x[i]);
+    }
   }
 }
-// Two fragments of B, side by side: 16x16 elements from row k and column n on. Which row a lane reads for them
+// The fragment of A from row m and column k on
+template <bool kTransposed, class A>
+__device__ __forceinline__ void load_left(uint32_t (&x)[4], const A& a, int m, int k) {
+  const int lane = threadIdx.x % 32, high = lane / 16, middle = lane / 8 % 2 * 8, low = lane % 8;
+  if constexpr (!kTransposed) {
+    ldmatrix_x4(x, a.at(m, middle + low, k + high * A::kPack));
+  } else if constexpr (A::kPack == 8) {
+    ldmatrix_x4_trans(x, a.at(k, high * 8 + low, m + middle));
+  } else {
+    load_transposed(x[0], x[2], x[1], x[3], a, k, m);
+  }
+  round_fragment<A>(x);
+}
+// Two fragments of B, side by side: 16 columns from row k and column n on. Which row a lane reads for them
 template <bool kTransposed, class B>
 __device__ __forceinline__ SharedAddress right_row(const B& b, int k, int n) {
-  const int lane = threadIdx.x % 32, high = lane / 16 * 8, middle = lane / 8 % 2 * 8, low = lane % 8;
-  return kTransposed ? b.at(n, high + low, k + middle) : b.at(k, middle + low, n + high);
+  const int lane = threadIdx.x % 32, high = lane / 16 * 8, middle = lane / 8 % 2, low = lane % 8;
+  return kTransposed ? b.at(n, high + low, k + middle * B::kPack) : b.at(k, middle * 8 + low, n + high);
 }
 template <bool kTransposed>
 __device__ __forceinline__ void load_right(uint32_t (&x)[4], SharedAddress row) {
@@ -137,6 +165,26 @@ __device__ __forceinline__ void load_right(uint32_t (&x)[4], SharedAddress row) 
     ldmatrix_x4(x, row);
   } else {
     ldmatrix_x4_trans(x, row);
+  }
+}
+
+template <bool kTransposed, class B>
+__device__ __forceinline__ void load_right(uint32_t (&x)[4], const B& b, int k, int n) {
+  if constexpr (kTransposed || B::kPack == 8) {
+    load_right<kTransposed>(x, right_row<kTransposed>(b, k, n));
+  } else {
+    load_transposed(x[0], x[1], x[2], x[3], b, k, n);
+  }
+  round_fragment<B>(x);
+}
+
+template <class T>
+__device__ __forceinline__ void mma(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
+  if constexpr (sizeof(T) == 4) {
+    mma_m16n8k8_tf32(d0, d1, d2, d3, a, b0, b1);
+  } else {
+    mma_m16n8k16<T>(d0, d1, d2, d3, a, b0, b1);
   }
 }
 
@@ -151,7 +199,7 @@ __device__ __forceinline__ void multiply(Accumulator<TensorCores, T, kM, kN, kTh
                 "sizes");
   constexpr int kFragments = Acc::kRows / 2, kPairs = Acc::kColumns / 4;
 #pragma unroll 1
-  for (int k = 0; k < depth; k += 16) {
+  for (int k = 0; k < depth; k += 2 * A::kPack) {
     uint32_t left[kFragments][4];
 #pragma unroll
     for (int m = 0; m < kFragments; ++m) {
@@ -160,13 +208,13 @@ __device__ __forceinline__ void multiply(Accumulator<TensorCores, T, kM, kN, kTh
 #pragma unroll
     for (int n = 0; n < kPairs; ++n) {
       uint32_t right[4];
-      load_right<kTransposedB>(right, right_row<kTransposedB>(b, k, acc.warp_column() + n * 16));
+      load_right<kTransposedB>(right, b, k, acc.warp_column() + n * 16);
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
         float (&upper)[Acc::kColumns] = acc.x[2 * m], (&lower)[Acc::kColumns] = acc.x[2 * m + 1];
         const int j = 4 * n;
-        mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], left[m], right[0], right[1]);
-        mma_m16n8k16<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], left[m], right[2], right[3]);
+        mma<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], left[m], right[0], right[1]);
+        mma<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], left[m], right[2], right[3]);
       }
     }
   }

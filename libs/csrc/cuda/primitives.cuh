@@ -163,7 +163,8 @@ __device__ __forceinline__ SharedAddress unknown(SharedAddress p) {
 }
 
 // Four matrices of 8x8 elements of 2 bytes: lane l gives the address of row l % 8 of matrix l / 8, and gets of each
-// matrix elements (l / 4, l % 4 * 2) and the one beside it, or those of the transposed matrix.
+// matrix elements (l / 4, l % 4 * 2) and the one beside it, or those of the transposed matrix. Not transposed, that is
+// also element (l / 4, l % 4) of 8x4 elements of 4 bytes.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&x)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -206,6 +207,27 @@ __device__ __forceinline__ void mma_m16n8k16(float& d0, float& d1, float& d2, fl
   } else {
     __trap();
   }
+#endif
+}
+
+// The bits of a float32 that is rounded to TF32, 10 bits of mantissa, ties away from 0. mma ignores the rest of the bits,
+// so that without this it would round towards 0.
+__device__ __forceinline__ uint32_t rounded_to_tf32(uint32_t bits) {
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(__uint_as_float(bits)));
+#endif
+  return bits;
+}
+// D += A B, A [16, 8] and B [8, 8] in TF32, D as above. A lane has of A rows g, g + 8, g, g + 8 at columns t, t, t + 4,
+// t + 4; of B column g at rows t, t + 4.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4],
+                                                 uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else  // launchers take the kernels without tensor cores there
+  __trap();
 #endif
 }
 

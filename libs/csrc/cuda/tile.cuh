@@ -15,8 +15,9 @@ struct Rows {
   int channels;
 };
 
-// A row-major matrix whose rows' packs of 16 bytes are permuted, so that neither 8 rows at the same column (ldmatrix)
-// nor the rows that 8 lanes have in an Accumulator without tensor cores share a bank.
+// A row-major matrix whose rows' packs of 16 bytes are permuted, so that in no bank meet: 8 rows at the same column
+// (ldmatrix); with 4 bytes 4 rows at two packs side by side (fragments that ldmatrix cannot transpose); without tensor
+// cores the rows that 8 lanes have in an Accumulator, which lie 4 apart.
 template <class T, int kRows_, int kColumns_>
 struct Tile {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
@@ -30,7 +31,7 @@ struct Tile {
 
   static __device__ __forceinline__ int permuted(int row, int pack) {
     if constexpr (sizeof(T) > 2) {
-      return pack ^ ((row + row / 4) % (kPacks < 8 ? kPacks : 8));
+      return pack ^ ((row * 2 ^ row / 4) % (kPacks < 8 ? kPacks : 8));
     } else if constexpr (kPacks >= 8) {
       return pack ^ (row % 8);
     } else {
@@ -40,13 +41,21 @@ struct Tile {
   // Rows so far apart are permuted alike.
   static constexpr int kPeriod = sizeof(T) > 2 ? 32 : 8;
 
-  __device__ __forceinline__ T* at(int row, int column) const {
-    return data + row * kColumns + permuted(row, column / kPack) * kPack + column % kPack;
+  static __device__ __forceinline__ int offset(int row, int column) {
+    return row * kColumns + permuted(row, column / kPack) * kPack + column % kPack;
   }
+  __device__ __forceinline__ T* at(int row, int column) const { return data + offset(row, column); }
   // The same of row first + row, where `first` is known when this is compiled: then only `row` costs instructions.
   __device__ __forceinline__ T* at(int first, int row, int column) const {
     const int rest = first % kPeriod;
     return at(rest + row, column) + (first - rest) * kColumns;
+  }
+
+  // With 4 bytes: what is so many times 4 rows and 8 columns, none or one, from the element at `offset`, whose row % 8 is
+  // less than 4 and column % 16 less than 8. So permuted, that changes bits of its pack.
+  __device__ __forceinline__ T* moved(int offset, int rows, int columns) const {
+    static_assert(kPack == 4 && kPacks >= 8, "packs are permuted by 8");
+    return data + ((offset ^ (rows + 2 * columns) * kPack) + rows * 4 * kColumns);
   }
 
   template <int kCount>
