@@ -28,7 +28,7 @@ SHARED_KB_AND_WARPS = {
     "sm_100": (228, 64),
     "sm_120": (100, 48),
 }
-ATTENTION = re.compile(r"(plain_)?(attention|value_gradient|query_key_gradient)_kernel")
+ATTENTION = re.compile(r"(tiled_)?(attention|value_gradient|query_key_gradient)_kernel")
 
 pytestmark = [
     pytest.mark.emulated,
@@ -165,7 +165,7 @@ def test_instructions(architecture, resources, launched_on):
         assert not any(re.match(r"LDL|STL", instruction) for instruction in instructions), f"{name}: local memory"
         if not re.match(r"abn_(total|merge|running)|abn_\w+<\w+, 1[,>]|change_layout", name):  # by element
             assert any(re.match(r"(LDG|LDGSTS)\..*128", x) for x in instructions), f"{name}: no loads of 16 bytes"
-        if ATTENTION.match(name) and not name.startswith("plain_"):
+        if ATTENTION.match(name) and not name.startswith("tiled_"):
             stores = {x.removesuffix(".SYS") for x in instructions if x.startswith("STG")}
             assert "STG.E.128" in stores, f"{name}: no stores of 16 bytes"
             assert stores <= {"STG.E.128", "STG.E.64", "STG.E"}, f"{name}: {stores}"  # these: numbers of the softmax

@@ -46,12 +46,16 @@ EMULATOR_INTERNAL void shuffle(void* const* arguments, unsigned mask) {
 }
 }  // namespace emulator
 template <class T>
-EMULATOR_INTERNAL T __shfl_xor_sync(unsigned mask, T x, int bits, EMULATOR_HERE) {
+EMULATOR_INTERNAL T __shfl_sync(unsigned mask, T x, int from, EMULATOR_HERE) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
-  emulator::Shuffle<T> lane{x, x, emulator::state.current->lane ^ bits};
+  emulator::Shuffle<T> lane{x, x, static_cast<unsigned>(from) % 32};
   emulator::warp_operation(mask, emulator::shuffle<T>, &lane, file, line);
   emulator::count_once(emulator::counters.shuffles, sizeof(T) / 4);
   return lane.out;
+}
+template <class T>
+EMULATOR_INTERNAL T __shfl_xor_sync(unsigned mask, T x, int bits, EMULATOR_HERE) {
+  return __shfl_sync(mask, x, emulator::state.current->lane ^ bits, file, line);
 }
 
 #define __launch_bounds__(...)

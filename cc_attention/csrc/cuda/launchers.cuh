@@ -116,7 +116,7 @@ cudaError_t LineAttentionLaunchers<T, Real>::map_backward(const Axes& axes, Pixe
 
 // Without tensor cores for T, or with float32 as TF32
 template <class T, class Cores = PlainCores>
-struct PlainLine {
+struct TiledLine {
   using Work = LineAttention<Cores, T, sizeof(T) == 2 ? 64 : 256 / sizeof(T)>;
   using Real = Accumulate<T>;
   static int64_t parts(const Line&) { return 1; }  // of delta
@@ -125,7 +125,7 @@ struct PlainLine {
   static cudaError_t forward(const Device&, const Line& line, int64_t lines, Pixels<const T> query,
                              Pixels<const T> key, Pixels<const T> value, const T* residual, const Real* gamma,
                              Pixels<T> out, PathSum<const Real> before, PathSum<Real> path, cudaStream_t stream) {
-    return launch(plain_attention_kernel<Work>, lines * tiles_of(line, Work::kSide), Work::kThreads,
+    return launch(tiled_attention_kernel<Work>, lines * tiles_of(line, Work::kSide), Work::kThreads,
                   Work::kForwardBytes, stream, line, LineMap(query), LineMap(key), LineMap(value), residual, gamma,
                   LineMap(out), before, path);
   }
@@ -133,14 +133,14 @@ struct PlainLine {
                                     Pixels<const T> value, Pixels<const T> grad_out, PathSum<const Real> path,
                                     const Real* gamma, const AxisScratch<Real>& scratch, Pixels<T> grad_value,
                                     cudaStream_t stream) {
-    return launch(plain_value_gradient_kernel<Work>, lines, Work::kThreads, Work::kValueGradientBytes, stream, line,
+    return launch(tiled_value_gradient_kernel<Work>, lines, Work::kThreads, Work::kValueGradientBytes, stream, line,
                   LineMap(query), LineMap(key), LineMap(value), LineMap(grad_out), path, gamma, scratch,
                   LineMap(grad_value));
   }
   static cudaError_t query_key_gradient(const Line& line, int64_t lines, Pixels<const T> query, Pixels<const T> key,
                                         PathSum<const Real> path, const Real* gamma, const AxisScratch<Real>& scratch,
                                         Real* delta, Pixels<T> grad_query, Pixels<T> grad_key, cudaStream_t stream) {
-    return launch(plain_query_key_gradient_kernel<Work>, lines, Work::kThreads, Work::kMapBytes, stream, line,
+    return launch(tiled_query_key_gradient_kernel<Work>, lines, Work::kThreads, Work::kMapBytes, stream, line,
                   LineMap(query), LineMap(key), path, gamma, scratch, delta, LineMap(grad_query), LineMap(grad_key));
   }
 };
@@ -190,11 +190,11 @@ template <class T, class F>
 auto with_kernels(const Device& device, bool allow_tf32, const Line& line, const F& f) {
   using Small = TensorCoreLine<T, 64, 64, 64>;
   if constexpr (sizeof(T) == 4) {
-    return allow_tf32 && device.architecture >= 80 ? f(PlainLine<T, TensorCores>()) : f(PlainLine<T>());
+    return allow_tf32 && device.architecture >= 80 ? f(TiledLine<T, TensorCores>()) : f(TiledLine<T>());
   } else if constexpr (sizeof(T) == 8) {
-    return f(PlainLine<T>());
+    return f(TiledLine<T>());
   } else if (device.architecture < 80) {  // tensor cores that know no bfloat16, and too few registers for long lines
-    return f(std::conditional_t<std::is_same_v<T, BFloat16>, PlainLine<T>, Small>());
+    return f(std::conditional_t<std::is_same_v<T, BFloat16>, TiledLine<T>, Small>());
   } else {
     return line.length <= 64    ? f(Small())
            : line.length <= 112 ? f(TensorCoreLine<T, 128, 112, 112>())

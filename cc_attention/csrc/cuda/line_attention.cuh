@@ -279,7 +279,7 @@ struct LineAttention {
     }
   }
 
-  // f(row, column, Run of numbers that are moved at once) for the numbers of a tile that a thread has
+  // f(i, column, Run of numbers that are moved at once) for the numbers of a tile that a thread has, those of x.row(i)
   template <class F>
   static __device__ __forceinline__ void each_run(Weights& x, const F& f) {
     constexpr int kCount = 16 / sizeof(Real) < Weights::kGroup ? 16 / sizeof(Real) : Weights::kGroup;
@@ -287,7 +287,7 @@ struct LineAttention {
     for (int i = 0; i < Weights::kRows; ++i) {
 #pragma unroll
       for (int j = 0; j < Weights::kColumns; j += kCount) {
-        f(x.row(i), x.column(j), *reinterpret_cast<Run<Real, kCount>*>(&x.x[i][j]));
+        f(i, x.column(j), *reinterpret_cast<Run<Real, kCount>*>(&x.x[i][j]));
       }
     }
   }
@@ -332,7 +332,7 @@ struct LineAttention {
 
 template <class Work>
 __global__ void __launch_bounds__(Work::kThreads, 2)
-    plain_attention_kernel(const Line line, const typename Work::In query, const typename Work::In key,
+    tiled_attention_kernel(const Line line, const typename Work::In query, const typename Work::In key,
                            const typename Work::In value, const typename Work::Element* residual,
                            const typename Work::Real* gamma, const typename Work::Out out,
                            const PathSum<const typename Work::Real> path_before,
@@ -382,7 +382,7 @@ __device__ __forceinline__ void weights_of(typename Work::Weights& weight, const
 // grad_value, dP and delta, a block for a line
 template <class Work>
 __global__ void __launch_bounds__(Work::kThreads, 2)
-    plain_value_gradient_kernel(const Line line, const typename Work::In query, const typename Work::In key,
+    tiled_value_gradient_kernel(const Line line, const typename Work::In query, const typename Work::In key,
                                 const typename Work::In value, const typename Work::In grad_out,
                                 const PathSum<const typename Work::Real> path, const typename Work::Real* gamma,
                                 const AxisScratch<typename Work::Real> scratch, const typename Work::Out grad_value) {
@@ -403,9 +403,9 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
       Work::value_gradients(x, weight, first, second, grad_out.rows(line, pixel), value.rows(line, pixel),
                             {grad_value.rows(line, pixel), !line.first_axis || first_query > 0}, corner(), factor);
       Real* const products = scratch.products + Work::products_at(line, blockIdx.x, first_key, first_query);
-      Work::each_run(x, [&](int row, int column, auto& run) {
-        store_global(reinterpret_cast<std::remove_reference_t<decltype(run)>*>(products + row * kTile + column), run,
-                     true);
+      Work::each_run(x, [&](int i, int column, auto& run) {
+        using Numbers = std::remove_reference_t<decltype(run)>;
+        store_global(reinterpret_cast<Numbers*>(products + x.row(i) * kTile + column), run, true);
       });
       Work::sum_keys(x, weight, partial);
       __syncthreads();
@@ -425,7 +425,7 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
 // grad_query and grad_key from dP and delta, a block for a line
 template <class Work>
 __global__ void __launch_bounds__(Work::kThreads, 2)
-    plain_query_key_gradient_kernel(const Line line, const typename Work::In query, const typename Work::In key,
+    tiled_query_key_gradient_kernel(const Line line, const typename Work::In query, const typename Work::In key,
                                     const PathSum<const typename Work::Real> path, const typename Work::Real* gamma,
                                     const AxisScratch<typename Work::Real> scratch, typename Work::Real* delta,
                                     const typename Work::Out grad_query, const typename Work::Out grad_key) {
@@ -442,18 +442,22 @@ __global__ void __launch_bounds__(Work::kThreads, 2)
       typename Work::Weights x;  // weights, then gradients of energies
       weights_of<Work>(x, queries, keys, query.rows(line, pixel), key.rows(line, pixel), path, corner(), pixel);
       const Real* const products = scratch.products + Work::products_at(line, blockIdx.x, first_key, first_query);
+      Real sums[Work::Weights::kRows];
 #pragma unroll
       for (int i = 0; i < Work::Weights::kRows; ++i) {
         const bool valid = first_query + x.row(i) < line.length;
         const int64_t u = pixel + (valid ? (first_query + x.row(i)) * line.step : 0);
-        const Real sum = scratch.sum_of_parts(u, valid);
-        store_global(delta + u, sum, valid && line.first_axis && first_key == 0 && x.column(0) == 0);
-#pragma unroll
-        for (int j = 0; j < Work::Weights::kColumns; ++j) {
-          const Real product = load_global(products + x.row(i) * kTile + x.column(j), true);
-          x.x[i][j] *= factor * (product - sum);
-        }
+        sums[i] = scratch.sum_of_parts(u, valid);
+        store_global(delta + u, sums[i], valid && line.first_axis && first_key == 0 && x.column(0) == 0);
       }
+      Work::each_run(x, [&](int i, int column, auto& run) {
+        using Numbers = std::remove_reference_t<decltype(run)>;
+        const auto grad = load_global(reinterpret_cast<const Numbers*>(products + x.row(i) * kTile + column), true);
+#pragma unroll
+        for (int e = 0; e < static_cast<int>(sizeof(run.x) / sizeof(Real)); ++e) {
+          run.x[e] *= factor * (grad.x[e] - sums[i]);
+        }
+      });
       Work::store(x, grad_energy);
       Work::query_key_gradients(grad_energy, queries, keys, query.rows(line, pixel), key.rows(line, pixel),
                                 {grad_query.rows(line, pixel), !line.first_axis || first_key > 0},

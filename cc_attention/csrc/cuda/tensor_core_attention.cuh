@@ -150,6 +150,20 @@ struct StripTarget {
     row_ = first_row + thread % 32 / Exchange::kLanes;
     at_ = row_ * target.rows.stride + thread % Exchange::kLanes * 8;
   }
+  // A number for each row of an Accumulator that the lane has, as the lane has rows here
+  static __device__ __forceinline__ void exchange(const float (&x)[2 * kTiles], float (&to)[kRows]) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if constexpr (kChannels == 32) {
+        to[i] = x[i];
+      } else {
+        const int row = threadIdx.x % 32 / 2, lane = row % 8 * 4;
+        const float upper = __shfl_sync(~0u, x[2 * i], lane);
+        const float lower = __shfl_sync(~0u, x[2 * i + 1], lane);
+        to[i] = row < 8 ? upper : lower;
+      }
+    }
+  }
   // multiply(sums) makes the products from that channel on. What is there is loaded before and stored afterwards.
   template <class Sums, class F>
   __device__ __forceinline__ void make(int channel, const Exchange& staging, const float (&scale)[kRows],
@@ -244,12 +258,13 @@ struct TensorCoreForward {
   static constexpr int kChunk = kKeys > 128 ? 128 : kKeys, kChunks = kKeys / kChunk;  // keys whose energies are there
   static constexpr int kSlice = 64 / kChunks;                                         // channels of values
   using Energies = Accumulator<TensorCores, T, kQueries, kChunk, kThreads, 1>;
-  using Sums = Accumulator<TensorCores, T, kQueries, kStrip, kThreads, 1>;
+  static constexpr int kColumns = kStrip / kTiles;  // that a warp makes at a time
+  using Sums = Accumulator<TensorCores, T, kQueries, kColumns, kThreads, 1>;
   using Slice = Tile<T, kKeys, kSlice>;
   using QueryTile = Tile<T, kQueries, 64>;
   using KeyTile = Tile<T, kChunk, 64>;
   static constexpr int kPlace = QueryTile::kBytes > Slice::kBytes ? QueryTile::kBytes : Slice::kBytes;
-  using Out = StripTarget<T, kTiles, kStrip>;
+  using Out = StripTarget<T, kTiles, kColumns>;
   static constexpr int kBytes = 2 * kPlace + kThreads / 32 * Out::Exchange::kNumbers * 4;
   // On a multiprocessor, as registers allow
   static constexpr int kBlocks = kKeys == 128 ? 2 : 3;
@@ -390,6 +405,9 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kBlocks)
       factors.scale[i] *= by;
       factors.keep[i] *= by;
     }
+    float scale[Work::Out::kRows], keep[Work::Out::kRows];
+    Work::Out::exchange(factors.scale, scale);
+    Work::Out::exchange(factors.keep, keep);
 
     // Slices alternate between two places.
     T *here = first, *there = second;
@@ -404,9 +422,9 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kBlocks)
         typename Work::Slice(there).template fetch<Work::kThreads>(v, first_key, c + parts * Work::kSlice);
       }
 #pragma unroll 1
-      for (int n = row < line.length ? 0 : Work::kSlice; n < Work::kSlice; n += kStrip) {
-        target.template make<typename Work::Sums>(c + n, staging, factors.scale, factors.keep,
-                                                  [&](auto& sums) { weights.multiply(sums, typename Work::Slice(here), n); });
+      for (int n = row < line.length ? 0 : Work::kSlice; n < Work::kSlice; n += Work::kColumns) {
+        target.template make<typename Work::Sums>(
+            c + n, staging, scale, keep, [&](auto& sums) { weights.multiply(sums, typename Work::Slice(here), n); });
       }
       T* const read = here;
       here = there;
