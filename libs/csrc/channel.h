@@ -14,6 +14,7 @@
 template <class Real>
 struct Channel {
   Real mean, rest, inverse_deviation, share, gain, bias;
+  CCNET_ANYWHERE Real shift(bool keeps_x) const { return keeps_x ? mean : bias; }  // deviations are from it
   CCNET_ANYWHERE Real scale() const { return gain * inverse_deviation; }
   CCNET_ANYWHERE Real offset() const { return bias - rest * scale(); }
 };

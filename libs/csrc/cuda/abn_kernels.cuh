@@ -91,31 +91,27 @@ struct Steps {
 
 // ---- the numbers of a block's channels ----
 
-// Arrays of one number for each of the block's channels, in shared memory
-template <class Real, int kArrays>
-struct ChannelArrays {
-  Real* data;
-  int channels, first, step;  // of the channels of this thread's pack
-  __device__ __forceinline__ ChannelArrays(SharedCarver& carver, const Pieces& pieces)
-      : data(carver.take<Real>(kArrays * kMostBlockChannels)),
-        channels(pieces.block_channels()),
-        first(pieces.planes ? 0 : thread_number() % pieces.columns * pieces.pack),
-        step(pieces.planes ? 0 : 1) {}
-  // From the thread of the channel
-  __device__ __forceinline__ void set(int array, Real number) const {
-    const bool writes = thread_number() < channels;
-    store_shared(data + array * kMostBlockChannels + (writes ? thread_number() : 0), number, writes);
+// What the threads of a block's channels have, as the threads of packs want it: each number of a channel for the channels
+// of the pack. Through shared memory.
+template <class Real, int kPack, int kNumbers>
+__device__ __forceinline__ void share(SharedCarver& carver, const Pieces& pieces, const Real (&of_channel)[kNumbers],
+                                      Run<Real, kPack> (&of_pack)[kNumbers]) {
+  Real* const data = carver.take<Real>(kNumbers * kMostBlockChannels);
+  const bool writes = thread_number() < pieces.block_channels();
+  const int first = pieces.planes ? 0 : thread_number() % pieces.columns * pieces.pack, step = pieces.planes ? 0 : 1;
+#pragma unroll
+  for (int n = 0; n < kNumbers; ++n) {
+    store_shared(data + n * kMostBlockChannels + (writes ? thread_number() : 0), of_channel[n], writes);
   }
-  template <int kPack>
-  __device__ __forceinline__ Run<Real, kPack> get(int array) const {
-    Run<Real, kPack> run;
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < kNumbers; ++n) {
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
-      run.x[e] = load_shared(data + array * kMostBlockChannels + first + e * step);
+      of_pack[n].x[e] = load_shared(data + n * kMostBlockChannels + first + e * step);
     }
-    return run;
   }
-};
+}
 
 // ---- the kernels ----
 
@@ -207,14 +203,10 @@ __global__ void __launch_bounds__(kAbnThreads, 2)
                        const Activate activate, T* z) {
   using Real = Accumulate<T>;
   SharedCarver carver;
-  const ChannelArrays<Real, 3> arrays(carver, pieces);
   const Channel<Real> channel = channel_of(sources, pieces);
-  arrays.set(0, channel.mean);
-  arrays.set(1, channel.scale());
-  arrays.set(2, channel.offset());
-  __syncthreads();
-  const auto shift = arrays.template get<kPack>(0), scale = arrays.template get<kPack>(1);
-  const auto offset = arrays.template get<kPack>(2);
+  Run<Real, kPack> of_pack[3];
+  share(carver, pieces, {channel.mean, channel.scale(), channel.offset()}, of_pack);
+  const auto &shift = of_pack[0], &scale = of_pack[1], &offset = of_pack[2];
   Walk walk(pieces);
   for (int step = 0; step < pieces.steps; step += kElementsAtOnce) {
     const Steps<kElementsAtOnce> steps(walk, step);
@@ -260,14 +252,10 @@ __global__ void __launch_bounds__(kAbnThreads, 2)
                              const Activate activate, Accumulate<T>* partial) {
   using Real = Accumulate<T>;
   SharedCarver carver;
-  const ChannelArrays<Real, 3> arrays(carver, pieces);
   const Channel<Real> channel = channel_of(sources, pieces);
-  arrays.set(0, kKeepsX<Activate, Real> ? channel.mean : channel.bias);
-  arrays.set(1, channel.scale());
-  arrays.set(2, channel.offset());
-  __syncthreads();
-  const auto shift = arrays.template get<kPack>(0), scale = arrays.template get<kPack>(1);
-  const auto offset = arrays.template get<kPack>(2);
+  Run<Real, kPack> of_pack[3];
+  share(carver, pieces, {channel.shift(kKeepsX<Activate, Real>), channel.scale(), channel.offset()}, of_pack);
+  const auto &shift = of_pack[0], &scale = of_pack[1], &offset = of_pack[2];
   Walk walk(pieces);
   const ThreadSums<Real, 2 * kPack> sums(carver, pieces.columns);
   for (int begin = 0; begin < pieces.steps; begin += kChain) {
@@ -305,22 +293,17 @@ __global__ void __launch_bounds__(kAbnThreads, 2)
   using Real = Accumulate<T>;
   constexpr bool keeps_x = kKeepsX<Activate, Real>;
   SharedCarver carver;
-  const ChannelArrays<Real, 5> arrays(carver, pieces);
   const int64_t group_channel = first_channel(pieces, 0);
   const TotalSums<Real> total(carver, sums, group_channel, pieces.channels, pieces.block_channels());
   const Channel<Real> channel = channel_of(sources, pieces);
   const ChannelGradient<Real> gradient(channel, keeps_x, total.sum, total.deviation_sum);
-  arrays.set(0, keeps_x ? channel.mean : channel.bias);
-  arrays.set(1, channel.scale());
-  arrays.set(2, channel.offset());
-  arrays.set(3, gradient.of_deviation);
-  arrays.set(4, gradient.constant);
   write_parameter_gradients(sources, gradient, total, group_channel + thread_number(), pieces.channels,
                             blockIdx.x < pieces.groups && thread_number() < pieces.block_channels(), grad_weight, grad_bias);
-  __syncthreads();
-  const auto shift = arrays.template get<kPack>(0), scale = arrays.template get<kPack>(1);
-  const auto offset = arrays.template get<kPack>(2), of_deviation = arrays.template get<kPack>(3);
-  const auto constant = arrays.template get<kPack>(4);
+  Run<Real, kPack> of_pack[5];
+  share(carver, pieces,
+        {channel.shift(keeps_x), channel.scale(), channel.offset(), gradient.of_deviation, gradient.constant}, of_pack);
+  const auto &shift = of_pack[0], &scale = of_pack[1], &offset = of_pack[2];
+  const auto &of_deviation = of_pack[3], &constant = of_pack[4];
   Walk walk(pieces);
   for (int step = 0; step < pieces.steps; step += kElementsAtOnce) {
     const Steps<kElementsAtOnce> steps(walk, step);
