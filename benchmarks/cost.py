@@ -44,6 +44,7 @@ PASSES = ("forward", "forward+backward")
 # GFLOPs and MB that the paper adds to its baseline.
 PUBLISHED = {"R=1": ("8.3", "-"), "R=2": ("16.5", "127"), "nonlocal": ("108", "1411")}
 _PLOTTED_SIDES = (33, 49, 65, 97, 129)
+_COLOURS = {"R=1": "#7aa6d8", "R=2": "#1f5fa8", "nonlocal": "#c0392b"}  # of those plotted
 
 
 def build(part: str, name: str, features: int) -> tuple[nn.Module, int]:
@@ -126,7 +127,7 @@ def rows(args: argparse.Namespace, part: str, names: Sequence[str], size: tuple[
 
 
 def plot(args: argparse.Namespace) -> None:
-    """Operations and memory against the side of the image."""
+    """Operations and memory against the side of the image, of one and two passes and full attention."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -134,13 +135,13 @@ def plot(args: argparse.Namespace) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     images = [8 * (side - 1) + 1 for side in args.plotted_sides]
-    for name, colour in zip(("R=1", "R=2", "nonlocal"), ("#7aa6d8", "#1f5fa8", "#c0392b"), strict=True):
+    for name in (name for name in _COLOURS if name in args.names):
         sizes = [(side, side) for side in args.plotted_sides]
         operations = [gflops("context", name, size, args.features) for size in sizes]
-        left.plot(images, operations, "o-", color=colour, label=name)
+        left.plot(images, operations, "o-", color=_COLOURS[name], label=name)
         sizes = [size for size in sizes if fits(name, size, args.device)]
         memory = [megabytes(args, "context", name, size, "forward+backward") for size in sizes]
-        right.plot(images[: len(sizes)], memory, "o-", color=colour, label=name)
+        right.plot(images[: len(sizes)], memory, "o-", color=_COLOURS[name], label=name)
     for axes, title in ((left, "GFLOPs, forward"), (right, "memory, MB, forward and backward")):
         axes.set(xlabel="side of the image, pixels", title=title, yscale="log")
         axes.grid(alpha=0.3)
@@ -153,6 +154,7 @@ def main() -> None:
     parser = ArgumentParser("What context costs: parameters, operations, memory and time of each head.")
     add = parser.add_argument
     add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--names", nargs="+", default=HEADS, choices=HEADS, help="of what is measured, in both tables and the plot")
     add("--sizes", nargs="+", default=["97x97", "128x256"], help="of the features, height x width")
     add("--features", type=int, default=FEATURES, help="channels of the features")
     add("--threads", type=int, default=torch.get_num_threads())
@@ -176,9 +178,10 @@ def main() -> None:
         height, width = map(int, text.split("x"))
         header = ["", "parameters, M", "GFLOPs", "paper", *costs[:2], "paper", *costs[2:]]
         title = f"context alone, 1x{args.features // 4}x{text}"
-        print_table(title, header, rows(args, "context", CONTEXTS, (height, width)))
+        contexts = [name for name in args.names if name in CONTEXTS]
+        print_table(title, header, rows(args, "context", contexts, (height, width)))
         header = ["", "parameters, M", "GFLOPs", *costs]
-        print_table(f"whole heads, 1x{args.features}x{text}", header, rows(args, "head", HEADS, (height, width)))
+        print_table(f"whole heads, 1x{args.features}x{text}", header, rows(args, "head", args.names, (height, width)))
     plot(args)
     print(f"\nplot: {args.output}")
 

@@ -241,12 +241,23 @@ def test_the_papers_operations_are_counted():
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_cost_runs(output_of, tmp_path):
+def test_the_benchmark_of_cost_runs(output_of, tmp_path, monkeypatch):
+    in_new_processes = []
+    measure = cost.bytes_from_a_new_process
+    monkeypatch.setattr(cost, "bytes_from_a_new_process", lambda *rest: in_new_processes.append(rest) or 1e6)
+    names = ["R=1", "nonlocal", "none"]
     flags = f"--sizes 5x6 --features 128 --repeats 1 --plotted-sides 3 --output {tmp_path / 'cost.png'}"
-    out = output_of(cost, flags)
-    assert "context alone, 1x32x5x6" in out
-    assert all(f"\n| {name} | " in out for name in (*cost.CONTEXTS, "psp", "aspp", "none"))
+    context_alone, heads = output_of(cost, f"--names {' '.join(names)} {flags}").split("whole heads, 1x128x5x6")
+    assert "context alone, 1x32x5x6" in context_alone
+    assert re.findall(r"^\| (\S+) \|(?= \d)", context_alone, re.MULTILINE) == ["R=1", "nonlocal"]
+    assert re.findall(r"^\| (\S+) \|(?= \d)", heads, re.MULTILINE) == names
     assert (tmp_path / "cost.png").exists()
+    memory_of = [rest[rest.index("--memory-of") + 1 :] for rest in in_new_processes]
+    tables = [("context", name) for name in ("R=1", "nonlocal")] + [("head", name) for name in names]
+    expected = [(*each, 5, 6, which) for each in tables for which in cost.PASSES]
+    assert memory_of == expected + [("context", name, 3, 3, "forward+backward") for name in ("R=1", "nonlocal")]
+    for number in (1, 3, 8):  # of a criss-cross, full attention, and a plain head
+        assert measure(*in_new_processes[number]) > 0
 
 
 @pytest.mark.parametrize("position", [(0, 0, 0), (1, 3, 2)])
