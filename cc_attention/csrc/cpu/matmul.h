@@ -261,17 +261,17 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, Left<typename
 
 // ---- packing x [rows, columns], `stride` numbers from row to row, into words; the rest of the last vector is 0 ----
 
-// Up to n numbers as bfloat16, in the lower half of each lane
-CCNET_INLINE Bits half_words(const BFloat16* p, int64_t n) { return (Bits)load_up_to(p, n) >> 16; }
-CCNET_INLINE Bits half_words(const float* p, int64_t n) { return round_to_bfloat16(load_up_to(p, n)); }
-
 template <class Product, class T>
 CCNET_INLINE Vector<typename Product::Word> load_words(const T* p, int64_t numbers) {
   if constexpr (Product::kPerWord == 1) {
     return load_up_to(p, numbers);
   } else {
     Vector<float> bits = {};
-    std::memcpy(&bits, p, numbers >= 2 * kLanes<float> ? sizeof bits : numbers * sizeof(T));
+    if (numbers < 2 * kLanes<float>) {
+      std::memcpy(&bits, p, numbers * sizeof(T));
+      return bits;
+    }
+    std::memcpy(&bits, p, sizeof bits);  // a size that the compiler knows: an instruction, not a call
     return bits;
   }
 }
@@ -299,6 +299,37 @@ static void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t columns,
   }
 }
 
+#if CCNET_TARGET == CCNET_TARGET_AVX512_BF16
+// Words of two rows' numbers, `lower` being null for zeros
+CCNET_INLINE void pack_pairs(const BFloat16* upper, const BFloat16* lower, int64_t columns, float* y) {
+  constexpr int lanes = kLanes<float>;
+  Bits lane;
+  for (int i = 0; i < lanes; ++i) {
+    lane[i] = i;
+  }
+  const __m512i in_turns = (__m512i)(lane | (lane + 2 * lanes) << 16);  // number i of the upper row, then of the lower
+  const __m512i half = _mm512_set1_epi16(lanes);
+  for (int64_t c = 0; c < columns; c += 2 * lanes) {
+    const __m512i even = (__m512i)load_words<Pairs>(upper + c, columns - c);
+    const __m512i odd = lower == nullptr ? __m512i{} : (__m512i)load_words<Pairs>(lower + c, columns - c);
+    store(y + c, (Vector<float>)_mm512_permutex2var_epi16(even, in_turns, odd));
+    if (columns - c > lanes) {
+      store(y + c + lanes, (Vector<float>)_mm512_permutex2var_epi16(even, in_turns + half, odd));
+    }
+  }
+}
+CCNET_INLINE void pack_pairs(const float* upper, const float* lower, int64_t columns, float* y) {
+  const auto half_words = [](const float* x, int64_t n) __attribute__((always_inline)) {
+    return _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh((__m512)load_up_to(x, n)));
+  };
+  for (int64_t c = 0; c < columns; c += kLanes<float>) {
+    const Bits even = (Bits)half_words(upper + c, columns - c);
+    const Bits odd = lower == nullptr ? Bits{} : (Bits)half_words(lower + c, columns - c);
+    store(y + c, (Vector<float>)(even | odd << 16));
+  }
+}
+#endif
+
 // y [words(rows), columns]: words run along a column
 template <class Product, class T>
 static void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t columns, typename Product::Word* y,
@@ -306,13 +337,8 @@ static void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t colum
   if constexpr (Product::kPerWord == 1) {
     pack_rows<Product>(x, stride, rows, columns, y, y_row);
   } else {
-    constexpr int lanes = kLanes<float>;
     for (int64_t i = 0; i < rows; i += 2, x += 2 * stride, y += y_row) {
-      for (int64_t c = 0; c < columns; c += lanes) {
-        const Bits even = half_words(x + c, columns - c);
-        const Bits odd = i + 1 < rows ? half_words(x + stride + c, columns - c) : Bits{};
-        store(y + c, (Vector<float>)(even | odd << 16));
-      }
+      pack_pairs(x, i + 1 < rows ? x + stride : nullptr, columns, y);
     }
   }
 }
