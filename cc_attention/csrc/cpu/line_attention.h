@@ -227,20 +227,32 @@ class LineAttention {
 
   Result<T> to_sum(Along<T> x, bool add) const { return {x.data, x.stride, ones_, ones_, add}; }
 
-  // x [queries, keys] as the left operand: of products over keys, and, transposed, of products over queries
-  Left<Word> over_keys(Real* x) {
+  // x [queries, keys] as the left operand: of products over keys, and, transposed, of products over queries. Each row is
+  // multiplied by its factor if these are Pairs, which are rounded here anyway.
+  Left<Word> over_keys(Real* x, [[maybe_unused]] const Real* factors) {
     if constexpr (Product::kPerWord == 1) {
       return {x, row_, 1};
     } else {
-      pack_rows<Product>(x, row_, queries_in_block_, row_, weight_words_, row_);
+      for (int64_t i = 0; i < queries_in_block_; ++i) {
+        for (int64_t j = 0; j < row_; j += kLanes<Real>) {
+          store(reinterpret_cast<T*>(weight_words_ + i * row_) + j, load(x + i * row_ + j) * factors[i]);
+        }
+      }
       return {weight_words_, row_, 1};
     }
   }
-  Left<Word> over_queries(Real* x) {
+  Left<Word> over_queries(Real* x, [[maybe_unused]] const Real* factors) {
     if constexpr (Product::kPerWord == 1) {
       return {x, 1, row_};
     } else {
-      pack_columns<Product>(x, row_, queries_in_block_, row_, weight_words_, row_);
+      for (int64_t i = 0; i < queries_in_block_; i += 2) {
+        for (int64_t j = 0; j < row_; j += kLanes<Real>) {
+          const Vector<Real> upper = load(x + i * row_ + j) * factors[i];
+          const bool alone = i + 1 == queries_in_block_;
+          const Vector<Real> lower = alone ? Vector<Real>{} : load(x + (i + 1) * row_ + j) * factors[i + 1];
+          store(weight_words_ + i / 2 * row_ + j, pair_words(upper, lower));
+        }
+      }
       return {weight_words_, 1, row_};
     }
   }
@@ -366,7 +378,7 @@ class LineAttention {
 
   // out takes in weight_ V. The residual is out's.
   void weigh_values(Along<const T> value, Along<const T> residual, Result<T> out) {
-    const Left<Word> weights = over_keys(weight_);
+    const Left<Word> weights = over_keys(weight_, out.scale);
     const int64_t channels = line_.value_channels;
     for (int64_t c = 0; c < channels; c += kChunk) {
       const int64_t n = smaller(kChunk, channels - c);
@@ -380,7 +392,7 @@ class LineAttention {
   // products = dO V^T; grad_value takes in gamma * P^T dO.
   void value_gradients(Along<const T> value, Along<const T> grad_out, Along<Real> products, Along<T> grad_value) {
     const int64_t channels = line_.value_channels, m = queries_in_block_;
-    const Left<Word> weights = over_queries(weight_);
+    const Left<Word> weights = over_queries(weight_, gammas_);
     for (int64_t i = 0; i < m && channels == 0; ++i) {
       std::memset(products.from(i).data, 0, row_ * sizeof(Real));
     }
@@ -437,10 +449,10 @@ class LineAttention {
   // grad_query and grad_key become what grad_weight_ makes of them, or with `add` take it in.
   void query_key_gradients(Along<const T> query, Along<T> grad_query, Along<T> grad_key, bool add) {
     const int64_t channels = line_.query_channels, m = queries_in_block_;
-    multiply<Product>(m, channels, words<Product>(length_), over_keys(grad_weight_), Right<Word>{keys_, query_row_},
-                      to_sum(grad_query.from(first_query_), add));
+    multiply<Product>(m, channels, words<Product>(length_), over_keys(grad_weight_, ones_),
+                      Right<Word>{keys_, query_row_}, to_sum(grad_query.from(first_query_), add));
     pack_columns<Product>(query.from(first_query_).data, query.stride, m, channels, queries_by_column_, query_row_);
-    multiply<Product>(length_, channels, words<Product>(m), over_queries(grad_weight_),
+    multiply<Product>(length_, channels, words<Product>(m), over_queries(grad_weight_, ones_),
                       Right<Word>{queries_by_column_, query_row_},
                       to_sum(grad_key, add || first_query_ > 0));
   }
