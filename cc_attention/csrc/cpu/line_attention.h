@@ -8,22 +8,21 @@ namespace ccnet {
 namespace CCNET_CAPABILITY {
 
 constexpr int64_t kQueryBlock = 256;
-constexpr int64_t kChunk = 64;
 
 template <class T>
 CCNET_INLINE T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
-// sums[i] += a[i] * b[i] over n numbers of each row, still spread over a vector's lanes
-template <class A, class B, class Real = Accumulate<B>>
-static void dot_products(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t rows, int64_t n,
-                         Real* sums) {
-  constexpr int lanes = kLanes<Real>;
+// sums[i] += a[i] * b[i] over n numbers of each row, still spread over a vector's lanes. a is packed.
+template <class Product, class T, class Word = typename Product::Word>
+static void dot_products(const Word* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t rows, int64_t n,
+                         Word* sums) {
+  constexpr int lanes = kLanes<Word>;
   for (int64_t i = 0; i < rows; ++i, a += a_stride, b += b_stride, sums += lanes) {
-    Vector<Real> sum = load(sums);
-    for (int64_t c = 0; c < n; c += lanes) {
-      sum += load_up_to(a + c, n - c) * load_up_to(b + c, n - c);
+    Vector<Word> sum = load(sums);
+    for (int64_t w = 0, c = 0; c < n; w += lanes, c += lanes * Product::kPerWord) {
+      sum = multiply_add<Product>(sum, load(a + w), load_words<Product>(b + c, n - c));
     }
     store(sums, sum);
   }
@@ -67,7 +66,7 @@ class LineAttention {
         row_(whole<Real>(line.length)),
         query_row_(whole<Word>(line.query_channels)),
         // One column more than whole vectors would cost a whole vector of columns: it is made by dot products.
-        lone_column_(Product::kPerWord == 1 && length_ % kLanes<Real> == 1) {
+        lone_column_(length_ % kLanes<Real> == 1) {
     Scratch scratch(block);
     const int64_t queries = whole<Real>(smaller(length_, kQueryBlock));
     weight_ = scratch.take<Real>(queries * row_);
@@ -76,8 +75,8 @@ class LineAttention {
     keys_ = scratch.take<Word>(words<Product>(length_) * query_row_);
     queries_ = scratch.take<Word>(queries * query_row_);
     values_ = scratch.take<Word>(words<Product>(length_) * kChunk);
-    values_transposed_ = scratch.take<Word>(kChunk * row_);
-    grads_ = scratch.take<Word>(queries * kChunk);
+    values_transposed_ = scratch.take<Word>(kChunkWords * row_);
+    grads_ = scratch.take<Word>(queries * kChunkWords);
     if (Product::kPerWord == 1) {
       queries_by_column_ = queries_;
       grads_by_column_ = grads_;
@@ -192,6 +191,9 @@ class LineAttention {
   }
 
  private:
+  // Channels of a chunk: its values, packed, are half of the innermost cache
+  static constexpr int64_t kChunkWords = 64, kChunk = kChunkWords * Product::kPerWord;
+
   // f(first query) for blocks of nearly equal size
   template <class F>
   __attribute__((always_inline)) void each_block(const F& f) {
@@ -225,20 +227,32 @@ class LineAttention {
 
   Result<T> to_sum(Along<T> x, bool add) const { return {x.data, x.stride, ones_, ones_, add}; }
 
-  // x [queries, keys] as the left operand: of products over keys, and, transposed, of products over queries
-  Left<Word> over_keys(Real* x) {
+  // x [queries, keys] as the left operand: of products over keys, and, transposed, of products over queries. Each row is
+  // multiplied by its factor if these are Pairs, which are rounded here anyway.
+  Left<Word> over_keys(Real* x, [[maybe_unused]] const Real* factors) {
     if constexpr (Product::kPerWord == 1) {
       return {x, row_, 1};
     } else {
-      pack_rows<Product>(x, row_, queries_in_block_, row_, weight_words_, row_);
+      for (int64_t i = 0; i < queries_in_block_; ++i) {
+        for (int64_t j = 0; j < row_; j += kLanes<Real>) {
+          store(reinterpret_cast<T*>(weight_words_ + i * row_) + j, load(x + i * row_ + j) * factors[i]);
+        }
+      }
       return {weight_words_, row_, 1};
     }
   }
-  Left<Word> over_queries(Real* x) {
+  Left<Word> over_queries(Real* x, [[maybe_unused]] const Real* factors) {
     if constexpr (Product::kPerWord == 1) {
       return {x, 1, row_};
     } else {
-      pack_columns<Product>(x, row_, queries_in_block_, row_, weight_words_, row_);
+      for (int64_t i = 0; i < queries_in_block_; i += 2) {
+        for (int64_t j = 0; j < row_; j += kLanes<Real>) {
+          const Vector<Real> upper = load(x + i * row_ + j) * factors[i];
+          const bool alone = i + 1 == queries_in_block_;
+          const Vector<Real> lower = alone ? Vector<Real>{} : load(x + (i + 1) * row_ + j) * factors[i + 1];
+          store(weight_words_ + i / 2 * row_ + j, pair_words(upper, lower));
+        }
+      }
       return {weight_words_, 1, row_};
     }
   }
@@ -252,11 +266,14 @@ class LineAttention {
 
   // Sets what is no key: the columns beyond the line and, but for the first axis, the pixel itself.
   void set_outside(Real* x, Real to) const {
+    constexpr int lanes = kLanes<Real>;
+    Vector<Real> outside = {};  // in the last vector of a row
+    for (int64_t j = 0; j < lanes; ++j) {
+      outside[j] = row_ - lanes + j >= length_;
+    }
     for (int64_t i = 0; i < queries_in_block_; ++i) {
       Real* numbers = x + i * row_;
-      for (int64_t j = length_; j < row_; ++j) {
-        numbers[j] = to;
-      }
+      store(numbers + row_ - lanes, outside != 0 ? splat(to) : load(numbers + row_ - lanes));
       if (!line_.first_axis) {
         numbers[first_query_ + i] = to;
       }
@@ -272,7 +289,7 @@ class LineAttention {
                       ahead(query, channels, channels, channels), ahead(key, channels, channels, channels));
     if (lone_column_) {
       std::memset(dot_sums_, 0, m * kLanes<Real> * sizeof(Real));
-      dot_products(queries_, query_row_, key.from(length_ - 1).data, 0, m, channels, dot_sums_);
+      dot_products<Product>(queries_, query_row_, key.from(length_ - 1).data, 0, m, channels, dot_sums_);
       finish_dot_products(dot_sums_, m, weight_ + length_ - 1, row_);
     }
     set_outside(weight_, -__builtin_inf());
@@ -361,7 +378,7 @@ class LineAttention {
 
   // out takes in weight_ V. The residual is out's.
   void weigh_values(Along<const T> value, Along<const T> residual, Result<T> out) {
-    const Left<Word> weights = over_keys(weight_);
+    const Left<Word> weights = over_keys(weight_, out.scale);
     const int64_t channels = line_.value_channels;
     for (int64_t c = 0; c < channels; c += kChunk) {
       const int64_t n = smaller(kChunk, channels - c);
@@ -375,26 +392,23 @@ class LineAttention {
   // products = dO V^T; grad_value takes in gamma * P^T dO.
   void value_gradients(Along<const T> value, Along<const T> grad_out, Along<Real> products, Along<T> grad_value) {
     const int64_t channels = line_.value_channels, m = queries_in_block_;
-    const int64_t grad_row = kChunk / Product::kPerWord;
-    const Left<Word> weights = over_queries(weight_);
+    const Left<Word> weights = over_queries(weight_, gammas_);
     for (int64_t i = 0; i < m && channels == 0; ++i) {
       std::memset(products.from(i).data, 0, row_ * sizeof(Real));
     }
     std::memset(dot_sums_, 0, m * kLanes<Real> * sizeof(Real));
     for (int64_t c = 0; c < channels; c += kChunk) {
       const int64_t n = smaller(kChunk, channels - c);
-      pack_rows<Product>(grad_out.data + c, grad_out.stride, m, n, grads_, grad_row);
+      pack_rows<Product>(grad_out.data + c, grad_out.stride, m, n, grads_, kChunkWords);
       if (Product::kPerWord != 1) {
         pack_columns<Product>(grad_out.data + c, grad_out.stride, m, n, grads_by_column_, kChunk);
       }
       pack_transposed<Product>(value.data + c, value.stride, length_ - lone_column_, n, values_transposed_, row_);
-      using Packed = std::conditional_t<Product::kPerWord == 1, Real, T>;
-      const Packed* grads = reinterpret_cast<const Packed*>(grads_);
       if (lone_column_) {
-        dot_products(grads, kChunk, value.from(length_ - 1).data + c, 0, m, n, dot_sums_);
+        dot_products<Product>(grads_, kChunkWords, value.from(length_ - 1).data + c, 0, m, n, dot_sums_);
       }
       const int64_t next = c + kChunk;
-      multiply<Product>(m, lone_column_ ? length_ - 1 : row_, words<Product>(n), Left<Word>{grads_, grad_row, 1},
+      multiply<Product>(m, lone_column_ ? length_ - 1 : row_, words<Product>(n), Left<Word>{grads_, kChunkWords, 1},
                         Right<Word>{values_transposed_, row_},
                         Result<Real>{products.data, products.stride, ones_, ones_, c > 0},
                         ahead(value, channels, next, kChunk));
@@ -414,7 +428,7 @@ class LineAttention {
   // delta of each query = the sum of weight * products over its path so far
   void add_delta(Along<Real> products, Real* delta) {
     std::memset(dot_sums_, 0, queries_in_block_ * kLanes<Real> * sizeof(Real));
-    dot_products(weight_, row_, products.data, products.stride, queries_in_block_, row_, dot_sums_);
+    dot_products<Singles<Real>>(weight_, row_, products.data, products.stride, queries_in_block_, row_, dot_sums_);
     finish_dot_products(dot_sums_, queries_in_block_, scale_, 1);
     for (int64_t i = 0; i < queries_in_block_; ++i) {
       delta[i * line_.step] = scale_[i] + (line_.first_axis ? 0 : delta[i * line_.step]);
@@ -435,10 +449,10 @@ class LineAttention {
   // grad_query and grad_key become what grad_weight_ makes of them, or with `add` take it in.
   void query_key_gradients(Along<const T> query, Along<T> grad_query, Along<T> grad_key, bool add) {
     const int64_t channels = line_.query_channels, m = queries_in_block_;
-    multiply<Product>(m, channels, words<Product>(length_), over_keys(grad_weight_), Right<Word>{keys_, query_row_},
-                      to_sum(grad_query.from(first_query_), add));
+    multiply<Product>(m, channels, words<Product>(length_), over_keys(grad_weight_, ones_),
+                      Right<Word>{keys_, query_row_}, to_sum(grad_query.from(first_query_), add));
     pack_columns<Product>(query.from(first_query_).data, query.stride, m, channels, queries_by_column_, query_row_);
-    multiply<Product>(length_, channels, words<Product>(m), over_queries(grad_weight_),
+    multiply<Product>(length_, channels, words<Product>(m), over_queries(grad_weight_, ones_),
                       Right<Word>{queries_by_column_, query_row_},
                       to_sum(grad_key, add || first_query_ > 0));
   }
@@ -484,8 +498,8 @@ class LineAttention {
   Real *weight_, *grad_weight_;                // [queries, row_]
   Word *keys_transposed_, *keys_;              // [channels, row_], [keys, query_row_]
   Word *queries_, *queries_by_column_;         // [queries, query_row_]
-  Word *values_, *values_transposed_;          // [keys, kChunk], [kChunk, row_]
-  Word *grads_, *grads_by_column_;             // [queries, kChunk]
+  Word *values_, *values_transposed_;          // [keys, kChunk], [kChunkWords, row_]
+  Word *grads_, *grads_by_column_;             // [queries, kChunkWords], [queries, kChunk]
   Word* weight_words_;                         // what over_keys or over_queries packed last
   Real* dot_sums_;                            // [queries, lanes]
   Real *scale_, *keep_;                        // [queries]

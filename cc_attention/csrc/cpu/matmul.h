@@ -58,7 +58,8 @@ struct Right {
   int64_t row;
 };
 
-// C(m, n) becomes scale[m] * (A B)(m, n), plus keep[m] * C(m, n) if `add`, plus the residual(m, n) if there is one.
+// C(m, n) becomes scale[m] * (A B)(m, n), plus keep[m] * C(m, n) if `add`, plus the residual(m, n) if there is one. With
+// Pairs A is packed with the scale in it: they take half of the multiplications, and the tile's own would be felt.
 template <class T>
 struct Result {
   T* data;
@@ -118,7 +119,7 @@ struct Panel {
 };
 
 // The last panel may have fewer columns than its vectors have lanes. sums [rows, vectors] of the tile at row m of C.
-template <int kVectors, class T>
+template <class Product, int kVectors, class T>
 static __attribute__((noinline)) void store_narrow(const Accumulate<T>* sums, int rows, int64_t columns,
                                                    const Result<T>& c, int64_t m) {
   constexpr int lanes = kLanes<Accumulate<T>>;
@@ -126,7 +127,10 @@ static __attribute__((noinline)) void store_narrow(const Accumulate<T>* sums, in
     for (int64_t n = 0; n < columns; n += lanes) {
       T* at = c.data + m * c.row + n;
       const int64_t count = columns - n < lanes ? columns - n : lanes;
-      auto x = load(sums + i * kVectors * lanes + n) * c.scale[m];
+      auto x = load(sums + i * kVectors * lanes + n);
+      if constexpr (Product::kPerWord == 1) {
+        x *= c.scale[m];
+      }
       if (c.add) {
         x += load_part(at, count) * c.keep[m];
       }
@@ -184,7 +188,7 @@ static __attribute__((noinline)) void tile(const Panel<Product, T>& panel, int64
         store(in_memory + (m * kVectors + n) * lanes, sums[m][n]);
       }
     }
-    store_narrow<kVectors>(in_memory, kRows, panel.columns, panel.c, first);
+    store_narrow<Product, kVectors>(in_memory, kRows, panel.columns, panel.c, first);
     return;
   }
   const auto *scale = panel.c.scale + first, *keep = panel.c.keep + first;
@@ -194,7 +198,10 @@ static __attribute__((noinline)) void tile(const Panel<Product, T>& panel, int64
     for (int m = 0; m < kRows; ++m, c += c_row, residual += panel.c.residual_row) {
 #pragma GCC unroll 4
       for (int n = 0; n < kVectors; ++n) {
-        auto x = sums[m][n] * scale[m];
+        Vector<Word> x = sums[m][n];
+        if constexpr (Product::kPerWord == 1) {
+          x *= scale[m];
+        }
         if constexpr (add.value) {
           x += load(c + n * lanes) * keep[m];
         }
@@ -261,17 +268,17 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, Left<typename
 
 // ---- packing x [rows, columns], `stride` numbers from row to row, into words; the rest of the last vector is 0 ----
 
-// Up to n numbers as bfloat16, in the lower half of each lane
-CCNET_INLINE Bits half_words(const BFloat16* p, int64_t n) { return (Bits)load_up_to(p, n) >> 16; }
-CCNET_INLINE Bits half_words(const float* p, int64_t n) { return round_to_bfloat16(load_up_to(p, n)); }
-
 template <class Product, class T>
 CCNET_INLINE Vector<typename Product::Word> load_words(const T* p, int64_t numbers) {
   if constexpr (Product::kPerWord == 1) {
     return load_up_to(p, numbers);
   } else {
     Vector<float> bits = {};
-    std::memcpy(&bits, p, numbers >= 2 * kLanes<float> ? sizeof bits : numbers * sizeof(T));
+    if (numbers < 2 * kLanes<float>) {
+      std::memcpy(&bits, p, numbers * sizeof(T));
+      return bits;
+    }
+    std::memcpy(&bits, p, sizeof bits);  // a size that the compiler knows: an instruction, not a call
     return bits;
   }
 }
@@ -286,18 +293,42 @@ static void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t columns,
       for (int64_t c = 0; c < columns; c += lanes) {
         store(y + c, load_up_to(x + c, columns - c));
       }
-    } else if constexpr (sizeof(T) == 2) {
+    } else {
       for (int64_t w = 0; w < words<Product>(columns); w += lanes) {
         store(y + w, load_words<Product>(x + 2 * w, columns - 2 * w));
-      }
-    } else {
-      BFloat16* numbers = reinterpret_cast<BFloat16*>(y);
-      for (int64_t c = 0; c < columns; c += lanes) {
-        store(numbers + c, load_up_to(x + c, columns - c));
       }
     }
   }
 }
+
+#if CCNET_TARGET == CCNET_TARGET_AVX512_BF16
+// Words of numbers that are still to be rounded
+CCNET_INLINE Vector<float> pair_words(Vector<float> upper, Vector<float> lower) {
+  const auto rounded = [](Vector<float> x) __attribute__((always_inline)) {
+    return (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+  };
+  return (Vector<float>)(rounded(upper) | rounded(lower) << 16);
+}
+
+// Words of two rows' numbers, `lower` being null for zeros
+CCNET_INLINE void pack_pairs(const BFloat16* upper, const BFloat16* lower, int64_t columns, float* y) {
+  constexpr int lanes = kLanes<float>;
+  Bits lane;
+  for (int i = 0; i < lanes; ++i) {
+    lane[i] = i;
+  }
+  const __m512i in_turns = (__m512i)(lane | (lane + 2 * lanes) << 16);  // number i of the upper row, then of the lower
+  const __m512i half = _mm512_set1_epi16(lanes);
+  for (int64_t c = 0; c < columns; c += 2 * lanes) {
+    const __m512i even = (__m512i)load_words<Pairs>(upper + c, columns - c);
+    const __m512i odd = lower == nullptr ? __m512i{} : (__m512i)load_words<Pairs>(lower + c, columns - c);
+    store(y + c, (Vector<float>)_mm512_permutex2var_epi16(even, in_turns, odd));
+    if (columns - c > lanes) {
+      store(y + c + lanes, (Vector<float>)_mm512_permutex2var_epi16(even, in_turns + half, odd));
+    }
+  }
+}
+#endif
 
 // y [words(rows), columns]: words run along a column
 template <class Product, class T>
@@ -306,13 +337,8 @@ static void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t colum
   if constexpr (Product::kPerWord == 1) {
     pack_rows<Product>(x, stride, rows, columns, y, y_row);
   } else {
-    constexpr int lanes = kLanes<float>;
     for (int64_t i = 0; i < rows; i += 2, x += 2 * stride, y += y_row) {
-      for (int64_t c = 0; c < columns; c += lanes) {
-        const Bits even = half_words(x + c, columns - c);
-        const Bits odd = i + 1 < rows ? half_words(x + stride + c, columns - c) : Bits{};
-        store(y + c, (Vector<float>)(even | odd << 16));
-      }
+      pack_pairs(x, i + 1 < rows ? x + stride : nullptr, columns, y);
     }
   }
 }
