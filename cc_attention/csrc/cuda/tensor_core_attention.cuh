@@ -447,7 +447,6 @@ struct QueryNumbers {
     return rows;
   }
 
-  // 0 for queries beyond the line
   // f(row, whether it is a query of the line, its pixel), each row by a thread
   template <int kThreads, class F>
   static __device__ __forceinline__ void each(const Line& line, int64_t pixel, int first_query, const F& f) {
@@ -458,6 +457,7 @@ struct QueryNumbers {
       f(row, valid, pixel + (valid ? (first_query + row) * line.step : 0));
     }
   }
+  // 0 for queries beyond the line
   template <int kThreads>
   __device__ __forceinline__ void load(const PathSum<const float>& path, const Line& line, int64_t pixel,
                                        int first_query) const {
