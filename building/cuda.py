@@ -18,6 +18,7 @@ from .pytorch import site_packages
 
 OLDEST_RELEASE = (12, 0)
 OLDEST_ARCHITECTURE = (7, 5)  # the first with ldmatrix
+CP_ASYNC_FROM = (8, 0)  # what __CUDA_ARCH__ decides over in the kernels
 ARCHITECTURES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]  # if there is no GPU
 JETSON_ARCHITECTURES = [(8, 7), (11, 0)]  # Orin and Thor (aarch64), which do not run code for others
 GENERATIONS = {  # PyTorch's names for them
@@ -193,22 +194,25 @@ def default_architectures(torch: ModuleType, known: list[tuple[int, int]]) -> li
 
 
 def architectures_of(name: str) -> list[tuple[tuple[int, int], str]]:
-    """What a word of TORCH_CUDA_ARCH_LIST stands for: architectures, each with nvcc's flag."""
+    """What a word of TORCH_CUDA_ARCH_LIST stands for: architectures, each with a kind of code, sm or compute (PTX)."""
     words = GENERATIONS.get(name, name).split()
-    found = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word) for word in words]
+    found = [re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word) for word in words]  # we use nothing that a and f allow
     matches = [match for match in found if match is not None]
     if len(matches) < len(words):
         raise NotBuilt(f"TORCH_CUDA_ARCH_LIST has {name}: expected 8.0, 8.0+PTX and such, or {', '.join(GENERATIONS)}")
-    of = [((int(match[1]), int(match[2])), f"{match[1]}{match[2]}{match[3]}", match[4]) for match in matches]
     return [
-        (architecture, f"-gencode=arch=compute_{number},code={kind}_{number}")
-        for architecture, number, ptx in of
-        for kind in (("sm", "compute") if ptx else ("sm",))
+        ((int(match[1]), int(match[2])), kind)
+        for match in matches
+        for kind in (("sm", "compute") if match[3] else ("sm",))
     ]
 
 
 def architecture_flags(torch: ModuleType, known: list[tuple[int, int]]) -> list[str]:
-    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, or for default_architectures()."""
+    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, or for default_architectures().
+
+    Kernels differ at 8.0 alone, so PTX for 7.5 and for 8.0 serves all architectures: to make it is most of a build's
+    time, and from PTX of their own sm_100 and sm_120 get 6% more instructions.
+    """
     names = [name for name in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) if name]
     if names in ([], ["native"]):
         names = default_architectures(torch, known)
@@ -216,10 +220,15 @@ def architecture_flags(torch: ModuleType, known: list[tuple[int, int]]) -> list[
     unknown = sorted({architecture for architecture, _ in wanted} - set(known))
     if unknown and unknown[-1] > known[-1]:  # it runs the newest code that this nvcc can compile
         wanted += architectures_of(f"{dotted(known[-1])}+PTX")
-    kept = dict.fromkeys(flag for architecture, flag in wanted if architecture in known)
+    kept = [pair for pair in wanted if pair[0] in known]
     expected = f"the kernels need architecture 7.5 or newer, and this nvcc knows {', '.join(map(dotted, known))}"
     if not kept:
         raise NotBuilt(f"{expected}: there is nothing to build for {', '.join(map(dotted, unknown))}")
     if unknown:
         warn(f"{expected}: no code for {', '.join(map(dotted, unknown))}")
-    return list(kept)
+    flags = []
+    for architecture, kind in kept:
+        ptx = min(a for a in known if (a >= CP_ASYNC_FROM) == (architecture >= CP_ASYNC_FROM))
+        code = architecture if kind == "sm" else ptx
+        flags.append("-gencode=arch=compute_{}{},code={}_{}{}".format(*ptx, kind, *code))
+    return list(dict.fromkeys(flags))

@@ -1,6 +1,7 @@
 """Shared fixtures: generated scenes, real ones if CCNET_CAMVID names their folder, and devices."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,11 @@ def no_host_copies():
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
-    """Every test starts with the same random numbers, whatever ran before."""
+def _independent():
+    """Every test starts with the same random numbers and nothing compiled, whatever ran before."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # which counts how often a function was compiled, and refuses from a limit on
+        torch._dynamo.reset()
 
 
 @pytest.fixture(params=TARGETS)

@@ -120,7 +120,7 @@ def blocks_at_once(architecture: str, threads: int, shared_bytes: int, registers
 
 
 def test_every_architecture_is_built(resources, launched):
-    assert re.search(r"PTX file.*sm_120", cuobjdump("-lptx"))
+    assert re.search(r"PTX file.*sm_80", cuobjdump("-lptx"))
     assert set(resources) == set(launched)  # every kernel in the library is one that something launches
     assert all(set(of) >= set(ARCHITECTURES) for of in resources.values())
 
@@ -147,7 +147,7 @@ def test_kernels_need_no_more_shared_memory_than_devices_have(launched):
     assert max(shared_bytes for _, shared_bytes in launched.values()) <= 99 * 1024
 
 
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_120"])  # without and with cp.async, and the newest
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_120"])  # without and with cp.async; sm_80's run in test_sass.py
 def test_instructions(architecture, resources, launched_on):
     """Kernels on tensor cores: their products are HMMA, fragments come by LDSM, global memory in 16 bytes."""
     seen: dict[str, set[str]] = {}

@@ -66,25 +66,24 @@ struct WarpRows {
       }
     }
   }
-  // acc += these rows times b, from column n of it on
+  // acc += these rows times b, from column `first` of it on
   template <class Acc, class B>
-  __device__ __forceinline__ void multiply(Acc& acc, const B& b, int n) const {
-    SharedAddress rows[Acc::kColumns / 4];
+  __device__ __forceinline__ void multiply(Acc& acc, const B& b, int first) const {
+    constexpr int kPairs = Acc::kColumns / 4;
+    SharedAddress rows[kPairs];
 #pragma unroll
-    for (int j = 0; j < Acc::kColumns; j += 4) {
-      rows[j / 4] = unknown(right_row<false>(b, 0, n + 4 * j));
+    for (int n = 0; n < kPairs; ++n) {
+      rows[n] = unknown(right_row<false>(b, 0, first + 16 * n));
     }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
 #pragma unroll
-      for (int j = 0; j < Acc::kColumns; j += 4) {
+      for (int n = 0; n < kPairs; ++n) {
         uint32_t right[4];
-        load_right<false>(right, rows[j / 4] + 16 * k * B::kRowBytes);
+        load_right<false>(right, rows[n] + 16 * k * B::kRowBytes);
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
-          float (&upper)[Acc::kColumns] = acc.x[2 * m], (&lower)[Acc::kColumns] = acc.x[2 * m + 1];
-          mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], x[m][k], right[0], right[1]);
-          mma_m16n8k16<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], x[m][k], right[2], right[3]);
+          acc.add_product(m, n, x[m][k], right);
         }
       }
     }
@@ -563,10 +562,7 @@ struct TensorCoreValueGradient : TensorCoreBackward<T_, kQueries_> {
           load_right<true>(right, row + 16 * f * GradSlice::kRowBytes);
 #pragma unroll
           for (int m = 0; m < kTiles; ++m) {
-            const int j = 4 * f;
-            float (&upper)[Products::kColumns] = products.x[2 * m], (&lower)[Products::kColumns] = products.x[2 * m + 1];
-            mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], left[m], right[0], right[1]);
-            mma_m16n8k16<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], left[m], right[2], right[3]);
+            products.add_product(m, f, left[m], right);
           }
         }
       }

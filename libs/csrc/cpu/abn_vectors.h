@@ -13,12 +13,8 @@ struct WholeVector {
     return load(p);
   }
   template <class T>
-  CCNET_MEMBER void write(T* p, Vector<Accumulate<T>> x) const {
-    store(p, x);
-  }
-  template <class T>
-  CCNET_MEMBER void write_past_caches(T* p, Vector<Accumulate<T>> x) const {
-    stream(p, x);
+  CCNET_MEMBER void write(T* p, Vector<Accumulate<T>> x, bool past_caches = false) const {
+    past_caches ? stream(p, x) : store(p, x);
   }
   template <class Real>
   CCNET_MEMBER auto with_zeros(Vector<Real> x) const {
@@ -34,12 +30,8 @@ struct PartOfVector {
     return load_part(p, n);
   }
   template <class T>
-  CCNET_MEMBER void write(T* p, Vector<Accumulate<T>> x) const {
+  CCNET_MEMBER void write(T* p, Vector<Accumulate<T>> x, bool = false) const {
     store_part(p, x, n);
-  }
-  template <class T>
-  CCNET_MEMBER void write_past_caches(T* p, Vector<Accumulate<T>> x) const {
-    write(p, x);
   }
   template <class Real>
   CCNET_MEMBER auto with_zeros(Vector<Real> x) const {
@@ -49,7 +41,23 @@ struct PartOfVector {
   }
 };
 
-// f(i, vector) for elements i, i + 1, ... of n
+// f(i, vector) for elements i, i + 1, ... of n. Whole vectors are those that are aligned in `to`, if it is not null.
+template <class T, class F>
+CCNET_INLINE void each_vector(const T* to, int64_t n, const F& f) {
+  constexpr int64_t lanes = kLanes<Accumulate<T>>, bytes = lanes * sizeof(T);
+  const int64_t before = (bytes - reinterpret_cast<uintptr_t>(to) % bytes) % bytes / sizeof(T);
+  int64_t i = 0, end = 0 < before && before < n ? before : n;
+  while (i < n) {  // one pass, or two: up to the first aligned vector, and the rest
+    for (; i + lanes <= end; i += lanes) {
+      f(i, WholeVector{});
+    }
+    if (i < end) {
+      f(i, PartOfVector{end - i});
+    }
+    i = end;
+    end = n;
+  }
+}
 template <class Real, class F>
 CCNET_INLINE void each_vector(int64_t n, const F& f) {
   constexpr int64_t lanes = kLanes<Real>;
@@ -60,19 +68,6 @@ CCNET_INLINE void each_vector(int64_t n, const F& f) {
   if (i < n) {
     f(i, PartOfVector{n - i});
   }
-}
-
-// The same, whole vectors being those that are aligned in `to`, which f writes to
-template <class T, class F>
-CCNET_INLINE void each_aligned_vector(const T* to, int64_t n, const F& f) {
-  using Real = Accumulate<T>;
-  constexpr uintptr_t bytes = kLanes<Real> * sizeof(T);
-  const int64_t before = (bytes - reinterpret_cast<uintptr_t>(to) % bytes) % bytes / sizeof(T);
-  const int64_t head = before < n ? before : n;
-  if (head > 0) {
-    f(0, PartOfVector{head});
-  }
-  each_vector<Real>(n - head, [&](int64_t i, auto vector) CCNET_MEMBER { f(head + i, vector); });
 }
 
 // A number a channel, for a vector at column i: the block's one channel's, or each column's own
@@ -307,12 +302,12 @@ struct Abn {
 
   static void backward_sums(const Block& block, ActivationOf activation, KeptData<T> kept, const T* grad_z,
                             ChannelNumbers<Real> numbers, double* sums, double* deviation_sums) {
-    specialise_backward(block, activation, kept, grad_z, numbers, [&](auto, auto of) CCNET_MEMBER {
+    specialise_backward(block, activation, kept, grad_z, numbers, [&](auto number, auto of) CCNET_MEMBER {
       const auto terms = [&](int64_t i, int64_t column, auto vector) CCNET_MEMBER {
         const Pair<Real> element = of.at(i, column, vector);
         return Pair<Real>{element.first, element.first * element.second};
       };
-      if (block.one_channel) {
+      if constexpr (std::is_same_v<decltype(number(numbers.shift)), OneNumber<Real>>) {
         sum_of_one_channel<Real>(block.rows * block.length, terms, sums, deviation_sums);
       } else {
         StripNumbers<Real> strips(kept.x != nullptr ? kept.x : kept.z, grad_z);
@@ -335,23 +330,13 @@ struct Abn {
           return Pair<Real>{element.first * scale.at(i) + (element.second * of_deviation.at(i) + constant.at(i)),
                             element.first};
         };
-        if (past_caches) {
-          each_aligned_vector(grad_x + begin, block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
-            const Pair<Real> gradients = at(i, vector);
-            vector.write_past_caches(grad_x + begin + i, gradients.first);
-            if (grad_residual != nullptr) {
-              vector.write_past_caches(grad_residual + begin + i, gradients.second);
-            }
-          });
-        } else {
-          each_vector<Real>(block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
-            const Pair<Real> gradients = at(i, vector);
-            vector.write(grad_x + begin + i, gradients.first);
-            if (grad_residual != nullptr) {
-              vector.write(grad_residual + begin + i, gradients.second);
-            }
-          });
-        }
+        each_vector(past_caches ? grad_x + begin : nullptr, block.length, [&](int64_t i, auto vector) CCNET_MEMBER {
+          const Pair<Real> gradients = at(i, vector);
+          vector.write(grad_x + begin + i, gradients.first, past_caches);
+          if (grad_residual != nullptr) {
+            vector.write(grad_residual + begin + i, gradients.second, past_caches);
+          }
+        });
       }
     });
     streamed();

@@ -31,6 +31,20 @@ struct Accumulator<TensorCores, T, kM, kN, kThreads, kColumnWarps_> {
     return warp_column() + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
   }
 
+  // The 16 rows and 16 columns from (16 * m, 16 * n) of the warp's part on += A B, a fragment and two side by side
+  __device__ __forceinline__ void add_product(int m, int n, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+    float (&upper)[kColumns] = x[2 * m], (&lower)[kColumns] = x[2 * m + 1];
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const int j = 4 * n + i;
+      if constexpr (sizeof(T) == 4) {
+        mma_m16n8k8_tf32(upper[j], upper[j + 1], lower[j], lower[j + 1], a, b[i], b[i + 1]);
+      } else {
+        mma_m16n8k16<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], a, b[i], b[i + 1]);
+      }
+    }
+  }
+
   // f(row, column, Run of columns, 16 bytes of T) for all that the block has. The fragments give a lane 2 columns; four
   // lanes, or two with 4 bytes, exchange theirs so that each has a run of one fragment.
   template <class F>
@@ -178,16 +192,6 @@ __device__ __forceinline__ void load_right(uint32_t (&x)[4], const B& b, int k, 
   round_fragment<B>(x);
 }
 
-template <class T>
-__device__ __forceinline__ void mma(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1) {
-  if constexpr (sizeof(T) == 4) {
-    mma_m16n8k8_tf32(d0, d1, d2, d3, a, b0, b1);
-  } else {
-    mma_m16n8k16<T>(d0, d1, d2, d3, a, b0, b1);
-  }
-}
-
 // acc += A B over `depth` columns of A, a multiple of 16. A lies in shared memory as [m, k], or [k, m] if transposed,
 // B as [k, n] or [n, k]. Both are there (after a barrier) and stay until every thread has come back.
 template <bool kTransposedA, bool kTransposedB, class T, int kM, int kN, int kThreads, int kColumnWarps, class A,
@@ -211,10 +215,7 @@ __device__ __forceinline__ void multiply(Accumulator<TensorCores, T, kM, kN, kTh
       load_right<kTransposedB>(right, b, k, acc.warp_column() + n * 16);
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
-        float (&upper)[Acc::kColumns] = acc.x[2 * m], (&lower)[Acc::kColumns] = acc.x[2 * m + 1];
-        const int j = 4 * n;
-        mma<T>(upper[j], upper[j + 1], lower[j], lower[j + 1], left[m], right[0], right[1]);
-        mma<T>(upper[j + 2], upper[j + 3], lower[j + 2], lower[j + 3], left[m], right[2], right[3]);
+        acc.add_product(m, n, left[m], right);
       }
     }
   }
