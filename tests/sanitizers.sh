@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Build the native code in a copy with AddressSanitizer and UndefinedBehaviorSanitizer, and run the tests of the kernels,
-# but not those of their integration with PyTorch. Needs GCC and the environment of run_tests.sh; flags go to pytest. Of
-# the two instruction sets with the same vector width only one is tested.
+# The native code with sanitizers: CUDA kernels in the emulator (sanitized_kernels.py), and the CPU's, built in a copy with
+# AddressSanitizer and UndefinedBehaviorSanitizer, by the tests of the kernels, but not those of their integration with
+# PyTorch. Needs GCC and the environment of run_tests.sh; flags go to pytest. Of the two instruction sets with the same
+# vector width only one is tested.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=2 # more than one, to find races
+python -m pytest -p no:cacheprovider tests/sanitized_kernels.py "$@"
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 cp -r setup.py building pyproject.toml requirements.txt README.md LICENSE benchmarks cc_attention libs networks tests utils "$copy"

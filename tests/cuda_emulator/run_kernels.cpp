@@ -50,22 +50,30 @@ void check(cudaError_t error) {
   }
 }
 
-template <class T>
-void run(int images, int height, int width, int c, int cv, bool allow_tf32 = false) {
-  using Real = Accumulate<T>;
-  using Launchers = LineAttentionLaunchers<T, Real>;
-  const int path_length = height + width - 1;
-  const int64_t pixels = int64_t{images} * height * width;
-  Axes axes{{{1, width, true, height == 1, path_length, 0}, {width, height, false, true, path_length, width}},
+struct Sizes {
+  int images, height, width, c, cv;
+  int path_length() const { return height + width - 1; }
+  int64_t pixels() const { return int64_t{images} * height * width; }
+  Axes axes(bool allow_tf32) const {
+    return {{{1, width, true, height == 1, path_length(), 0}, {width, height, false, true, path_length(), width}},
             height == 1 ? 1 : 2,
             images,
             height * width,
             allow_tf32};
+  }
+};
+
+template <class T>
+void run_attention(const Sizes& sizes, bool allow_tf32) {
+  using Real = Accumulate<T>;
+  using Launchers = LineAttentionLaunchers<T, Real>;
+  const auto [images, height, width, c, cv] = sizes;
+  const int64_t pixels = sizes.pixels();
+  const Axes axes = sizes.axes(allow_tf32);
   std::mt19937 random(7);
   const Buffer<T> query(pixels, c, &random), key(pixels, c, &random), value(pixels, cv, &random);
-  const Buffer<T> grad_out(pixels, cv, &random), grad_energy(pixels, path_length, &random);
+  const Buffer<T> grad_out(pixels, cv, &random);
   const Buffer<T> out(pixels, cv), grad_query(pixels, c), grad_key(pixels, c), grad_value(pixels, cv);
-  const Buffer<T> energy(pixels, path_length), weight_grad(pixels, path_length), mapped(pixels, cv);
   const Buffer<Real> largest(pixels, 1), sum(pixels, 1), other_largest(pixels, 1), other_sum(pixels, 1);
   const Buffer<Real> delta(pixels, 1), gamma(1, 1, &random);
   const PathSum<Real> path{largest.data.get(), sum.data.get()};
@@ -84,6 +92,19 @@ void run(int images, int height, int width, int c, int cv, bool allow_tf32 = fal
     x->check("attention");
   }
   largest.check("largest"), sum.check("sum"), delta.check("delta");
+}
+
+template <class T>
+void run_explicit_form(const Sizes& sizes, bool allow_tf32) {
+  using Launchers = LineAttentionLaunchers<T, Accumulate<T>>;
+  const int64_t pixels = sizes.pixels();
+  const int c = sizes.c, cv = sizes.cv, path_length = sizes.path_length();
+  const Axes axes = sizes.axes(allow_tf32);
+  std::mt19937 random(7);
+  const Buffer<T> query(pixels, c, &random), key(pixels, c, &random), value(pixels, cv, &random);
+  const Buffer<T> grad_out(pixels, cv, &random), grad_energy(pixels, path_length, &random);
+  const Buffer<T> grad_query(pixels, c), grad_key(pixels, c), grad_value(pixels, cv);
+  const Buffer<T> energy(pixels, path_length), weight_grad(pixels, path_length), mapped(pixels, cv);
   check(Launchers::energy(axes, query, key, energy, nullptr));
   check(Launchers::energy_backward(axes, query, key, grad_energy, grad_query, grad_key, nullptr));
   check(Launchers::map(axes, energy, value, mapped, nullptr));
@@ -145,23 +166,29 @@ void run_abn(bool planes, int64_t rows, int channels, int row_length, Activation
 }
 
 template <class T>
+void run(const Sizes& sizes, bool allow_tf32 = false) {
+  run_attention<T>(sizes, allow_tf32);
+  run_explicit_form<T>(sizes, allow_tf32);
+}
+
+template <class T>
 void run_all() {
   emulator::options.order = emulator::Order::random;
-  run<T>(1, 1, 33, 8, 72);                     // small tiles; a slice and a part of one
-  run<T>(2, 3, 7, 8, 264);                     // values that several blocks share
-  run<T>(1, 1, 97, 64, 72);                    // 7 warps, on the first axis
-  run<T>(1, 65, 1, 8, 8);                      // and on the second
-  run<T>(1, 1, 133, 72, 8);                    // two tiles, two slices of query and key
-  run<T>(1, 1, 260, 8, 8);                     // keys that do not all fit
+  run<T>({1, 1, 33, 8, 72});                        // small tiles; a slice and a part of one
+  run_attention<T>({2, 3, 7, 8, 264}, false);       // values that several blocks share
+  run_attention<T>({1, 1, 97, 64, 72}, false);      // 7 warps, on the first axis
+  run_attention<T>({1, 65, 1, 8, 8}, false);        // and on the second
+  run<T>({1, 1, 133, 72, 8});                       // two tiles, two slices of query and key
+  run_attention<T>({1, 1, 260, 8, 8}, false);       // keys that do not all fit
   if (std::is_same_v<T, float>) {
-    run<T>(1, 1, 75, 40, 72, true);  // TF32: two tiles, two slices, the second one a part
+    run<T>({1, 1, 75, 40, 72}, true);  // TF32: two tiles, two slices, the second one a part
   }
   emulator::options.cache_bytes = 1;           // image after image
-  run<T>(2, 3, 5, 8, 8);
+  run<T>({2, 3, 5, 8, 8});
   emulator::options.shared_bytes = 64 * 1024;  // as on sm_75
   emulator::options.architecture = 75;
-  run<T>(1, 1, 97, 8, 40);
-  for (const auto activation : {Activation::identity, Activation::leaky_relu, Activation::elu, Activation::relu}) {
+  run<T>({1, 1, 97, 8, 40});
+  for (const auto activation : {Activation::leaky_relu, Activation::relu}) {  // which keep the result, and the input
     run_abn<T>(false, 75, 40, 40, activation);     // channels_last
     run_abn<T>(false, 21, 19, 19, activation);     // rows that are no multiple of 16 bytes
     run_abn<T>(true, 2 * 3, 3, 1040, activation);  // NCHW
