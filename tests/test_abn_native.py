@@ -434,8 +434,7 @@ def test_second_derivatives_of_compiled_code_are_an_error():
     ("dtype", "layout", "shape"),
     [
         *((torch.float32, layout, (2, 3, 4, 5)) for layout in LAYOUTS),
-        *((dtype, "channels_last", (2, 3, 2, 3, 4)) for dtype in DTYPES if dtype != torch.float32),
-        (torch.float32, "contiguous", (1, 1, 3, 3)),
+        *((dtype, "channels_last", (2, 3, 2, 3, 4)) for dtype in (torch.float64, torch.bfloat16)),
     ],
     ids=str,
 )

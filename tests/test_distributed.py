@@ -186,8 +186,8 @@ _KILL = "open(os.environ['CCNET_TEST_CLOCK'], 'w').write(str(time.time())); os.k
 def test_a_killed_process_ends_all_and_training_goes_on(scenes, tmp_path, monkeypatch, capsys, torchrun):
     monkeypatch.setenv("CCNET_TEST_CLOCK", str(tmp_path / "clock"))
     monkeypatch.setenv("CCNET_TEST_RUN", str(tmp_path / "program.py"))
-    flags = ["--num-steps", 4, "--save-pred-every", 2, *([] if torchrun else ["--procs", 2])]
-    run = in_folder(tmp_path, scenes, "run", [*flags, "--num-workers", 1])
+    flags = ["--num-steps", 4, "--save-pred-every", 2, *([] if torchrun else ["--procs", 2, "--num-workers", 1])]
+    run = in_folder(tmp_path, scenes, "run", flags)
     done = in_new_processes(tmp_path, "train", run, at_step(3, _KILL), torchrun)
     seconds = time.time() - float((tmp_path / "clock").read_text())
     assert seconds < 20, f"it took {seconds} s"
@@ -201,7 +201,7 @@ def test_a_killed_process_ends_all_and_training_goes_on(scenes, tmp_path, monkey
     assert "[rank0]: Traceback" not in done.stderr
     no_process_is_left(tmp_path)
     assert training_steps(tmp_path / "run") == [2]
-    again = in_folder(tmp_path, scenes, "run", [*flags, "--resume", "--procs", 1])
+    again = in_folder(tmp_path, scenes, "run", [*flags, "--resume", "--procs", 1, "--num-workers", 0])
     assert launch(train.train, train.parse_flags(list(map(str, again)))) == 0
     assert "steps 2 to 4" in capsys.readouterr().out
 
