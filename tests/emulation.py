@@ -22,13 +22,13 @@ from building import compilers, cuda, pytorch
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 ORDERS = ("forward", "reverse", "random")
-COMPILE = "g++ -std=c++17 -g1 -Wall -Werror -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -fPIC"
+COMPILE = "g++ -std=c++17 -Wall -Werror -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -fPIC"
 SANITIZERS = {
     "": "-O1",
     # Not optimised, since the compiler is most of the time. Uninitialised variables get a pattern that is noticed,
     # instead of arbitrary numbers.
-    "address": "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all -ftrivial-auto-var-init=pattern",
-    "thread": "-O1 -fsanitize=thread",
+    "address": "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -ftrivial-auto-var-init=pattern",
+    "thread": "-O1 -g1 -fsanitize=thread",
 }
 
 
