@@ -116,15 +116,16 @@ def native_code(device_type: str) -> str:
     if device_type == "cpu":
         compiler, best = torch.ops.ccnet.cpu_build().split("; ")
         return f"{native.library('_C')}, {native.cpu_capability()}, built by {compiler} up to {best}"
+    # The architectures of the PTX, of which the code for newer ones is made as well
     release, _, architectures = torch.ops.ccnet.cuda_build().partition("; ")
-    names = ", ".join(f"sm_{int(number) // 10}" for number in architectures.split(","))
-    return f"{native.library('_C_cuda')}, built by {release} for {names}"
+    names = ", ".join(f"compute_{int(number) // 10}" for number in architectures.split(","))
+    return f"{native.library('_C_cuda')}, built by {release} from {names}"
 
 
 def describe_gpu(index: int) -> str:
     gpu = torch.cuda.get_device_properties(index)
     runs = native.gpu_architecture(index) if native.WHY_NOT["cuda"] is None else 0
-    code = f"runs the code for sm_{runs}" if runs else "runs plain PyTorch"
+    code = f"runs the code from compute_{runs}" if runs else "runs plain PyTorch"
     return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 20} MiB; {code}"
 
 

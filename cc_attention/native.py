@@ -91,7 +91,7 @@ _architectures: dict[int, int] = {}  # cache of gpu_architecture
 
 
 def gpu_architecture(index: int) -> int:
-    """The architecture of the native code that the GPU runs, 80 for sm_80. 0, and a warning, if it can run none."""
+    """Of which PTX the native code is that the GPU runs, 80 for compute_80. 0, and a warning, if it can run none."""
     if index not in _architectures:
         _architectures[index] = torch.ops.ccnet.cuda_architecture(index)
         if _architectures[index] == 0:
